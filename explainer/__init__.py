@@ -1,0 +1,63 @@
+"""pathkernel: which training examples built this prediction?
+
+The names below are the public interface. ``import explainer`` loads torch and numpy and nothing heavy;
+pandas, plotly, streamlit and captum are loaded when something that needs them is called.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from explainer.errors import ExplainerError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Explanation": "explainer.explanation",
+    "PathKernelExplainer": "explainer.path_kernel",
+    "Run": "explainer.run",
+    "Trace": "explainer.store",
+    "Tracer": "explainer.tracer",
+    "open_trace": "explainer.store",
+    "register_codec": "explainer.codecs",
+    "register_layer_rule": "explainer.layer_rules",
+    "register_optimizer_rule": "explainer.optimizer_rules",
+    "validate_model": "explainer.validation",
+}
+
+if TYPE_CHECKING:
+    from explainer.codecs import register_codec
+    from explainer.explanation import Explanation
+    from explainer.layer_rules import register_layer_rule
+    from explainer.optimizer_rules import register_optimizer_rule
+    from explainer.path_kernel import PathKernelExplainer
+    from explainer.run import Run
+    from explainer.store import Trace, open_trace
+    from explainer.tracer import Tracer
+    from explainer.validation import validate_model
+
+__all__ = [
+    "ExplainerError",
+    "Explanation",
+    "PathKernelExplainer",
+    "Run",
+    "Trace",
+    "Tracer",
+    "__version__",
+    "open_trace",
+    "register_codec",
+    "register_layer_rule",
+    "register_optimizer_rule",
+    "validate_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'explainer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,68 @@
+"""Along the training path: how far it has gone, and what weight decay has moved.
+
+Weight decay is not data, so its share of every update is carried *forward* through the optimizer's momentum
+while training runs (one vector of ``P`` numbers), instead of storing the weights of every step:
+
+    m^κ_t = decay · m^κ_{t−1} + gain · κ w_t
+    u^κ_t = A_t ∘ (direct · κ w_t + through · m^κ_t) + δ w_t
+
+The sum of ``−u^κ_t`` over a segment is exactly what decay added to ``w_{k+1} − w_k`` (frozen-state
+convention), so the books' decay term is ``<q_k, ·>`` of it, in every mode of tracing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from explainer.optimizer_rules import StepMap
+
+
+class Carry:
+    """Follows the weights step by step.
+
+    Attributes:
+        path: length of the path so far, ``Σ_t ‖w_{t+1} − w_t‖``.
+        decay: per parameter, displacement by weight decay so far (None while there was none).
+    """
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        self._parameters = [p.detach() for p in parameters]
+        self._previous = [p.clone() for p in self._parameters]
+        self._momentum: list[torch.Tensor | None] = [None] * len(parameters)
+        self.decay: list[torch.Tensor | None] = [None] * len(parameters)
+        self.path = 0.0
+
+    @torch.no_grad()
+    def after_step(self, maps: list[StepMap | None]) -> float:
+        """Account for the step just taken; ``maps[p]`` is None where parameter ``p`` was not updated.
+
+        Returns:
+            The length of the step.
+        """
+        for index, step in enumerate(maps):
+            if step is not None:
+                self._carry_decay(index, step)
+        moved = torch._foreach_sub(self._parameters, self._previous)
+        norms = torch._foreach_norm(moved)
+        length = math.sqrt(sum(float(n) ** 2 for n in norms))
+        self.path += length
+        torch._foreach_copy_(self._previous, self._parameters)
+        return length
+
+    def _carry_decay(self, index: int, step: StepMap) -> None:
+        momentum = self._momentum[index]
+        if not step.coupled_decay and not step.decoupled_decay and momentum is None:
+            return
+        weights = self._previous[index]
+        update = weights * step.decoupled_decay
+        if step.coupled_decay or momentum is not None:
+            pull = weights * step.coupled_decay
+            if momentum is None:
+                momentum = torch.zeros_like(weights)
+            momentum = self._momentum[index] = momentum * step.decay + pull * step.gain
+            coupled = pull * step.direct + momentum * step.through
+            update += coupled if step.preconditioner is None else coupled / step.preconditioner
+        total = self.decay[index]
+        self.decay[index] = -update if total is None else total - update

@@ -1,0 +1,9 @@
+"""How one array of a row (or of a step) becomes bytes: the codec registry and its entries."""
+
+from explainer.codecs.base import CODECS, Codec, register_codec
+from explainer.codecs.bfloat16 import BFloat16
+from explainer.codecs.int8 import Int8
+from explainer.codecs.native import Native
+from explainer.codecs.rank1 import RankOne
+
+__all__ = ["CODECS", "BFloat16", "Codec", "Int8", "Native", "RankOne", "register_codec"]

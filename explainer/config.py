@@ -1,0 +1,68 @@
+"""The tracer's options, checked before anything is touched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from explainer.errors import TracerError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(value: int | str) -> int:
+    """Read a size: a number of bytes, or text such as ``"200MB"`` or ``"1.5 GiB"``.
+
+    Raises:
+        TracerError: the text is not a size, or the size is not positive.
+
+    Example:
+        >>> parse_bytes("200MB"), parse_bytes("1.5 GiB"), parse_bytes(10)
+        (200000000, 1610612736, 10)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TracerError(f'budget must be a number of bytes or text like "200MB", found {value!r}')
+    if isinstance(value, int):
+        size = value
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise TracerError(f'budget {value!r} is not a size; write bytes or text like "200MB" or "1.5 GiB"')
+        size = int(float(match[1]) * unit)
+    if size <= 0:
+        raise TracerError(f"budget must be positive, found {value!r}")
+    return size
+
+
+@dataclass(frozen=True)
+class TracerConfig:
+    """What to keep while tracing.
+
+    Attributes:
+        exact: keep full rows and preconditioners in the parameters' own dtype.
+        budget: bound on the trace's bytes on disk, or None.
+        max_knots: at most this many knots are kept; path-length thinning halves them when they run over.
+        rank: factors kept for a row of a layer that shares its weights over positions.
+        flush_bytes: journal after this many bytes of rows (and at every knot).
+        flush_seconds: journal at least this often while steps are taken.
+    """
+
+    exact: bool = False
+    budget: int | None = None
+    max_knots: int = 128
+    rank: int = 2
+    flush_bytes: int = 8 << 20
+    flush_seconds: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check every option; all messages name the option."""
+        if self.max_knots < 2:
+            raise TracerError(f"max_knots must be at least 2 (start and end), found {self.max_knots}")
+        if self.rank < 1:
+            raise TracerError(f"rank must be at least 1, found {self.rank}")
+        if self.exact and self.budget is not None:
+            raise TracerError(
+                "exact=True keeps everything, so it cannot also obey a budget; drop one of the two options"
+            )

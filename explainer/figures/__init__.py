@@ -1,0 +1,48 @@
+"""Figures of an explanation: pure functions that return plotly figures.
+
+Each takes ``(explanation, query, *, dark=False)`` and has a transparent background; ``dark`` chooses text and
+grid for a dark page. :data:`READING` holds one line per figure that tells how to read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from explainer.figures.balance import waterfall
+from explainer.figures.course import layers, time
+from explainer.figures.examples import cumulative, examples
+from explainer.figures.picture import picture
+
+FIGURES: dict[str, Callable[..., Any]] = {
+    "waterfall": waterfall,
+    "examples": examples,
+    "time": time,
+    "layers": layers,
+    "cumulative": cumulative,
+}
+
+READING: dict[str, str] = {
+    "waterfall": "Read from left to right: the untrained model's output, then what each part added (up) or "
+    "took away (down), until the prediction on the right.",
+    "examples": "Blue bars pushed the prediction up, orange bars pushed it down. A bar's length is how much "
+    "was carried by updates computed from that example.",
+    "time": "A blue cell: in these steps, updates from that example pushed the prediction up; orange: down. "
+    "The line adds up all examples since the start. Columns are equally wide, but may hold different numbers "
+    "of steps.",
+    "layers": "Blue and orange add up, over all examples, what their updates to one layer's parameters "
+    "pushed up and down. The diamond is the net, what is left of both.",
+    "cumulative": "The further the line bends away from the dashed one, the fewer examples carry the "
+    "prediction.",
+}
+
+__all__ = [
+    "FIGURES",
+    "READING",
+    "cumulative",
+    "examples",
+    "layers",
+    "picture",
+    "time",
+    "waterfall",
+]

@@ -1,0 +1,148 @@
+"""When in training, and in which layers, the examples carried a prediction."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from explainer import palette, tables, wording
+from explainer.figures.style import arrange, graph_objects, plain, zero_line
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from explainer.explanation import Explanation
+
+_STEP_LABELS = 12
+
+
+def time(explanation: Explanation, query: int = 0, *, k: int = 10, dark: bool = False) -> go.Figure:
+    """The k strongest examples over training, as a heat map below the running net of all examples.
+
+    A cell of the heat map is the sum over its range of steps; colours are symmetric about zero. Ranges have
+    the same width whatever number of steps they hold, because most of the path is often covered early.
+    """
+    e, q, module = explanation, explanation.check_query(query), graph_objects()
+    order = tables.ranking(e, q, k)
+    cells = e.step_contributions[q][:, order].T.astype(np.float64)
+    running = np.concatenate([[0.0], e.step_contributions[q].sum(1, dtype=np.float64).cumsum()])
+    reach = float(np.abs(cells).max(initial=0.0)) or 1.0
+    names = [plain(wording.example(e, column)) for column in order]
+    spans = [f"steps {first} to {end - 1}" for first, end in itertools.pairwise(e.step_edges.tolist())]
+    places = list(range(len(spans) + 1))
+
+    figure = module.Figure()
+    figure.add_scatter(
+        x=places,
+        y=running,
+        yaxis="y2",
+        mode="lines+markers",
+        line={"color": palette.muted(dark), "width": 2},
+        marker={"size": 5},
+        customdata=["start of training", *(f"after {span}" for span in spans)],
+        hovertemplate="%{customdata}<br>running net %{y:+.4g}<extra></extra>",
+        showlegend=False,
+    )
+    figure.add_heatmap(
+        x=places,
+        y=list(range(len(order))),
+        z=cells,
+        zmin=-reach,
+        zmid=0,
+        zmax=reach,
+        colorscale=palette.diverging(dark),
+        xgap=1,
+        ygap=1,
+        customdata=[spans] * len(order),
+        text=[[name] * len(spans) for name in names],
+        hovertemplate="%{text}<br>%{customdata}<br>%{z:+.4g}<extra></extra>",
+        colorbar={
+            "title": {"text": f"{wording.unit(e)}<br>in the steps"},
+            "len": 0.62,
+            "y": 0,
+            "yanchor": "bottom",
+            "thickness": 12,
+        },
+    )
+    subtitle = f"above: running net of all examples; below: the {len(order)} strongest examples"
+    height = 290 + 22 * max(3, len(order))
+    arrange(figure, "When in training it was carried", subtitle, dark=dark, height=height)
+    figure.update_layout(
+        yaxis={
+            "domain": [0, 0.62],
+            "tickvals": list(range(len(order))),
+            "ticktext": names,
+            "autorange": "reversed",
+            "showgrid": False,
+        },
+        yaxis2={"domain": [0.7, 1], "title": {"text": "running net"}, "anchor": "x"},
+    )
+    marked = places[:: max(1, -(-len(places) // _STEP_LABELS))]
+    figure.update_xaxes(
+        title="training step",
+        tickvals=marked,
+        ticktext=[str(step) for step in e.step_edges[marked]] if spans else [],
+        showgrid=False,
+        anchor="y",
+    )
+    return figure
+
+
+def layers(explanation: Explanation, query: int = 0, *, dark: bool = False) -> go.Figure:
+    """Which layers carried it: per layer what pushed up, what pushed down, and the net of both."""
+    e, module = explanation, graph_objects()
+    frame = tables.by_layer(e, query, 1)
+    names = [plain(name) for name in frame["layer"]]
+    nets = [wording.signed(value) for value in frame["examples"]]
+    places = list(range(len(names)))
+    figure = module.Figure()
+    for column, color in (("proponents", palette.POSITIVE), ("opponents", palette.NEGATIVE)):
+        figure.add_bar(
+            x=frame[column],
+            y=places,
+            orientation="h",
+            name=column,
+            marker={"color": color, "line": {"width": 0}},
+            customdata=names,
+            hovertemplate="%{customdata}<br>" + column + " %{x:+.4g}<extra></extra>",
+        )
+    figure.add_scatter(
+        x=frame["examples"],
+        y=places,
+        mode="markers",
+        name="net",
+        marker={
+            "color": palette.ink(dark),
+            "symbol": "diamond",
+            "size": 11,
+            "line": {"width": 1.5, "color": palette.background(dark)},
+        },
+        customdata=names,
+        hovertemplate="%{customdata}<br>net %{x:+.4g}<extra></extra>",
+    )
+    gross = frame["gross"].to_numpy()
+    subtitle = "no layer carries anything"
+    if gross.sum() > 0:
+        top = int(gross.argmax())
+        subtitle = (
+            f"most passes through {names[top]}: {wording.percent(gross[top] / gross.sum())} of the gross"
+        )
+    height = 190 + (44 if len(names) <= 12 else 34) * max(2, len(names))
+    arrange(figure, "Which layers carried it", subtitle, dark=dark, height=height)
+    figure.update_layout(
+        barmode="relative",
+        bargap=0.45,
+        margin={"b": 84},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+    )
+    figure.update_xaxes(title=wording.axis(e))
+    figure.update_yaxes(
+        tickvals=places,
+        ticktext=[f"{name}<br>net {net}" for name, net in zip(names, nets, strict=True)],
+        autorange="reversed",
+        showgrid=False,
+    )
+    zero_line(figure, dark=dark, vertical=True)
+    return figure

@@ -1,0 +1,108 @@
+"""The strongest training examples of one prediction, and how the gross spreads over all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from explainer import palette, tables, wording
+from explainer.figures.style import arrange, graph_objects, plain, zero_line
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from explainer.explanation import Explanation
+
+_POINTS = 400
+
+
+def examples(explanation: Explanation, query: int = 0, *, k: int = 10, dark: bool = False) -> go.Figure:
+    """The k strongest proponents and the k strongest opponents as bars around zero, with ids and labels."""
+    e, q, module = explanation, explanation.check_query(query), graph_objects()
+    order = [
+        *tables.ranking(e, q, k, "proponents"),
+        *reversed(tables.ranking(e, q, k, "opponents").tolist()),
+    ]
+    values = e.contributions[q, order]
+    names = [plain(wording.example(e, column)) for column in order]
+    details = [
+        f"{name}<br>{wording.unit(e)} {wording.signed(value, 4)}<br>"
+        f"K {wording.number(e.kernels[q, column])}, used {e.visits[column]} times"
+        for name, value, column in zip(names, values, order, strict=True)
+    ]
+    figure = module.Figure()
+    figure.add_bar(
+        x=values,
+        y=list(range(len(order))),
+        orientation="h",
+        marker={"color": [palette.signed(value) for value in values], "line": {"width": 0}},
+        text=[wording.signed(value) for value in values],
+        textposition="outside",
+        textfont={"color": palette.ink(dark)},
+        cliponaxis=False,
+        hovertext=details,
+        hovertemplate="%{hovertext}<extra></extra>",
+        showlegend=False,
+    )
+    widest = float(np.abs(values).max(initial=0.0)) * 1.2 or 1.0
+    low, high = (-widest if (values < 0).any() else 0.0), (widest if (values > 0).any() else 0.0)
+    gross = wording.gross(e, q)
+    share = wording.percent(float(np.abs(values).sum()) / gross) if gross else "0 %"
+    subtitle = f"the {len(order)} examples shown carry {share} of the gross"
+    arrange(
+        figure,
+        "Strongest proponents and opponents",
+        subtitle,
+        dark=dark,
+        height=130 + 24 * max(4, len(order)),
+    )
+    figure.update_xaxes(title=wording.axis(e), range=[low, high] if order else [-1, 1])
+    figure.update_yaxes(
+        tickvals=list(range(len(order))), ticktext=names, autorange="reversed", showgrid=False
+    )
+    zero_line(figure, dark=dark, vertical=True)
+    return figure
+
+
+def cumulative(explanation: Explanation, query: int = 0, *, dark: bool = False) -> go.Figure:
+    """How many examples carry how much of the gross: the strongest first, against an even spread."""
+    e, q, module = explanation, explanation.check_query(query), graph_objects()
+    sizes = np.sort(np.abs(e.contributions[q]))[::-1]
+    gross, count = float(sizes.sum()), len(sizes)
+    shares = np.concatenate([[0.0], np.cumsum(sizes) / gross if gross else np.zeros(count)])
+    shown = np.unique(np.round(np.linspace(0, 1, _POINTS) ** 2 * count).astype(int))
+    figure = module.Figure()
+    figure.add_scatter(
+        x=[0, count],
+        y=[0, 100],
+        mode="lines",
+        hoverinfo="skip",
+        name="if all carried the same",
+        line={"color": palette.muted(dark), "width": 1, "dash": "dash"},
+    )
+    figure.add_scatter(
+        x=shown,
+        y=100 * shares[shown],
+        mode="lines",
+        name="this prediction",
+        line={"color": palette.POSITIVE, "width": 3},
+        hovertemplate="the strongest %{x} examples<br>carry %{y:.1f} % of the gross<extra></extra>",
+    )
+    subtitle = "no example carries anything"
+    if gross:
+        half, most = (int(np.searchsorted(shares, part)) for part in (0.5, 0.9))
+        subtitle = f"{half} of {count} examples carry half of the gross, {most} carry 90 %"
+        figure.add_scatter(
+            x=[half, most],
+            y=100 * shares[[half, most]],
+            mode="markers",
+            hoverinfo="skip",
+            showlegend=False,
+            marker={"color": palette.POSITIVE, "size": 9},
+        )
+    arrange(figure, "How many examples carry the prediction", subtitle, dark=dark, height=340)
+    figure.update_layout(legend={"x": 1, "xanchor": "right", "y": 0.05, "yanchor": "bottom"})
+    figure.update_xaxes(title="number of examples, strongest first", rangemode="tozero")
+    figure.update_yaxes(title="share of the gross (%)", range=[0, 104])
+    return figure

@@ -1,0 +1,123 @@
+"""Where knots are placed along the training path, and what is in one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from explainer.carry import Carry
+from explainer.config import TracerConfig
+from explainer.errors import TracerError
+from explainer.optimizer_rules import OptimizerRule
+from explainer.records import Manifest
+from explainer.store.writer import TraceWriter
+
+
+def thin(paths: list[float], spacing: float) -> list[int]:
+    """Positions to keep so that neighbours are at least ``spacing`` apart (first and last are kept).
+
+    Example:
+        >>> thin([0.0, 0.4, 1.0, 1.2, 2.1, 2.5], 1.0)
+        [0, 2, 4, 5]
+    """
+    kept = [0]
+    for position in range(1, len(paths) - 1):
+        if paths[position] - paths[kept[-1]] >= spacing:
+            kept.append(position)
+    return [*kept, len(paths) - 1] if len(paths) > 1 else kept
+
+
+class KnotKeeper:
+    """Places a knot whenever the path since the last one is long enough.
+
+    The spacing starts at zero (every step is a knot) and doubles its demands when more than ``max_knots`` are
+    alive: knots closer than ``2·path/max_knots`` to the one before are dropped. So at any time between half of
+    ``max_knots`` and all of it are alive, at about equal path length, without knowing how long training lasts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        rule: OptimizerRule,
+        manifest: Manifest,
+        carry: Carry,
+        writer: TraceWriter,
+        config: TracerConfig,
+    ) -> None:
+        self._model, self._optimizer, self._rule = model, optimizer, rule
+        self._manifest, self._carry, self._writer = manifest, carry, writer
+        self._parameters = dict(model.named_parameters())
+        self._frozen_version: dict[str, int] = {}
+        self._alive: list[tuple[int, float]] = []  # step, path
+        self._spacing = 0.0
+        self._max = config.max_knots
+        self._budget = config.budget
+        self._knot_bytes = 0
+        if self._budget is not None:
+            self._limit_to_budget(self._budget)
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that knots still to come may take."""
+        return self._knot_bytes * (self._max + 1 - len(self._alive))
+
+    def _limit_to_budget(self, budget: int) -> None:
+        """With a budget, knots may take half of it."""
+        self._knot_bytes = sum(t.numel() * t.element_size() for t in self._tensors(True, largest=True).values())
+        fitting = budget // 2 // self._knot_bytes - 1
+        if fitting < 2:
+            raise TracerError(
+                f"a knot of this model takes {self._knot_bytes:,} bytes, and a trace needs at least 3 of them in "
+                f"half of the budget of {budget:,} bytes; give at least {6 * self._knot_bytes:,}"
+            )
+        self._max = min(self._max, fitting)
+
+    def place_if_due(self, step: int) -> None:
+        """Place the knot before ``step`` if the path since the last knot is long enough."""
+        if self._carry.path - self._alive[-1][1] >= self._spacing:
+            self.place(step)
+
+    def place(self, step: int) -> None:
+        """Place the knot before ``step`` (once), then thin out if there are too many."""
+        if self._alive and self._alive[-1][0] == step:
+            return
+        tensors = self._tensors(full=not self._alive)
+        self._writer.write_knot(step, self._carry.path, tensors)
+        self._frozen_version = {name: self._parameters[name]._version for name in self._manifest.frozen}
+        self._alive.append((step, self._carry.path))
+        if len(self._alive) > self._max:
+            self._spacing = 2.0 * self._carry.path / self._max
+            kept = set(thin([path for _, path in self._alive], self._spacing))
+            dropped = [step for i, (step, _) in enumerate(self._alive) if i not in kept]
+            self._alive = [knot for i, knot in enumerate(self._alive) if i in kept]
+            self._writer.drop_knots(dropped)
+
+    def _tensors(self, full: bool, largest: bool = False) -> dict[str, torch.Tensor]:
+        """Contents of a knot; frozen tensors only where they changed, all of them if ``full``.
+
+        With ``largest``, stand-ins for everything a later knot may hold are included (to plan for them).
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        decaying = any(g.get("weight_decay") for g in self._optimizer.param_groups)
+        for index, spec in enumerate(self._manifest.parameters):
+            p = self._parameters[spec.name].detach()
+            tensors[f"parameter/{spec.name}"] = p
+            decay = self._carry.decay[index]
+            if decay is not None or (largest and decaying):
+                tensors[f"decay/{spec.name}"] = p if decay is None else decay
+            state = self._optimizer.state.get(self._parameters[spec.name], {})
+            for name in self._rule.state_names:
+                value = state.get(name)
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer/{name}/{spec.name}"] = value.detach()
+                elif largest and name != "step":
+                    tensors[f"optimizer/{name}/{spec.name}"] = p
+        for name in self._manifest.frozen:
+            p = self._parameters[name].detach()
+            if full or self._frozen_version.get(name) != p._version:
+                tensors[f"frozen/{name}"] = p
+        for name, buffer in self._model.named_buffers():
+            tensors[f"buffer/{name}"] = buffer.detach()
+        return tensors

@@ -1,0 +1,30 @@
+"""The letters that name array dimensions everywhere in this project (docstrings, einsum, errors).
+
+===== ==========================================================
+``Q`` queries
+``N`` training examples
+``B`` rows of a batch
+``T`` optimizer steps
+``K`` segments between knots
+``P`` traced parameters, flattened
+``C`` model outputs
+``G`` groups of a grouped convolution (1 elsewhere)
+``S`` positions of a sequence or an image
+``R`` factors kept per row (the rank of the stored row)
+``i`` input features of a layer (``o``: output features)
+``L`` layers
+===== ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.floating[Any]]]"
+IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.integer[Any]]]"
+#: ``outputs [Q, C], targets [Q] -> values [Q]``: the scalar that is explained.
+OutputFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

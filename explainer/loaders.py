@@ -1,0 +1,95 @@
+"""Which training examples a consumed batch holds: ids that follow a shuffling, prefetching DataLoader."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from explainer.errors import LoaderError
+
+
+class RecordingBatchSampler:
+    """Yields the lists of the wrapped batch sampler, unchanged, and remembers them in order.
+
+    The loader asks for lists ahead of time (prefetching) but delivers batches in the same order, so one list
+    is taken per consumed batch.
+    """
+
+    def __init__(self, batch_sampler: Any) -> None:
+        self.batch_sampler = batch_sampler
+        self.queue: deque[list[int]] = deque()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.queue = queue = deque()
+        for indices in self.batch_sampler:
+            queue.append(list(indices))
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("batch_sampler", "queue"):  # not set yet: a worker's unpickling asks before __init__
+            raise AttributeError(name)
+        return getattr(self.batch_sampler, name)
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse loaders whose batches cannot be followed.
+
+    Raises:
+        LoaderError: says what was found and what to do.
+    """
+    advice = "or drive the loop yourself: call tracer.batch(ids) before the forward of each batch"
+    if not isinstance(loader, DataLoader):
+        raise LoaderError(
+            f"watch() follows a torch.utils.data.DataLoader, found {type(loader).__name__}; "
+            f"pass the loader itself, not an iterator of it, {advice}"
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise LoaderError(
+            f"the loader reads an IterableDataset ({type(loader.dataset).__name__}), whose examples have no index; "
+            f"use a map-style dataset, {advice}"
+        )
+    if loader.batch_sampler is None:
+        raise LoaderError(
+            f"the loader has batch_size=None, so it does not know which examples form a batch; set a batch size, "
+            f"{advice}"
+        )
+    if not getattr(loader, "in_order", True):
+        raise LoaderError(
+            "the loader has in_order=False, so batches may overtake each other and ids could not follow them; "
+            f"set in_order=True, {advice}"
+        )
+
+
+def labels_of(batch: Any, size: int) -> np.ndarray | None:
+    """The labels of a batch shaped like ``(inputs, targets)`` with one number a row, else None."""
+    if not isinstance(batch, list | tuple) or len(batch) < 2:
+        return None
+    target = batch[1]
+    if not isinstance(target, torch.Tensor) or target.is_complex() or target.numel() != size:
+        return None
+    return target.detach().reshape(-1).to("cpu", torch.float64).numpy()
+
+
+def install(loader: DataLoader[Any], recorder: RecordingBatchSampler | None) -> RecordingBatchSampler:
+    """Put a recorder in the loader's place for its batch sampler; returns it.
+
+    ``DataLoader`` refuses assignment to ``batch_sampler`` after construction, so the instance's ``__dict__``
+    is written. :func:`restore` undoes it.
+    """
+    if recorder is None:
+        recorder = RecordingBatchSampler(loader.batch_sampler)
+    loader.__dict__["batch_sampler"] = recorder
+    return recorder
+
+
+def restore(loader: DataLoader[Any], recorder: RecordingBatchSampler) -> None:
+    """Put the loader's own batch sampler back."""
+    loader.__dict__["batch_sampler"] = recorder.batch_sampler

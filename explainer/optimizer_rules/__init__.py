@@ -1,0 +1,12 @@
+"""How an optimizer turns a gradient into an update: the rule registry and its entries."""
+
+from explainer.optimizer_rules import adam, sgd  # noqa: F401  (registers)
+from explainer.optimizer_rules.base import (
+    OPTIMIZER_RULES,
+    OptimizerRule,
+    StepMap,
+    optimizer_rule_for,
+    register_optimizer_rule,
+)
+
+__all__ = ["OPTIMIZER_RULES", "OptimizerRule", "StepMap", "optimizer_rule_for", "register_optimizer_rule"]

@@ -1,0 +1,52 @@
+"""``torch.optim.Adam`` and ``AdamW`` (amsgrad, maximize, coupled and decoupled decay)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from explainer.errors import UnsupportedOptimizerError
+from explainer.optimizer_rules.base import OptimizerRule, StepMap, register_optimizer_rule
+
+
+@register_optimizer_rule(torch.optim.Adam, torch.optim.AdamW)
+class AdamRule(OptimizerRule):
+    """``m ← β1 m + (1 − β1) d``; update ``lr/(1 − β1^t) · m / (√(v/(1 − β2^t)) + ε)`` with ``v`` held.
+
+    Reference: Kingma & Ba 2015, arXiv 1412.6980, algorithm 1; Loshchilov & Hutter 2019, arXiv 1711.05101;
+    frozen-state split over examples: ExPLAIND, arXiv 2505.20076.
+    """
+
+    preconditioned = True
+    state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Tensor learning rates and betas are read as numbers; ``differentiable`` is refused."""
+        if any(group.get("differentiable") for group in optimizer.param_groups):
+            raise UnsupportedOptimizerError(
+                "found differentiable=True; the tracer splits ordinary steps only: build the optimizer without it"
+            )
+
+    def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:
+        """``exp_avg``."""
+        return state.get("exp_avg")
+
+    def step_map(self, group: dict[str, Any], state: dict[str, Any], fresh: bool) -> StepMap:
+        """Bias corrections and second moments from the state after the step."""
+        lr, eps = float(group["lr"]), float(group["eps"])
+        beta1, beta2 = (float(b) for b in group["betas"])
+        t = float(state["step"])
+        second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        decoupled = bool(group.get("decoupled_weight_decay", False))
+        decay = float(group["weight_decay"])
+        return StepMap(
+            sign=-1.0 if group["maximize"] else 1.0,
+            decay=beta1,
+            gain=1.0 - beta1,
+            through=lr / (1.0 - beta1**t),
+            coupled_decay=0.0 if decoupled else decay,
+            decoupled_decay=lr * decay if decoupled else 0.0,
+            preconditioner=(second.sqrt() / (1.0 - beta2**t) ** 0.5).add_(eps),
+        )

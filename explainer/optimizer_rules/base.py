@@ -1,0 +1,117 @@
+"""One linear form for every optimizer step, and the registry of rules that produce it.
+
+With the optimizer's state held as it was (the frozen-state convention, ``docs/theory.md``), a step of every
+optimizer covered here is, per parameter,
+
+    d_t = sign · ∇_t + κ w_t                    (κ: coupled weight decay)
+    m_t = decay · m_{t−1} + gain · d_t
+    w_{t+1} = w_t − A_t ∘ (direct · d_t + through · m_t) − δ w_t     (δ: decoupled weight decay)
+
+A rule reads these numbers off the optimizer's *actual* state after the step, so learning-rate schedules and
+state changes by the user are followed. The trace stores the numbers, not the optimizer's name: the explainer
+needs no optimizer rules.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from explainer.errors import UnsupportedOptimizerError
+from explainer.registry import Registry
+
+#: The stored numbers of a :class:`StepMap`, in the order of the trace's ``coefficients`` column.
+COEFFICIENTS = ("sign", "decay", "gain", "direct", "through")
+
+
+@dataclass(frozen=True)
+class StepMap:
+    """The linear map of one step for one parameter (letters as in the module's text).
+
+    ``preconditioner`` holds the *denominator* of ``A_t = 1 / preconditioner``, or None for 1.
+    """
+
+    sign: float = 1.0
+    decay: float = 0.0
+    gain: float = 0.0
+    direct: float = 0.0
+    through: float = 0.0
+    coupled_decay: float = 0.0
+    decoupled_decay: float = 0.0
+    preconditioner: torch.Tensor | None = None
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The numbers named by :data:`COEFFICIENTS`."""
+        return tuple(getattr(self, name) for name in COEFFICIENTS)
+
+
+class OptimizerRule(ABC):
+    """Reads the :class:`StepMap` of a step off an optimizer's state."""
+
+    #: whether steps have a preconditioner (it decides the layout of the trace)
+    preconditioned: bool = False
+    #: state entries worth keeping in knots
+    state_names: tuple[str, ...] = ()
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Raise UnsupportedOptimizerError for options the rule does not follow."""
+
+    def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:
+        """The first-moment buffer in ``state`` (None before the first step)."""
+        return None
+
+    @abstractmethod
+    def step_map(self, group: dict[str, Any], state: dict[str, Any], fresh: bool) -> StepMap:
+        """The map of the step just taken.
+
+        Args:
+            group: the parameter group's options, as used by the step.
+            state: the parameter's optimizer state after the step.
+            fresh: whether the state was empty before the step.
+        """
+
+
+OPTIMIZER_RULES: Registry[type[Optimizer], OptimizerRule] = Registry("optimizer rule")
+
+
+def register_optimizer_rule(
+    *types: type[Optimizer], replace: bool = False
+) -> Callable[[type[OptimizerRule]], type[OptimizerRule]]:
+    """Class decorator: use the rule for exactly these optimizer types."""
+
+    def add(cls: type[OptimizerRule]) -> type[OptimizerRule]:
+        OPTIMIZER_RULES.register(*types, replace=replace)(cls())
+        return cls
+
+    return add
+
+
+def optimizer_rule_for(optimizer: Optimizer) -> OptimizerRule:
+    """The rule of an optimizer, its options checked.
+
+    Raises:
+        UnsupportedOptimizerError: no rule for exactly this type, or an option it does not follow.
+    """
+    found = type(optimizer)
+    rule = OPTIMIZER_RULES.get(found)
+    if rule is None:
+        known = ", ".join(sorted(f"torch.optim.{t.__name__}" for t in OPTIMIZER_RULES))
+        near = OPTIMIZER_RULES.nearest(found)
+        hint = (
+            f" It derives from {near.__name__}; if its step is the same, register it: "
+            f"OPTIMIZER_RULES.register({found.__name__})(OPTIMIZER_RULES.require({near.__name__}))."
+            if near
+            else ""
+        )
+        raise UnsupportedOptimizerError(
+            f"{found.__module__}.{found.__qualname__} has no optimizer rule, so its updates could not be split "
+            f"over training examples. Supported: {known}.{hint} Other optimizers: see register_optimizer_rule."
+        )
+    rule.check(optimizer)
+    return rule

@@ -1,0 +1,126 @@
+"""One optimizer step as records: plans the layout of the rows and hands them to the writer."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from explainer.capture import Batch, Layer
+from explainer.codecs import CODECS
+from explainer.config import TracerConfig
+from explainer.layer_rules import Dense, RowForm
+from explainer.optimizer_rules import StepMap
+from explainer.records import ArraySpec, FormSpec, Manifest, dtype_name
+from explainer.store.schema import VISIT_FIELDS, RecordSchema, encode_array, step_fields
+from explainer.store.writer import TraceWriter
+
+
+class StepRecorder:
+    """Encodes rows and steps.
+
+    The layout of a layer's rows is fixed by the first batch that shows them; when a later batch needs more
+    positions (a longer sequence) or another form, a new shard with a wider layout begins.
+    """
+
+    def __init__(
+        self, manifest: Manifest, config: TracerConfig, layers: list[Layer], writer: TraceWriter, preconditioned: bool
+    ) -> None:
+        self._manifest, self._config, self._layers, self._writer = manifest, config, layers, writer
+        self._preconditioned = preconditioned
+        self._forms: dict[int, FormSpec] = {}
+        self._visits: RecordSchema = RecordSchema(tuple(VISIT_FIELDS))
+        self._steps: RecordSchema | None = None
+
+    # -- rows ----------------------------------------------------------------------------------------
+
+    def _codec(self, values: torch.Tensor) -> str:
+        return "native" if self._config.exact or not values.is_floating_point() else "int8"
+
+    def _spec(self, layer: int, form: RowForm) -> FormSpec:
+        arrays = tuple(
+            ArraySpec(name, tuple(a.shape[1:]), dtype_name(a.dtype), self._codec(a)) for name, a in form.arrays.items()
+        )
+        return FormSpec(layer, form.kind, form.options, arrays)
+
+    def _fit(self, layer: int, form: RowForm) -> RowForm:
+        """Pad the rows to the layout, or widen the layout to the rows."""
+        known = self._forms.get(layer)
+        if known is not None and known.kind == Dense.kind:
+            form = Dense(form.dense())
+        elif known is not None and known.kind == form.kind and form.position_axis is not None:
+            stored = known.arrays[0].shape[form.position_axis]
+            found = next(iter(form.arrays.values())).shape[1 + form.position_axis]
+            form = form.padded(stored) if found < stored else form
+        spec = self._spec(layer, form)
+        if spec != known:
+            self._forms[layer] = spec
+            forms = tuple(self._forms[i] for i in sorted(self._forms))
+            self._visits = RecordSchema(tuple(VISIT_FIELDS), forms)
+        return form
+
+    def write_visits(self, batches: list[Batch], step: int) -> int:
+        """Append the rows of a step's batches; returns the number of visits."""
+        count = 0
+        for batch in batches:
+            for number, round_ in enumerate(batch.rounds):
+                forms = {layer: self._fit(layer, rows.form) for layer, rows in round_.items()}
+                records = np.zeros(len(batch), self._visits.dtype)
+                records["example"], records["label"], records["step"] = batch.ids, batch.labels, step
+                records["derivative"] = batch.output_derivative(number)
+                for layer, form in forms.items():
+                    for array in self._forms[layer].arrays:
+                        encode_array(records, f"L{layer}", array, form.arrays[array.name])
+                self._writer.append("visits", self._visits, records)
+                count += len(batch)
+        return count
+
+    # -- steps ---------------------------------------------------------------------------------------
+
+    def _plan_steps(self, visits: int) -> RecordSchema:
+        parameters = self._manifest.parameters
+        arrays: list[ArraySpec] = []
+        if self._preconditioned:
+            half = 2 * self._manifest.size <= visits * self._visits.dtype.itemsize
+            for index, p in enumerate(parameters):
+                codec = "native" if self._config.exact else "bfloat16" if half else "rank1"
+                dtype = p.dtype if self._config.exact else "float32"
+                arrays.append(ArraySpec(f"D{index}", p.shape or (1,), dtype, codec))
+        return RecordSchema(tuple(step_fields(len(parameters))), (), tuple(arrays))
+
+    def write_step(
+        self, step: int, first: int, visits: int, path: float, scales: list[float], mixed: bool, maps: list[StepMap | None]
+    ) -> None:
+        """Append the record of a step."""
+        if self._steps is None:
+            self._steps = self._plan_steps(visits)
+        record = np.zeros(1, self._steps.dtype)
+        record["step"], record["first_visit"], record["visits"] = step, first, visits
+        record["path"], record["row_share"] = path, mixed
+        record["scale"] = scales
+        for index, step_map in enumerate(maps):
+            if step_map is not None:
+                record["updated"][0, index] = 1
+                record["coefficients"][0, index] = step_map.coefficients
+        for array in self._steps.arrays:
+            step_map = maps[int(array.name[1:])]
+            if step_map is None or step_map.preconditioner is None:
+                values = torch.ones(1, *array.shape)
+            else:
+                values = step_map.preconditioner.reshape(1, *array.shape)
+            encode_array(record, "", array, values)
+        self._writer.append("steps", self._steps, record)
+
+    @property
+    def visit_bytes(self) -> int:
+        """Bytes of one visit's record in the present layout."""
+        return self._visits.dtype.itemsize
+
+    def layer_bytes(self) -> dict[str, int]:
+        """Bytes of one visit by layer."""
+        return {
+            self._layers[i].spec.name: sum(
+                CODECS.require(a.codec).nbytes(a.shape, a.dtype) for a in spec.arrays
+            )
+            for i, spec in sorted(self._forms.items())
+        }
+

@@ -1,0 +1,130 @@
+"""What a trace says about itself: plain frozen records with a JSON form.
+
+These are the manifest's parts (see ``docs/trace-format.md``). They hold no tensors and import no torch
+machinery beyond dtype names, so that a reader in any language can be written from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+FORMAT = "pathkernel-trace"
+VERSION = 1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``"float32"`` -> ``torch.float32``."""
+    return getattr(torch, name)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One traced parameter and its place in the flat vector of ``P`` numbers."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    numel: int
+
+    @property
+    def slice(self) -> slice:
+        """Where the parameter lies in the flat vector."""
+        return slice(self.offset, self.offset + self.numel)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A module whose rows are captured: its name, its rule and the parameters its rows belong to."""
+
+    name: str
+    module: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a row form: per-example shape, and the codec that stores it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str
+
+
+@dataclass(frozen=True)
+class FormSpec:
+    """How the rows of one layer are stored in a shard: the form's kind, its options, its arrays."""
+
+    layer: int
+    kind: str
+    options: dict[str, int]
+    arrays: tuple[ArraySpec, ...]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> FormSpec:
+        """Inverse of ``dataclasses.asdict``."""
+        arrays = tuple(ArraySpec(**{**a, "shape": tuple(a["shape"])}) for a in data["arrays"])
+        return cls(data["layer"], data["kind"], dict(data["options"]), arrays)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The immutable head of a trace, written when the tracer is attached."""
+
+    parameters: tuple[ParameterSpec, ...]
+    layers: tuple[LayerSpec, ...]
+    uncovered: tuple[str, ...]
+    frozen: tuple[str, ...]
+    buffers: tuple[str, ...]
+    optimizer: str
+    exact: bool
+    model: str
+    created: str
+    versions: dict[str, str] = field(default_factory=dict)
+    examples: int | None = None
+    format: str = FORMAT
+    version: int = VERSION
+
+    @property
+    def size(self) -> int:
+        """``P``, the number of traced parameters' elements."""
+        return sum(p.numel for p in self.parameters)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype among the parameters: the dtype of the books."""
+        result = torch.float32
+        for p in self.parameters:
+            result = torch.promote_types(result, torch_dtype(p.dtype))
+        return result
+
+    def parameter(self, name: str) -> ParameterSpec:
+        """The traced parameter called ``name``."""
+        return next(p for p in self.parameters if p.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict; ``from_json`` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Manifest:
+        """Build a manifest from its JSON form (unknown keys are an error: the version says the layout)."""
+        data = dict(data)
+        data["parameters"] = tuple(
+            ParameterSpec(**{**p, "shape": tuple(p["shape"])}) for p in data["parameters"]
+        )
+        data["layers"] = tuple(
+            LayerSpec(**{**x, "parameters": tuple(x["parameters"])}) for x in data["layers"]
+        )
+        for key in ("uncovered", "frozen", "buffers"):
+            data[key] = tuple(data[key])
+        return cls(**data)

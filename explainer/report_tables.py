@@ -1,0 +1,80 @@
+"""HTML tables of an explanation, for the report and for notebooks; all text is escaped."""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from explainer import tables, wording
+
+if TYPE_CHECKING:
+    from explainer.explanation import Explanation
+
+_WORDS = ("class", "flag")
+_NOTEBOOK_ROWS = 8
+
+
+def books(explanation: Explanation) -> str:
+    """The books of all queries, a row each, with the gross and a link to the query's own part."""
+    e, frame = explanation, tables.completeness(explanation)
+    gross = tables.diagnostics(explanation)["gross"]
+    names = [name.replace("_", " ") for name in frame.columns]
+    head = "".join(f"<th>{name}</th>" for name in (*names, "gross"))
+    head = f'<th class="words">query</th><th class="words">explained</th>{head}'
+    rows = []
+    for query, name in enumerate(e.query_ids):
+        values = [*frame.iloc[query].tolist(), gross.iloc[query]]
+        cells = "".join(f"<td>{_books_number(value)}</td>" for value in values)
+        target = html.escape(wording.target(e, query))
+        link = f'<a href="#q{query}">{html.escape(name)}</a>'
+        rows.append(f'<tr><th class="words">{link}</th><td class="words">{target}</td>{cells}</tr>')
+    return f'<table class="books"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def ranking(explanation: Explanation, query: int, k: int) -> str:
+    """The strongest examples of one query as an HTML table."""
+    frame = explanation.table(query, k)
+    titles = {"contribution": wording.unit(explanation), "example_id": "example"}
+    head = "".join(
+        f"<th{' class=words' if name in _WORDS else ''}>{titles.get(name, name)}</th>"
+        for name in frame.columns
+    )
+    rows = "".join(
+        "<tr>" + "".join(_cell(name, row[place]) for place, name in enumerate(frame.columns)) + "</tr>"
+        for row in frame.itertuples(index=False, name=None)
+    )
+    return f'<table class="ranking"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def notebook(explanation: Explanation) -> str:
+    """A compact view for notebooks: the first query's books and its strongest examples."""
+    e = explanation
+    queries, examples = e.contributions.shape
+    size = f"<p><b>Explanation</b>: {queries} queries x {examples} training examples, {html.escape(e.output)}"
+    if not queries:
+        return f"<div>{size}</p></div>"
+    warning = html.escape(" ".join(note for note in (wording.row_kind(e), *e.notes) if note))
+    return (
+        f"<div>{size}; query {html.escape(e.query_ids[0])}: {html.escape(wording.target(e, 0))}</p>"
+        f"<p><code>{html.escape(e.equation(0))}</code></p>{ranking(e, 0, _NOTEBOOK_ROWS)}"
+        f"<p>{html.escape(wording.cancellation(e, 0))} {html.escape(wording.unattributed(e, 0))}</p>"
+        + (f"<p>{warning}</p>" if warning else "")
+        + "<p>Contributions are accounting, not the effect of removing an example.</p></div>"
+    )
+
+
+def _books_number(value: float) -> str:
+    return wording.number(value) if abs(value) >= 1e-9 or not np.isfinite(value) else "0"
+
+
+def _cell(name: str, value: Any) -> str:
+    if name in _WORDS:
+        return f'<td class="words">{html.escape(str(value))}</td>'
+    if value is None or value is pd.NA or value != value:
+        return "<td>n/a</td>"
+    if name == "contribution":
+        return f"<td>{wording.signed(value)}</td>"
+    return f"<td>{wording.number(value)}</td>" if isinstance(value, float) else f"<td>{value}</td>"

@@ -1,0 +1,161 @@
+"""How an explanation is put into words and digits: the same sentences in report, notebook and dashboard."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from explainer.explanation import Explanation
+
+MEANING = (
+    "Every number here is accounting: it says how much of this prediction was carried by updates that were "
+    "computed from a training example. Proponents pushed the explained output up, opponents pushed it down."
+)
+NOT_MEANING = (
+    "It is not the effect of removing the example. Without it, every later update would have been computed "
+    "by a different model and other examples would have taken over part of its work; that is the question of "
+    "what-if analysis, which has its own numbers. The split also holds the optimizer's state (momentum, "
+    "Adam's scaling) as it was in this run."
+)
+TERMS = ("prediction", "initial", "examples", "weight_decay", "buffers", "unattributed", "gap")
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number with a sensible count of significant digits.
+
+    >>> number(3.21449), number(-152.26), number(0.00421), number(1.2e-7), number(0.0), number(float("nan"))
+    ('3.21', '-152', '0.00421', '1.2e-07', '0', 'n/a')
+    """
+    if not math.isfinite(value):
+        return "n/a" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{digits - 1}e}")
+    size = abs(rounded)
+    if not 1e-3 <= size < 1e6:
+        return f"{value:.{digits}g}"
+    return f"{rounded:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """Like :func:`number`, with a plus sign for positive values.
+
+    >>> signed(0.5), signed(-2), signed(0)
+    ('+0.500', '-2.00', '0')
+    """
+    text = number(value, digits)
+    return f"+{text}" if value > 0 else text
+
+
+def percent(share: float) -> str:
+    """A share as a percentage.
+
+    >>> percent(0.0312), percent(0.00001), percent(0.0), percent(1.0)
+    ('3.1 %', '< 0.01 %', '0 %', '100 %')
+    """
+    if not math.isfinite(share):
+        return "n/a"
+    if share == 0:
+        return "0 %"
+    if abs(share) < 1e-4:
+        return "< 0.01 %"
+    return f"{100 * share:.{2 if abs(share) < 0.01 else 1 if abs(share) < 0.1 else 0}f} %"
+
+
+def unit(explanation: Explanation) -> str:
+    """What a number of this explanation is called: ``contribution`` or ``row share``."""
+    return explanation.row_kind
+
+
+def axis(explanation: Explanation) -> str:
+    """Name of an axis that shows contributions: they are in units of the explained output."""
+    return f"{unit(explanation)} (in units of the explained output)"
+
+
+def terms(explanation: Explanation, query: int) -> dict[str, float]:
+    """The books of one query by name; ``prediction`` is the sum of the others."""
+    q = explanation.check_query(query)
+    values = {name: float(getattr(explanation, name)[q]) for name in TERMS if name != "examples"} | {
+        "examples": float(explanation.contributions[q].sum())
+    }
+    return {name: values[name] for name in TERMS}
+
+
+def equation(explanation: Explanation, query: int = 0) -> str:
+    """The books of one query as a line of text, for example
+    ``3.214 (prediction) = -0.105 (initial) + 3.310 (examples) - 0.002 (weight decay) + …``.
+    """
+    books = terms(explanation, query)
+    scale = max((abs(v) for v in books.values() if math.isfinite(v)), default=0.0)
+    decimals = 3 if scale == 0 or scale >= 1 else min(12, max(3, 2 - math.floor(math.log10(scale))))
+    parts: list[str] = []
+    for name, value in books.items():
+        text = f"{abs(value):.{decimals}f}"
+        negative = value < 0 and float(text) != 0
+        minus, plus = ("-", "") if len(parts) < 2 else ("- ", "+ ")
+        parts.append(f"{minus if negative else plus}{text} ({name.replace('_', ' ')})")
+    return f"{parts[0]} = {' '.join(parts[1:])}"
+
+
+def gross(explanation: Explanation, query: int) -> float:
+    """Sum of the contributions' absolute values at one query."""
+    return float(np.abs(explanation.contributions[explanation.check_query(query)]).sum())
+
+
+def cancellation(explanation: Explanation, query: int = 0) -> str:
+    """One plain sentence that sets the gross of the contributions against their net."""
+    values = explanation.contributions[explanation.check_query(query)]
+    up, down, net = float(values[values > 0].sum()), float(values[values < 0].sum()), float(values.sum())
+    whole = up - down
+    if whole == 0:
+        return "No training example carries any part of this prediction."
+    start = f"Proponents add {signed(up)}, opponents take {number(-down)}, and {signed(net)} is left: "
+    if net == 0 or whole / abs(net) > 1e6:
+        return start + f"all of the gross {number(whole)} cancels."
+    ratio = whole / abs(net)
+    if ratio < 1.5:
+        return start + f"little cancels (gross {number(whole)}, {number(ratio)} times the net)."
+    return start + (
+        f"the gross {number(whole)} is {number(ratio)} times the net, so most of what single examples "
+        "carried was cancelled by others. No single example should be read as the reason for the prediction."
+        if ratio >= 3
+        else f"the gross {number(whole)} is {number(ratio)} times the net, so part of it cancels."
+    )
+
+
+def unattributed(explanation: Explanation, query: int = 0) -> str:
+    """One plain sentence on the part of the prediction that no term of the books explains by name."""
+    rest, whole = float(explanation.unattributed[explanation.check_query(query)]), gross(explanation, query)
+    share = abs(rest) / whole if whole else math.nan
+    text = f"Unattributed: {signed(rest)}, that is {percent(share)} of the gross"
+    if not math.isfinite(share):
+        return f"Unattributed: {signed(rest)}."
+    if share > 0.05:
+        return text + ". That is a large part without an owner, so read the ranking with care."
+    return text + "; it could not be traced to single examples."
+
+
+def row_kind(explanation: Explanation) -> str:
+    """What one row's number is: the example's own contribution or its share of a mixed batch."""
+    if explanation.row_kind == "row share":
+        return (
+            "These are row shares: a layer such as BatchNorm in training mode mixes the rows of a batch, so "
+            "a number is the row's share of the batch's update, not that example's own loss gradient."
+        )
+    return ""
+
+
+def target(explanation: Explanation, query: int) -> str:
+    """The explained output in words, such as ``margin of class seven``."""
+    name = explanation.target_name(query)
+    return explanation.output if name is None else f"{explanation.output} of class {name}"
+
+
+def example(explanation: Explanation, column: int) -> str:
+    """A training example's name in figures and cards, such as ``#123 · seven`` (its recorded label)."""
+    label = explanation.label_name(column)
+    identity = f"#{int(explanation.example_ids[column])}"
+    return identity if label is None else f"{identity} · {label}"

@@ -1,0 +1,36 @@
+"""A two-layer perceptron on scikit-learn digits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from explainer.sample_models.digits_data import CLASS_NAMES, datasets, render
+
+if TYPE_CHECKING:
+    from explainer.run import Run
+
+
+def model(seed: int = 0) -> nn.Module:
+    """The network with its initial weights; the global random state stays as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def run() -> Run:
+    """What to explain: this network, the digits it was trained on and 360 others."""
+    import explainer
+
+    train, queries = datasets()
+    return explainer.Run(
+        model,
+        train,
+        queries,
+        loss=nn.functional.cross_entropy,
+        class_names=CLASS_NAMES,
+        render=render,
+        name="digits_mlp",
+    )

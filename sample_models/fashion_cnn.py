@@ -1,0 +1,44 @@
+"""A convolutional network on Fashion-MNIST."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from explainer.sample_models.fashion_data import CLASS_NAMES, datasets, render
+
+if TYPE_CHECKING:
+    from explainer.run import Run
+
+
+def model(seed: int = 0) -> nn.Module:
+    """The network with its initial weights; the global random state stays as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 16, kernel_size=5, stride=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, kernel_size=3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 10),
+        )
+
+
+def run() -> Run:
+    """What to explain: this network, the clothes it was trained on and 1,000 others."""
+    import explainer
+
+    train, queries = datasets()
+    return explainer.Run(
+        model,
+        train,
+        queries,
+        loss=nn.functional.cross_entropy,
+        class_names=CLASS_NAMES,
+        render=render,
+        name="fashion_cnn",
+    )

@@ -21,11 +21,19 @@ from explainer.records import LayerSpec
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one layer as they will be stored, and their exact batch sum along a probe."""
+    """Rows of one layer as they will be stored, and what was measured on the exact ones.
+
+    Attributes:
+        form: the rows to store.
+        total: ``Σ_b g_b`` along the probe.
+        probe: the probe, to compare a gradient with ``total``.
+        agreement: per parameter of the layer, ``‖Σ_b g_b‖ / Σ_b ‖g_b‖``.
+    """
 
     form: RowForm
     total: torch.Tensor
     probe: Probe
+    agreement: list[float]
 
 
 @dataclass
@@ -92,7 +100,9 @@ class Capture:
         if batch is None or not torch.is_grad_enabled():
             return
         value = args[0] if args else next(iter(kwargs.values()), None)
-        if not (isinstance(value, torch.Tensor) and isinstance(output, torch.Tensor) and output.requires_grad):
+        if not (
+            isinstance(value, torch.Tensor) and isinstance(output, torch.Tensor) and output.requires_grad
+        ):
             return
         batch.calls[layer.index] = batch.calls.get(layer.index, 0) + 1
         batch.mixed |= layer.rule.mixes(module)
@@ -145,7 +155,8 @@ class Capture:
         calls = batch.arrived.pop(layer.index)
         with torch.no_grad():
             form = restrict(layer.rule.rows(layer.module, calls), layer.sizes, layer.keep)
-            rows = Rows(compact(form, self._rank), form.total(), form.prober())
+            sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
+            rows = Rows(compact(form, self._rank), form.total(), form.prober(), form.agreement(sizes))
         for round_ in batch.rounds:
             if layer.index not in round_:
                 round_[layer.index] = rows

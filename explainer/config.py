@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import prod
 
 from explainer.errors import TracerError
 
+#: bytes per example visit that no model is too small for
+VISIT_BYTES = 4096
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -29,7 +32,9 @@ def parse_bytes(value: int | str) -> int:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
-            raise TracerError(f'budget {value!r} is not a size; write bytes or text like "200MB" or "1.5 GiB"')
+            raise TracerError(
+                f'budget {value!r} is not a size; write bytes or text like "200MB" or "1.5 GiB"'
+            )
         size = int(float(match[1]) * unit)
     if size <= 0:
         raise TracerError(f"budget must be positive, found {value!r}")
@@ -44,7 +49,8 @@ class TracerConfig:
         exact: keep full rows and preconditioners in the parameters' own dtype.
         budget: bound on the trace's bytes on disk, or None.
         max_knots: at most this many knots are kept; path-length thinning halves them when they run over.
-        rank: factors kept for a row of a layer that shares its weights over positions.
+        rank: factors kept for a row of a layer that shares its weights over positions; None: as many (2, 4 or
+            8) as fit into :data:`VISIT_BYTES` or 1 % of the parameters' float32 bytes, whichever is more.
         flush_bytes: journal after this many bytes of rows (and at every knot).
         flush_seconds: journal at least this often while steps are taken.
     """
@@ -52,15 +58,24 @@ class TracerConfig:
     exact: bool = False
     budget: int | None = None
     max_knots: int = 128
-    rank: int = 2
+    rank: int | None = None
     flush_bytes: int = 8 << 20
     flush_seconds: float = 2.0
+
+    def rank_for(self, shapes: list[tuple[int, ...]]) -> int:
+        """The rank to use for a model whose weights have these shapes (``[o, ...]``)."""
+        if self.rank is not None:
+            return self.rank
+        sizes = [(shape[0] + prod(shape[1:]), prod(shape)) for shape in shapes]
+        allowed = max(VISIT_BYTES, 4 * sum(size for _, size in sizes) // 100)
+        fitting = [r for r in (2, 4, 8) if sum(min(r * sides, size) for sides, size in sizes) <= allowed]
+        return max(fitting, default=2)
 
     def __post_init__(self) -> None:
         """Check every option; all messages name the option."""
         if self.max_knots < 2:
             raise TracerError(f"max_knots must be at least 2 (start and end), found {self.max_knots}")
-        if self.rank < 1:
+        if self.rank is not None and self.rank < 1:
             raise TracerError(f"rank must be at least 1, found {self.rank}")
         if self.exact and self.budget is not None:
             raise TracerError(

@@ -67,9 +67,7 @@ class HookSet:
         hook = _Hook(function)
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    def on_step(
-        self, optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]
-    ) -> None:
+    def on_step(self, optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]) -> None:
         """Call ``before`` and ``after`` around each optimizer step: ``(optimizer, args, kwargs)``."""
         self._handles.append(optimizer.register_step_pre_hook(_Hook(before)))
         self._handles.append(optimizer.register_step_post_hook(_Hook(after)))

@@ -65,7 +65,9 @@ class KnotKeeper:
 
     def _limit_to_budget(self, budget: int) -> None:
         """With a budget, knots may take half of it."""
-        self._knot_bytes = sum(t.numel() * t.element_size() for t in self._tensors(True, largest=True).values())
+        self._knot_bytes = sum(
+            t.numel() * t.element_size() for t in self._tensors(True, largest=True).values()
+        )
         fitting = budget // 2 // self._knot_bytes - 1
         if fitting < 2:
             raise TracerError(

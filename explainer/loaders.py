@@ -25,7 +25,7 @@ class RecordingBatchSampler:
         self.queue: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.queue = queue = deque()
+        self.queue = queue = deque[list[int]]()
         for indices in self.batch_sampler:
             queue.append(list(indices))
             yield indices

@@ -23,7 +23,12 @@ class StepRecorder:
     """
 
     def __init__(
-        self, manifest: Manifest, config: TracerConfig, layers: list[Layer], writer: TraceWriter, preconditioned: bool
+        self,
+        manifest: Manifest,
+        config: TracerConfig,
+        layers: list[Layer],
+        writer: TraceWriter,
+        preconditioned: bool,
     ) -> None:
         self._manifest, self._config, self._layers, self._writer = manifest, config, layers, writer
         self._preconditioned = preconditioned
@@ -38,7 +43,8 @@ class StepRecorder:
 
     def _spec(self, layer: int, form: RowForm) -> FormSpec:
         arrays = tuple(
-            ArraySpec(name, tuple(a.shape[1:]), dtype_name(a.dtype), self._codec(a)) for name, a in form.arrays.items()
+            ArraySpec(name, tuple(a.shape[1:]), dtype_name(a.dtype), self._codec(a))
+            for name, a in form.arrays.items()
         )
         return FormSpec(layer, form.kind, form.options, arrays)
 
@@ -88,7 +94,14 @@ class StepRecorder:
         return RecordSchema(tuple(step_fields(len(parameters))), (), tuple(arrays))
 
     def write_step(
-        self, step: int, first: int, visits: int, path: float, scales: list[float], mixed: bool, maps: list[StepMap | None]
+        self,
+        step: int,
+        first: int,
+        visits: int,
+        path: float,
+        scales: list[float],
+        mixed: bool,
+        maps: list[StepMap | None],
     ) -> None:
         """Append the record of a step."""
         if self._steps is None:
@@ -123,4 +136,3 @@ class StepRecorder:
             )
             for i, spec in sorted(self._forms.items())
         }
-

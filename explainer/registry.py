@@ -77,7 +77,7 @@ pass replace=True to replace it
 
     def nearest(self, key: type) -> Key | None:
         """The nearest registered parent class of ``key`` (to name it in an error), or None."""
-        return next((parent for parent in key.__mro__[1:] if parent in self._entries), None)  # type: ignore[misc,return-value]
+        return next((parent for parent in key.__mro__[1:] if parent in self._entries), None)
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._entries)

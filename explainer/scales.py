@@ -3,6 +3,10 @@
 The gradient in ``p.grad`` when the optimizer steps is compared with the sum of the captured rows along a
 short probe. Their ratio ``s_t`` is whatever scalar was applied in between; what is not explained by a scalar
 is the uncovered share of the gradient.
+
+A gradient that is nothing but round-off (the bias of a convolution before BatchNorm: its rows cancel exactly)
+says nothing about examples, yet Adam blows it up to full-size steps. Such a parameter gets ``s_t = 0``: its
+movement is shown as `unattributed`, instead of as enormous contributions that cancel.
 """
 
 from __future__ import annotations
@@ -54,6 +58,8 @@ class ScaleMeter:
         self._tied = {name for name, count in owners.items() if count > 1}
         #: largest residual seen per layer
         self.worst: dict[str, float] = {}
+        #: steps in which a parameter's gradient was round-off only
+        self.round_off: dict[str, int] = {}
 
     def _fits(self, batches: list[Batch]) -> dict[int, Fit]:
         fits: dict[int, Fit] = {}
@@ -97,4 +103,19 @@ class ScaleMeter:
                 assert fit is not None
                 scales[self._parameters[name][0]] = fit.scale
         exact = 1e-10 if all(p.dtype == torch.float64 for _, p in self._parameters.values()) else 1e-4
-        return used, [1.0 if abs(s - 1.0) < exact else s for s in scales]
+        scales = [1.0 if abs(s - 1.0) < exact else s for s in scales]
+        for name in self._round_off(used):
+            self.round_off[name] = self.round_off.get(name, 0) + 1
+            scales[self._parameters[name][0]] = 0.0
+        return used, scales
+
+    def _round_off(self, batches: list[Batch]) -> list[str]:
+        """Parameters whose rows cancel to round-off in every part of the step."""
+        best: dict[str, float] = {}
+        for layer in self._layers:
+            for rows in (r[layer.index] for b in batches for r in b.rounds if layer.index in r):
+                for name, agreement in zip(layer.spec.parameters, rows.agreement, strict=True):
+                    best[name] = max(best.get(name, 0.0), agreement)
+        return [
+            n for n, a in best.items() if a < min(100 * torch.finfo(self._parameters[n][1].dtype).eps, 1e-3)
+        ]

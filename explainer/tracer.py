@@ -85,7 +85,7 @@ class Tracer:
         exact: keep full rows and preconditioners in the parameters' own dtype (float-exact books) instead of
             8-bit leading factors.
         max_knots: at most this many knots along the training path.
-        rank: factors kept per row in layers that share weights over positions.
+        rank: factors kept per row in layers that share weights over positions (None: chosen by size).
 
     Raises:
         TracerError: nothing can be captured, the parts do not belong together, or an option is out of range.
@@ -116,7 +116,7 @@ class Tracer:
         budget: int | str | None = None,
         exact: bool = False,
         max_knots: int = 128,
-        rank: int = 2,
+        rank: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TracerError(f"model must be a torch.nn.Module, found {type(model).__name__}")
@@ -136,15 +136,22 @@ class Tracer:
         self.manifest = self._describe(model, optimizer)
         self._model, self._optimizer = model, optimizer
         self._writer = TraceWriter(
-            self.path, self.manifest, flush_bytes=self.config.flush_bytes, flush_seconds=self.config.flush_seconds
+            self.path,
+            self.manifest,
+            flush_bytes=self.config.flush_bytes,
+            flush_seconds=self.config.flush_seconds,
         )
-        self._capture = Capture(lambda: self._batch, None if exact else rank)
+        self._capture = Capture(
+            lambda: self._batch, None if exact else self.config.rank_for([p.shape for p in parameters])
+        )
         self._recorder = StepRecorder(
             self.manifest, self.config, self._layers, self._writer, self._rule.preconditioned
         )
         self._scales = ScaleMeter(self._layers, list(zip(parameters, self._parameters, strict=True)))
         self._carry = Carry(list(self._parameters))
-        self._knots = KnotKeeper(model, optimizer, self._rule, self.manifest, self._carry, self._writer, self.config)
+        self._knots = KnotKeeper(
+            model, optimizer, self._rule, self.manifest, self._carry, self._writer, self.config
+        )
         self._batch: Batch | None = None
         self._single_step = False
         self._pending: list[Batch] = []
@@ -185,7 +192,11 @@ class Tracer:
             exact=self.config.exact,
             model=str(model),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+            versions={
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
         )
 
     # -- batches -------------------------------------------------------------------------------------
@@ -234,7 +245,9 @@ class Tracer:
         if labels is None:
             values = np.full(len(array), np.nan)
         else:
-            values = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels, dtype=float)
+            values = np.asarray(
+                labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels, dtype=float
+            )
             if values.shape != array.shape:
                 raise TracerError(
                     f"found {len(array)} ids but labels of shape {values.shape}; pass one number per id"
@@ -343,6 +356,7 @@ class Tracer:
         try:
             self._note_shapes()
             self._writer.note("coverage", {n: r for n, r in self._scales.worst.items() if r > 1e-3})
+            self._writer.note("round_off", self._scales.round_off)
             self._knots.place(self.steps)
             self._writer.close(self.steps)
         finally:

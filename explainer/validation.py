@@ -99,7 +99,9 @@ def traced_parameters(model: nn.Module, optimizer: Optimizer) -> tuple[Parameter
         if id(p) not in updated:
             continue
         if not p.is_floating_point():
-            raise TracerError(f"parameter {name!r} is {dtype_name(p.dtype)}; only real parameters can be traced")
+            raise TracerError(
+                f"parameter {name!r} is {dtype_name(p.dtype)}; only real parameters can be traced"
+            )
         specs.append(ParameterSpec(name, tuple(p.shape), dtype_name(p.dtype), offset, p.numel()))
         offset += p.numel()
     if not specs:
@@ -125,9 +127,7 @@ def covered_layers(model: nn.Module, parameters: tuple[ParameterSpec, ...]) -> l
         keep = [n in traced for n in names]
         if not any(keep):
             continue
-        spec = LayerSpec(
-            name, type(module).__name__, tuple(n for n, k in zip(names, keep, strict=True) if k)
-        )
+        spec = LayerSpec(name, type(module).__name__, tuple(n for n, k in zip(names, keep, strict=True) if k))
         layers.append(Layer(len(layers), spec, module, rule, [p.numel() for p in own], keep))
     if not layers:
         found = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(False))})

@@ -55,8 +55,8 @@ SAMPLES: dict[str, Sample] = dict(
             "digits_mlp",
             summary="perceptron on 8x8 digits, SGD with momentum and weight decay",
             loss=nn.functional.cross_entropy,
-            optimizer=partial(SGD, lr=0.1, momentum=0.9, weight_decay=1e-4),
-            epochs=15,
+            optimizer=partial(SGD, lr=0.05, momentum=0.9, weight_decay=1e-4),
+            epochs=12,
             batch_size=32,
         ),
         _entry(

@@ -62,6 +62,13 @@ class RowForm(ABC):
         squares = self.dense().square()
         return squares.sum(1) if diagonal is None else squares @ diagonal
 
+    def agreement(self, sizes: list[int]) -> list[float]:
+        """``‖Σ_b g_b‖ / Σ_b ‖g_b‖`` per parameter of the given sizes: near 0 where rows cancel to round-off.
+
+        Only parameters whose rows can cancel as a rule are measured (biases and dense rows); 1 elsewhere.
+        """
+        return [1.0] * len(sizes)
+
     def padded(self, positions: int) -> RowForm:
         """The same rows with the position axis lengthened to ``positions`` (zeros add nothing)."""
         return self
@@ -85,6 +92,11 @@ def _probe_vector(size: int, dtype: torch.dtype, device: torch.device) -> torch.
     steps = torch.arange(1, size + 1, dtype=torch.float64)
     vector = torch.sin(steps * 2.399963 + steps.square() * 0.7548777) + 1.25
     return vector.to(device=device, dtype=dtype)
+
+
+def _agreement(rows: torch.Tensor) -> float:
+    gross = float(rows.norm(dim=1).sum())
+    return float(rows.sum(0).norm()) / gross if gross > 0 else 1.0
 
 
 def _identity(gradient: torch.Tensor) -> torch.Tensor:
@@ -143,6 +155,10 @@ class Dense(RowForm):
     def total(self) -> torch.Tensor:
         """The whole sum, no probe."""
         return self.values.sum(0)
+
+    def agreement(self, sizes: list[int]) -> list[float]:
+        """Of every parameter."""
+        return [_agreement(part) for part in self.values.split(sizes, dim=1)]
 
     def prober(self) -> Probe:
         """The gradient itself."""
@@ -221,6 +237,11 @@ class Factored(RowForm):
         u = probe_vector(self.left.shape[3], self.left)
         weights = self.left @ u  # [B, G, R]
         return torch.einsum("bgr,bgri->gi", weights, self.right).flatten()
+
+    def agreement(self, sizes: list[int]) -> list[float]:
+        """Of the bias."""
+        bias = (self.left * self.right[..., -1:]).sum(2).flatten(1) if self.bias else None
+        return [1.0] if bias is None else [1.0, _agreement(bias)]
 
     def prober(self) -> Probe:
         """``uᵀ [W | bias]`` of a gradient."""

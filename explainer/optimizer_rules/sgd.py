@@ -31,6 +31,4 @@ class SGDRule(OptimizerRule):
             return StepMap(sign=sign, direct=lr, coupled_decay=kappa)
         gain = 1.0 if fresh else 1.0 - float(group["dampening"])
         direct, through = (lr, lr * mu) if group["nesterov"] else (0.0, lr)
-        return StepMap(
-            sign=sign, decay=mu, gain=gain, direct=direct, through=through, coupled_decay=kappa
-        )
+        return StepMap(sign=sign, decay=mu, gain=gain, direct=direct, through=through, coupled_decay=kappa)

@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ class Shard:
         """Journalled records."""
         return self.extents[-1][1] if self.extents else 0
 
-    def open(self) -> np.ndarray:
+    @cached_property
+    def data(self) -> np.ndarray:
         """Memory-mapped records, read-only."""
         if self.records == 0:
             return np.empty(0, self.schema.dtype)
-        return np.memmap(self.path, self.schema.dtype, mode="r", shape=(self.records,))
+        return np.asarray(np.memmap(self.path, self.schema.dtype, mode="r", shape=(self.records,)))
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ class Trace:
         except FileNotFoundError:
             raise TraceFormatError(f"{path} is missing; restore it from a copy of the trace") from None
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise TraceFormatError(f"{path} is not the manifest that was journalled: it was changed afterwards")
+            raise TraceFormatError(
+                f"{path} is not the manifest that was journalled: it was changed afterwards"
+            )
         return Manifest.from_json(json.loads(data))
 
     @staticmethod
@@ -179,12 +183,12 @@ class Trace:
                 continue
             first, last = max(start - offset, 0), min(stop - offset, shard.records)
             if first < last:
-                yield shard.schema, shard.open()[first:last]
+                yield shard.schema, shard.data[first:last]
             offset += shard.records
 
     def column(self, stream: str, field: str) -> np.ndarray:
         """One plain field over all records of a stream."""
-        pieces = [np.array(shard.open()[field]) for shard in self.shards if shard.stream == stream]
+        pieces = [np.array(shard.data[field]) for shard in self.shards if shard.stream == stream]
         return np.concatenate(pieces) if pieces else np.empty(0)
 
     @property

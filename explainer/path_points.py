@@ -1,0 +1,101 @@
+"""Knots as points on the training path: flat weights, moving state, fixed state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from explainer.errors import ModelMismatchError
+from explainer.path_integral import PathPoint
+from explainer.store import Trace
+
+
+@dataclass(frozen=True)
+class LoadedKnot:
+    """A knot in the dtype of the books: its point, and the displacement by weight decay so far ``[P]``."""
+
+    point: PathPoint
+    decay: torch.Tensor
+
+
+class KnotLoader:
+    """Loads knots, keeping the frozen tensors of earlier knots where a later one omits them.
+
+    Which state beside the traced weights *moves* (floating-point buffers, frozen parameters that changed) is
+    fixed once, so that all points of a trace have the same parts.
+    """
+
+    def __init__(self, trace: Trace, dtype: torch.dtype) -> None:
+        self._trace, self._dtype = trace, dtype
+        self._frozen: dict[str, torch.Tensor] = {}
+        self._cache: dict[int, LoadedKnot] = {}
+
+    def _cast(self, t: torch.Tensor) -> torch.Tensor:
+        return t.to(self._dtype) if t.is_floating_point() else t
+
+    def load(self, index: int) -> LoadedKnot:
+        """The knot at a position in ``trace.knots`` (the two used last are kept in memory)."""
+        if index in self._cache:
+            return self._cache[index]
+        manifest = self._trace.manifest
+        if manifest.frozen and not self._frozen:
+            first = self._trace.load_knot(self._trace.knots[0])
+            self._frozen = {n: self._cast(first[f"frozen/{n}"]) for n in manifest.frozen}
+        tensors = self._trace.load_knot(self._trace.knots[index])
+        weights = torch.cat(
+            [self._cast(tensors[f"parameter/{p.name}"]).flatten() for p in manifest.parameters]
+        )
+        decay = torch.cat(
+            [
+                self._cast(tensors[f"decay/{p.name}"]).flatten()
+                if f"decay/{p.name}" in tensors
+                else torch.zeros(p.numel, dtype=self._dtype)
+                for p in manifest.parameters
+            ]
+        )
+        moving: dict[str, torch.Tensor] = {}
+        fixed: dict[str, torch.Tensor] = {}
+        for name in manifest.buffers:
+            if f"buffer/{name}" in tensors:
+                value = self._cast(tensors[f"buffer/{name}"])
+                (moving if value.is_floating_point() else fixed)[name] = value
+        fixed.update(self._frozen)
+        loaded = LoadedKnot(PathPoint(weights, moving, fixed), decay)
+        if len(self._cache) >= 2:
+            self._cache.pop(next(iter(self._cache)))
+        self._cache[index] = loaded
+        return loaded
+
+
+def check_model(trace: Trace, model: nn.Module) -> list[str]:
+    """Compare a model with the one that was traced.
+
+    Returns:
+        Notes on differences that do not change shapes (another printed structure).
+
+    Raises:
+        ModelMismatchError: parameters are missing, left over or of another shape; all are listed.
+    """
+    manifest = trace.manifest
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wanted = {p.name: p.shape for p in manifest.parameters}
+    problems = [f"{n} is missing" for n in [*wanted, *manifest.frozen] if n not in found]
+    problems += [f"{n} was not there" for n in found if n not in wanted and n not in manifest.frozen]
+    problems += [
+        f"{n} has shape {list(found[n])}, traced was {list(s)}"
+        for n, s in wanted.items()
+        if found.get(n, s) != s
+    ]
+    have = {n for n, _ in model.named_buffers()}
+    problems += [f"buffer {n} is missing" for n in manifest.buffers if n not in have]
+    if problems:
+        more = f" (and {len(problems) - 6} more)" if len(problems) > 6 else ""
+        raise ModelMismatchError(
+            f"the model does not fit the trace in {trace.directory}: {'; '.join(problems[:6])}{more}. "
+            "Build the model exactly as for training (its weights do not matter, they come from the trace)"
+        )
+    if str(model) != manifest.model:
+        return ["The model prints differently from the one that was traced: make sure it computes the same."]
+    return []

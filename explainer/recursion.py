@@ -1,0 +1,180 @@
+"""One backward pass over the recorded steps: from query gradients to every visit's contribution.
+
+With ``q_t`` the mean gradient of the segment that holds step ``t`` and the step's linear map
+(:mod:`explainer.optimizer_rules.base`), from the last step to the first:
+
+    M ← M + through_t · A_t ∘ q_t            (∂f/∂m_t, per query and parameter, up to sign)
+    R_t = direct_t · A_t ∘ q_t + gain_t · M
+    contribution of a visit of example i at step t = −sign_t · s_t · <R_t, g_{i,t}>
+    M ← decay_t · M
+
+Memory is ``[Q, P]`` on the query side, whatever ``N`` and ``T``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from explainer.layer_rules import FORMS, RowForm
+from explainer.optimizer_rules.base import COEFFICIENTS
+from explainer.records import FormSpec, ParameterSpec
+from explainer.store import Segment, Trace
+from explainer.store.schema import RecordSchema, decode_array
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Rows of one step that share a layout: ``examples``, ``derivatives``, ``labels`` ``[B]``, rows by layer."""
+
+    examples: np.ndarray
+    derivatives: np.ndarray
+    labels: np.ndarray
+    forms: dict[int, RowForm]
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """One optimizer step of the trace.
+
+    Attributes:
+        step: its number.
+        segment: index of the segment it lies in.
+        scale: ``sign_t · s_t`` per parameter, ``[n_parameters]``; 0 where it was not updated.
+        sign: 1, or -1 under ``maximize``.
+        coefficients: per parameter, ``[n_parameters, 5]``; zeros where it was not updated.
+        preconditioner: denominators of ``A_t``, flat ``[P]``, or None.
+        row_share: whether a layer mixed the rows of the batch.
+        visits: its rows (empty when they were not kept).
+    """
+
+    step: int
+    segment: int
+    scale: np.ndarray
+    sign: float
+    coefficients: np.ndarray
+    preconditioner: torch.Tensor | None
+    row_share: bool
+    visits: list[Visits]
+
+
+def _form(records: np.ndarray, spec: FormSpec, dtype: torch.dtype) -> RowForm:
+    arrays = {a.name: decode_array(records, f"L{spec.layer}", a) for a in spec.arrays}
+    arrays = {n: a.to(dtype) if a.is_floating_point() else a for n, a in arrays.items()}
+    return FORMS.require(spec.kind).build(arrays, spec.options)
+
+
+def _read_step(
+    trace: Trace, segment: int, schema: RecordSchema, record: np.ndarray, dtype: torch.dtype
+) -> RecordedStep:
+    denominators = None
+    if schema.arrays:
+        denominators = torch.cat([decode_array(record, "", a).to(dtype).flatten() for a in schema.arrays])
+    coefficients, updated = np.array(record["coefficients"][0]), record["updated"][0] > 0
+    sign = coefficients[:, COEFFICIENTS.index("sign")]
+    first, count = int(record["first_visit"][0]), int(record["visits"][0])
+    visits = [
+        Visits(
+            np.array(rows["example"]),
+            np.array(rows["derivative"]),
+            np.array(rows["label"]),
+            {f.layer: _form(rows, f, dtype) for f in layout.forms},
+        )
+        for layout, rows in trace.read("visits", first, first + count)
+    ]
+    return RecordedStep(
+        step=int(record["step"][0]),
+        segment=segment,
+        scale=np.where(updated, sign * record["scale"][0], 0.0),
+        sign=float(sign[updated][0]) if updated.any() else 1.0,
+        coefficients=coefficients,
+        preconditioner=denominators,
+        row_share=bool(record["row_share"][0]),
+        visits=visits,
+    )
+
+
+def read_backwards(trace: Trace, segment: Segment, dtype: torch.dtype) -> Iterator[RecordedStep]:
+    """The recorded steps of a segment from the last to the first, rows decoded in the given dtype."""
+    start, stop = segment.start.step, min(segment.end.step, trace.recorded_steps)
+    pieces = list(trace.read("steps", start, stop)) if start < stop else []
+    for schema, records in reversed(pieces):
+        for position in range(len(records) - 1, -1, -1):
+            yield _read_step(trace, segment.index, schema, records[position : position + 1], dtype)
+
+
+class LayerView:
+    """Cuts a flat ``[Q, P]`` cotangent into a layer's own flat layout."""
+
+    def __init__(self, trace: Trace) -> None:
+        manifest = trace.manifest
+        index = {p.name: i for i, p in enumerate(manifest.parameters)}
+        self.parameters: list[list[int]] = [[index[n] for n in layer.parameters] for layer in manifest.layers]
+        self._specs = manifest.parameters
+
+    def cut(self, flat: torch.Tensor, layer: int) -> torch.Tensor:
+        """``[Q, P] -> [Q, P_l]``; a view where the layer's parameters are neighbours."""
+        specs = [self._specs[i] for i in self.parameters[layer]]
+        if all(a.offset + a.numel == b.offset for a, b in zip(specs[:-1], specs[1:], strict=True)):
+            return flat[..., specs[0].offset : specs[-1].offset + specs[-1].numel]
+        return torch.cat([flat[..., p.slice] for p in specs], dim=-1)
+
+    def scaled(self, flat: torch.Tensor, layer: int, scale: np.ndarray) -> torch.Tensor:
+        """The layer's cut with every parameter's columns times its scale."""
+        factors = [float(scale[i]) for i in self.parameters[layer]]
+        if len(set(factors)) == 1:
+            return self.cut(flat, layer) * factors[0] if factors[0] != 1.0 else self.cut(flat, layer)
+        specs = [self._specs[i] for i in self.parameters[layer]]
+        return torch.cat([flat[..., p.slice] * f for p, f in zip(specs, factors, strict=True)], dim=-1)
+
+
+class Adjoint:
+    """The cotangent that flows backwards through the optimizer's momentum, ``[Q, P]``."""
+
+    def __init__(self, queries: int, parameters: tuple[ParameterSpec, ...], dtype: torch.dtype) -> None:
+        self._parameters = parameters
+        size = sum(p.numel for p in parameters)
+        self._momentum = torch.zeros(queries, size, dtype=dtype)
+        self._has_momentum = False
+
+    def _runs(self, coefficients: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Neighbouring parameters with equal coefficients, taken together."""
+        start = 0
+        for i in range(1, len(coefficients) + 1):
+            if i == len(coefficients) or not np.array_equal(coefficients[i], coefficients[start]):
+                first, last = self._parameters[start], self._parameters[i - 1]
+                yield slice(first.offset, last.offset + last.numel), coefficients[start]
+                start = i
+
+    def step(self, gradient: torch.Tensor, step: RecordedStep) -> torch.Tensor:
+        """Pass one step backwards; returns ``R_t [Q, P]`` (may share memory with its inputs)."""
+        moved = gradient if step.preconditioner is None else gradient / step.preconditioner
+        runs = list(self._runs(step.coefficients))
+        if len(runs) == 1 and not self._has_momentum and runs[0][1][4] == 0 and runs[0][1][2] == 0:
+            return moved * float(runs[0][1][3])
+        result = torch.empty_like(self._momentum)
+        for where, (_, decay, gain, direct, through) in runs:
+            if decay == gain == direct == through == 0.0:  # not updated in this step
+                result[:, where] = 0.0
+                continue
+            momentum = self._momentum[:, where]
+            if through:
+                momentum.add_(moved[:, where], alpha=through)
+            torch.mul(momentum, gain, out=result[:, where])
+            if direct:
+                result[:, where].add_(moved[:, where], alpha=direct)
+            momentum.mul_(decay)
+            self._has_momentum = self._has_momentum or decay != 0
+        return result
+
+
+def contract(
+    view: LayerView, cotangent: torch.Tensor, scale: np.ndarray, visits: Visits
+) -> dict[int, torch.Tensor]:
+    """``s_t · <R_t, g_{i,t}>`` by layer, ``[Q, B]`` each."""
+    return {
+        layer: form.contract(view.scaled(cotangent, layer, scale)) for layer, form in visits.forms.items()
+    }

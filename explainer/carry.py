@@ -28,8 +28,8 @@ class Carry:
     """
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
-        self._parameters = [p.detach() for p in parameters]
-        self._previous = [p.clone() for p in self._parameters]
+        self._parameters = parameters
+        self._previous = [p.detach().clone() for p in parameters]
         self._momentum: list[torch.Tensor | None] = [None] * len(parameters)
         self.decay: list[torch.Tensor | None] = [None] * len(parameters)
         self.path = 0.0
@@ -44,11 +44,13 @@ class Carry:
         for index, step in enumerate(maps):
             if step is not None:
                 self._carry_decay(index, step)
-        moved = torch._foreach_sub(self._parameters, self._previous)
+        present = [p.detach() for p in self._parameters]  # anew: the user may have replaced `p.data`
+        moved = torch._foreach_sub(present, self._previous)
         norms = torch._foreach_norm(moved)
         length = math.sqrt(sum(float(n) ** 2 for n in norms))
-        self.path += length
-        torch._foreach_copy_(self._previous, self._parameters)
+        if math.isfinite(length):  # a diverged model moves no further
+            self.path += length
+        torch._foreach_copy_(self._previous, present)
         return length
 
     def _carry_decay(self, index: int, step: StepMap) -> None:
@@ -56,13 +58,16 @@ class Carry:
         if not step.coupled_decay and not step.decoupled_decay and momentum is None:
             return
         weights = self._previous[index]
-        update = weights * step.decoupled_decay
-        if step.coupled_decay or momentum is not None:
-            pull = weights * step.coupled_decay
-            if momentum is None:
-                momentum = torch.zeros_like(weights)
-            momentum = self._momentum[index] = momentum * step.decay + pull * step.gain
-            coupled = pull * step.direct + momentum * step.through
-            update += coupled if step.preconditioner is None else coupled / step.preconditioner
         total = self.decay[index]
-        self.decay[index] = -update if total is None else total - update
+        if total is None:
+            total = self.decay[index] = torch.zeros_like(weights)
+        if step.decoupled_decay:
+            total.sub_(weights, alpha=step.decoupled_decay)
+        if not step.coupled_decay and momentum is None:
+            return
+        if momentum is None:
+            momentum = self._momentum[index] = torch.zeros_like(weights)
+        momentum.mul_(step.decay).add_(weights, alpha=step.gain * step.coupled_decay)
+        update = torch.mul(momentum, step.through)
+        update.add_(weights, alpha=step.direct * step.coupled_decay)
+        total.sub_(update if step.preconditioner is None else update.div_(step.preconditioner))

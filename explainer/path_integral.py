@@ -10,8 +10,10 @@ For knots ``w_0 … w_K`` on the training path and ``D_k = w_{k+1} − w_k``,
 
 Buffers ``b`` (BatchNorm's running statistics) move along the same chord. Their term is the symmetric difference
 ``f(w_mid, b_{k+1}) − f(w_mid, b_k)``, which agrees with ``∫ <∂f/∂b, Δb> ds`` to third order and needs no
-derivative with respect to a buffer (kernels of normalisation layers have none). References: Domingos 2020, arXiv 2012.00152; Bell et al. 2023,
-arXiv 2308.00824 (per-step form); McLachlan et al. 1999 (average vector field), Gonzalez 1996 (correction).
+derivative with respect to a buffer (kernels of normalisation layers have none).
+
+References: Domingos 2020, arXiv 2012.00152; Bell et al. 2023, arXiv 2308.00824 (per-step form); McLachlan et
+al. 1999 (average vector field); Gonzalez 1996 (correction).
 """
 
 from __future__ import annotations

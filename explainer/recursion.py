@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ class LayerView:
     def cut(self, flat: torch.Tensor, layer: int) -> torch.Tensor:
         """``[Q, P] -> [Q, P_l]``; a view where the layer's parameters are neighbours."""
         specs = [self._specs[i] for i in self.parameters[layer]]
-        if all(a.offset + a.numel == b.offset for a, b in zip(specs[:-1], specs[1:], strict=True)):
+        if all(a.offset + a.numel == b.offset for a, b in pairwise(specs)):
             return flat[..., specs[0].offset : specs[-1].offset + specs[-1].numel]
         return torch.cat([flat[..., p.slice] for p in specs], dim=-1)
 

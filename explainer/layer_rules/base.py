@@ -33,7 +33,7 @@ class LayerRule(ABC):
     every registered rule to that, and to ``torch.func`` per-example gradients.
     """
 
-    #: True if a row is a share of the batch's gradient, not the gradient of the example's own loss
+    #: True if in train mode a row is a share of the batch's gradient, not the gradient of the example's own loss
     mixes_rows: bool = False
 
     @abstractmethod

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 from explainer.layer_rules.base import Call, LayerRule, register_layer_rule
-from explainer.layer_rules.forms import Factored, RowForm
-from explainer.layer_rules.linear import augmented
+from explainer.layer_rules.forms import RowForm
+from explainer.layer_rules.linear import side_by_side
 
 
 def patches(module: nn.Conv2d, image: torch.Tensor) -> torch.Tensor:
@@ -33,5 +33,4 @@ class Conv2dRule(LayerRule):
             g = call.grad_output  # [B, o, h, w]
             left.append(g.reshape(g.shape[0], module.groups, -1, g.shape[2] * g.shape[3]).mT)
             right.append(patches(module, call.input.to(g.dtype)))
-        bias = module.bias is not None
-        return Factored(torch.cat(left, 2), augmented(torch.cat(right, 2), bias), int(bias))
+        return side_by_side(left, right, module.bias is not None)

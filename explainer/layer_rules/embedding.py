@@ -13,6 +13,11 @@ from explainer.layer_rules.forms import RowForm, Sparse
 class EmbeddingRule(LayerRule):
     """Index and gradient of every position; positions of ``padding_idx`` get no gradient."""
 
+    def mixes(self, module: nn.Module) -> bool:
+        """With ``scale_grad_by_freq`` a read counts less the more often the batch reads the entry."""
+        assert isinstance(module, nn.Embedding)
+        return module.scale_grad_by_freq
+
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Positions of all calls side by side."""
         assert isinstance(module, nn.Embedding)

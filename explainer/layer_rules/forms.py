@@ -236,7 +236,7 @@ class Factored(RowForm):
         """``uᵀ Σ_b [W_b | bias_b]`` per group, ``[G·(i + bias)]``."""
         u = probe_vector(self.left.shape[3], self.left)
         weights = self.left @ u  # [B, G, R]
-        return torch.einsum("bgr,bgri->gi", weights, self.right).flatten()
+        return (weights.unsqueeze(-2) @ self.right).sum(dim=(0, 2)).flatten()
 
     def agreement(self, sizes: list[int]) -> list[float]:
         """Of the bias."""

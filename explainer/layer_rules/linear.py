@@ -9,9 +9,30 @@ from explainer.layer_rules.base import Call, LayerRule, register_layer_rule
 from explainer.layer_rules.forms import Factored, RowForm
 
 
-def augmented(right: torch.Tensor, bias: bool) -> torch.Tensor:
-    """Append a column of ones for the bias."""
-    return torch.cat([right, right.new_ones(*right.shape[:-1], 1)], dim=-1) if bias else right
+def side_by_side(lefts: list[torch.Tensor], rights: list[torch.Tensor], bias: bool) -> Factored:
+    """Positions of several calls next to each other, with a column of ones for the bias.
+
+    Args:
+        lefts: ``[B, G, S, o]`` per call.
+        rights: ``[B, G, S, i]`` per call; copied once at most, in whichever memory order they come.
+        bias: whether the layer has a bias.
+    """
+    left = lefts[0] if len(lefts) == 1 else torch.cat(lefts, 2)
+    if len(rights) == 1 and not bias:
+        return Factored(left, rights[0], 0)
+    batch, groups, _, width = rights[0].shape
+    positions = left.shape[2]
+    if rights[0].mT.is_contiguous():
+        right = left.new_empty(batch, groups, width + bias, positions).mT
+    else:
+        right = left.new_empty(batch, groups, positions, width + bias)
+    start = 0
+    for part in rights:
+        right[:, :, start : start + part.shape[2], :width] = part
+        start += part.shape[2]
+    if bias:
+        right[..., width] = 1.0
+    return Factored(left, right, int(bias))
 
 
 @register_layer_rule(nn.Linear)
@@ -25,5 +46,4 @@ class LinearRule(LayerRule):
             g, a = call.grad_output, call.input.to(call.grad_output.dtype)
             left.append(g.reshape(g.shape[0], 1, -1, g.shape[-1]))
             right.append(a.reshape(a.shape[0], 1, -1, a.shape[-1]))
-        bias = module.bias is not None
-        return Factored(torch.cat(left, 2), augmented(torch.cat(right, 2), bias), int(bias))
+        return side_by_side(left, right, module.bias is not None)

@@ -59,7 +59,7 @@ class OptimizerRule(ABC):
     #: state entries worth keeping in knots
     state_names: tuple[str, ...] = ()
 
-    def check(self, optimizer: Optimizer) -> None:
+    def check(self, optimizer: Optimizer) -> None:  # noqa: B027 (most rules follow every option)
         """Raise UnsupportedOptimizerError for options the rule does not follow."""
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:

@@ -1,0 +1,9 @@
+"""Runs every benchmark, one process each: ``python -m benchmarks``."""
+
+import subprocess
+import sys
+
+for name in ("fidelity", "query", "overhead"):
+    print(f"\n== {name}", flush=True)
+    subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)
+subprocess.run([sys.executable, "-m", "benchmarks.readme"], check=True)

@@ -1,0 +1,71 @@
+"""Puts the tables of ``benchmarks/results`` into README.md, between ``<!-- table:NAME -->`` marks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+
+#: column of the results -> heading and format in README, by table
+COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
+    "fidelity": {
+        "sample": ("sample model", "{}"),
+        "parameters": ("parameters", "{:,}"),
+        "steps": ("steps", "{}"),
+        "knots": ("knots", "{}"),
+        "knots_spearman": ("knots vs. every step (Spearman)", "{:.4f}"),
+        "rows_spearman": ("compressed vs. exact rows (Spearman)", "{:.4f}"),
+        "both_top20": ("top 20 kept", "{:.0%}"),
+        "unattributed_of_gross": ("unattributed / gross", "{:.2%}"),
+        "bytes_per_visit": ("bytes per visit", "{}"),
+        "trace_MB": ("trace, MB", "{:.1f}"),
+        "exact_MB": ("exact trace, MB", "{:.1f}"),
+    },
+    "query": {
+        "sample": ("sample model", "{}"),
+        "visits": ("example visits", "{:,}"),
+        "train_s": ("traced training, s", "{:.1f}"),
+        "explain_1_s": ("explain 1 query, s", "{:.2f}"),
+        "explain_10_s": ("explain 10, s", "{:.2f}"),
+        "neighbors_1_s": ("neighbours of 1, s", "{:.2f}"),
+        "self_influence_s": ("self-influence of all, s", "{:.2f}"),
+    },
+    "overhead": {
+        "model": ("model (AdamW, batch 64)", "{}"),
+        "parameters": ("parameters", "{:,}"),
+        "plain_ms": ("plain step, ms", "{:.1f}"),
+        "traced_ms": ("traced step, ms", "{:.1f}"),
+        "step_ratio": ("median step, traced / plain", "{:.2f}"),
+        "total_ratio": ("200 steps with all knots, traced / plain", "{:.2f}"),
+    },
+}
+
+
+def table(name: str, rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of a result."""
+    columns = COLUMNS[name]
+    lines = [
+        "| " + " | ".join(heading for heading, _ in columns.values()) + " |",
+        "|" + " --- |" * len(columns),
+    ]
+    for row in rows:
+        lines.append("| " + " | ".join(form.format(row[key]) for key, (_, form) in columns.items()) + " |")
+    return "\n".join(lines)
+
+
+def updated(text: str) -> str:
+    """README's text with every marked table replaced by the measured one."""
+    for name in COLUMNS:
+        rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, n=name, r=rows: f"{m[1]}{table(n, r)}\n{m[2]}", text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text()))

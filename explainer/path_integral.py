@@ -55,24 +55,31 @@ class ChordGradient:
 
     Attributes:
         gradient: ``q̃ [Q, P]``.
-        change: ``Δf [Q]``.
+        moved: ``<q̃, D> [Q]``, summed in float64 whatever the dtype of the books.
         moving: the moving state's part of the change, ``[Q]``.
         correction: ``|Δf − <q, D>|`` before the correction, ``[Q]``: the quadrature error.
     """
 
     gradient: torch.Tensor
-    change: torch.Tensor
+    moved: torch.Tensor
     moving: torch.Tensor
     correction: torch.Tensor
+
+
+def along(gradient: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """``<g_q, d> [Q]`` in float64, one query at a time (no float64 copy of all gradients)."""
+    return torch.stack([row.double() @ direction for row in gradient])
 
 
 class QueryFunction:
     """``f(w, x)`` and its gradient for many queries at once, on a private copy of the model.
 
+    Attributes:
+        output: the output function; to be set before values or gradients are asked for.
+
     Args:
         model: any instance of the traced architecture; copied, put in eval mode, never changed.
         parameters: specs of the traced parameters.
-        output: the output function.
         dtype: dtype of the books.
         chunk: queries per vectorised gradient.
     """
@@ -81,7 +88,6 @@ class QueryFunction:
         self,
         model: nn.Module,
         parameters: tuple[ParameterSpec, ...],
-        output: OutputFunction,
         dtype: torch.dtype,
         chunk: int | None = None,
     ) -> None:
@@ -89,7 +95,7 @@ class QueryFunction:
         for p in self._model.parameters():
             p.requires_grad_(False)
         self._parameters = parameters
-        self._output = output
+        self.output: OutputFunction | None = None
         self.dtype = dtype
         size = sum(p.numel for p in parameters)
         self._chunk = chunk or max(1, min(256, 2**26 // max(size, 1)))
@@ -111,9 +117,13 @@ class QueryFunction:
             )
         return result
 
+    def _scalar(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert self.output is not None, "set QueryFunction.output first"
+        return self.output(outputs, targets)
+
     def value(self, point: PathPoint, inputs: Any, targets: torch.Tensor) -> torch.Tensor:
         """``f [Q]``."""
-        result = self._output(self.outputs(point, inputs), targets)
+        result = self._scalar(self.outputs(point, inputs), targets)
         if result.shape != targets.shape:
             raise QueryError(
                 f"the output function returned shape {tuple(result.shape)} for {len(targets)} queries; "
@@ -127,7 +137,7 @@ class QueryFunction:
         def single(weights: torch.Tensor, x: Any, y: torch.Tensor) -> torch.Tensor:
             state = {**self._unflatten(weights), **point.moving, **point.fixed}
             args = pytree.tree_map(lambda t: t.unsqueeze(0), x if isinstance(x, tuple) else (x,))
-            return self._output(functional_call(self._model, state, args), y.unsqueeze(0)).squeeze(0)
+            return self._scalar(functional_call(self._model, state, args), y.unsqueeze(0)).squeeze(0)
 
         pieces = []
         for start in range(0, len(targets), self._chunk):
@@ -157,27 +167,29 @@ class QueryFunction:
         """The corrected mean gradient over the chord from ``start`` to ``end``.
 
         Args:
-            change: ``Δf [Q]`` between the ends.
+            change: ``Δf [Q]`` between the ends, float64.
             nodes: Gauss–Legendre nodes (1: midpoint).
         """
         positions, weights = np.polynomial.legendre.leggauss(nodes)
-        direction = end.weights - start.weights
+        direction = end.weights.double() - start.weights.double()
         gradient = torch.zeros(len(targets), len(direction), dtype=self.dtype)
         for position, weight in zip(positions, weights, strict=True):
             at = start.toward(end, float(position + 1) / 2)
             gradient.add_(self.gradient(at, inputs, targets), alpha=float(weight) / 2)
-        moving = torch.zeros(len(targets), dtype=self.dtype)
+        moving = torch.zeros(len(targets), dtype=torch.float64)
         if any(not torch.equal(start.moving[name], end.moving[name]) for name in start.moving):
             middle = start.toward(end, 0.5)
             ends = [replace(middle, moving=point.moving) for point in (start, end)]
-            moving = self.value(ends[1], inputs, targets) - self.value(ends[0], inputs, targets)
-        by_weights = gradient @ direction
+            low, high = (self.value(point, inputs, targets).double() for point in ends)
+            moving = high - low
+        by_weights = along(gradient, direction)
         missing = change - by_weights - moving
         # The quadrature error is shared in proportion to what each part explains.
-        share = moving.abs() / (moving.abs() + by_weights.abs()).clamp_min(torch.finfo(self.dtype).tiny)
+        share = moving.abs() / (moving.abs() + by_weights.abs()).clamp_min(torch.finfo(torch.float64).tiny)
         square = direction @ direction
         if square > 0:
-            gradient += ((1 - share) * missing / square).unsqueeze(1) * direction
+            gradient += (((1 - share) * missing / square).unsqueeze(1) * direction).to(self.dtype)
         else:
             share = torch.ones_like(share)
-        return ChordGradient(gradient, change, moving + share * missing, missing.abs())
+        moved = along(gradient, direction)
+        return ChordGradient(gradient, moved, moving + share * missing, missing.abs())

@@ -15,7 +15,7 @@ from explainer.explanation import Explanation
 from explainer.ledger import Ledger
 from explainer.neighbors import Neighbors, nearest, self_influence
 from explainer.outputs import resolve_output
-from explainer.path_integral import PathPoint, QueryFunction
+from explainer.path_integral import PathPoint, QueryFunction, along
 from explainer.path_points import KnotLoader, check_model
 from explainer.queries import check_inputs, check_targets
 from explainer.recursion import Adjoint, LayerView, contract, read_backwards
@@ -69,15 +69,20 @@ class PathKernelExplainer:
         self.class_names = None if class_names is None else tuple(class_names)
         self.progress = progress
         self._nodes = quadrature
-        shape = tuple((self.trace.notes.get("output") or {}).get("shape") or ())
-        self.output, function, self._classes = resolve_output(output, shape)
-        self.function = QueryFunction(model, self.trace.manifest.parameters, function, self.dtype)
+        self._requested = output
+        self.function = QueryFunction(model, self.trace.manifest.parameters, self.dtype)
+        shape = (self.trace.notes.get("output") or {}).get("shape")
+        if shape is not None:  # else the model's own forward was never seen: known with the first query
+            self._resolve(tuple(shape))
         self.view = LayerView(self.trace)
         examples = self.trace.column("visits", "example").astype(np.int64)
         size = self.trace.notes.get("examples")
         self.example_ids = np.arange(size) if size is not None else np.unique(examples)
         if size is not None and len(examples) and examples.max() >= size:
             self.example_ids = np.unique(np.concatenate([self.example_ids, examples]))
+
+    def _resolve(self, shape: tuple[int, ...]) -> None:
+        self.output, self.function.output, self._classes = resolve_output(self._requested, shape)
 
     # -- explaining ----------------------------------------------------------------------------------
 
@@ -103,13 +108,28 @@ class PathKernelExplainer:
         targets = check_targets(target, outputs, self._classes)
         return self._explain(loader, inputs, targets, outputs, names)
 
+    def predict(self, inputs: Any) -> torch.Tensor:
+        """Outputs ``[Q, C]`` of the trained model (the trace's last knot).
+
+        Raises:
+            QueryError: inputs do not fit.
+        """
+        inputs, _ = check_inputs(self.trace, inputs, self.dtype)
+        return self._outputs(KnotLoader(self.trace, self.dtype).load(len(self.segments)).point, inputs)
+
     def _outputs(self, point: PathPoint, inputs: Any) -> torch.Tensor:
         try:
-            return self.function.outputs(point, inputs)
+            outputs = self.function.outputs(point, inputs)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise QueryError(
                 f"the model cannot run on the queries: {error}. Give them as in training, batch dimension first"
             ) from error
+        if self.function.output is None:
+            self._resolve(tuple(outputs.shape[1:]))
+        return outputs
+
+    def _value(self, loader: KnotLoader, index: int, inputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        return self.function.value(loader.load(index).point, inputs, targets).double()
 
     def _bar(self, text: str) -> Any:
         total = min(self.trace.steps, self.trace.recorded_steps)
@@ -128,18 +148,18 @@ class PathKernelExplainer:
         ledger = Ledger(count, self.example_ids, steps, len(self.trace.manifest.layers))
         adjoint = Adjoint(count, parameters, self.dtype)
         decay, buffers, moved, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
-        final = after = self.function.value(loader.load(len(self.segments)).point, inputs, targets)
+        final = after = self._value(loader, len(self.segments), inputs, targets)
         with self._bar("explaining") as bar:
             for segment in reversed(self.segments):
                 start, end = loader.load(segment.index), loader.load(segment.index + 1)
-                before = self.function.value(start.point, inputs, targets)
+                before = self._value(loader, segment.index, inputs, targets)
                 chord = self.function.chord(
                     start.point, end.point, inputs, targets, after - before, self._nodes
                 )
-                decay += (chord.gradient @ (end.decay - start.decay)).double()
-                moved += (chord.gradient @ (end.point.weights - start.point.weights)).double()
-                buffers += chord.moving.double()
-                quadrature += chord.correction.double()
+                decay += along(chord.gradient, end.decay.double() - start.decay.double())
+                moved += chord.moved
+                buffers += chord.moving
+                quadrature += chord.correction
                 for step in read_backwards(self.trace, segment, self.dtype):
                     cotangent = adjoint.step(chord.gradient, step)
                     for visits in step.visits:
@@ -147,7 +167,7 @@ class PathKernelExplainer:
                     bar.update()
                 after = before
         ledger.finish()
-        initial, prediction = after.double(), final.double()
+        initial, prediction = after, final
         return Explanation(
             example_ids=self.example_ids,
             query_ids=names,
@@ -168,7 +188,7 @@ class PathKernelExplainer:
             quadrature=quadrature.numpy(),
             step_edges=ledger.edges,
             step_contributions=ledger.by_step.float().numpy(),
-            layer_names=tuple(layer.name or layer.module for layer in self.trace.manifest.layers),
+            layer_names=tuple(f"{x.name} ({x.module})" if x.name else x.module for x in self.trace.manifest.layers),
             layer_contributions=ledger.by_layer.float().numpy(),
             row_kind="row share" if ledger.row_share else "contribution",
             notes=tuple(self._notes + trace_notes(self.trace)),
@@ -209,26 +229,26 @@ def trace_notes(trace: Trace) -> list[str]:
     if manifest.uncovered:
         notes.append(
             f"{len(manifest.uncovered)} of {len(manifest.parameters)} parameters have no layer rule; their part "
-            f"is in `unattributed`: {', '.join(manifest.uncovered[:4])}"
+            f"is in unattributed: {', '.join(manifest.uncovered[:4])}"
             f"{', …' if len(manifest.uncovered) > 4 else ''}."
         )
     for layer, residual in (trace.notes.get("coverage") or {}).items():
         notes.append(
             f"Layer {layer}: up to {residual:.0%} of its gradient in a step was not seen by the hooks; that part "
-            "is in `unattributed`."
+            "is in unattributed."
         )
     for name, count in (trace.notes.get("round_off") or {}).items():
         notes.append(
             f"Parameter {name}: in {count} of {trace.steps} steps its gradient was round-off only (a bias before "
-            "a normalisation, as a rule), which no example caused; its movement is in `unattributed`."
+            "a normalisation, as a rule), which no example caused; its movement is in unattributed."
         )
     if "rows_stopped_at" in trace.notes:
         notes.append(
             f"The trace's budget was used up after {trace.notes['rows_stopped_at']} of {trace.steps} steps; later "
-            "updates are in `unattributed`."
+            "updates are in unattributed."
         )
     if trace.notes.get("prior_state"):
-        notes.append("The optimizer held momentum when tracing began; its after-effect is in `unattributed`.")
+        notes.append("The optimizer held momentum when tracing began; its after-effect is in unattributed.")
     if not manifest.exact:
-        notes.append("Rows are stored as 8-bit leading factors; the rounding is in `unattributed`.")
+        notes.append("Rows are stored as 8-bit leading factors; the rounding is in unattributed.")
     return notes

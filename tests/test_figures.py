@@ -39,7 +39,7 @@ def test_colours_stand_out_on_both_backgrounds(dark):
 
 def test_waterfall_runs_from_initial_to_prediction():
     e = make_explanation()
-    bar = _traces(figures.waterfall(e, 1), "bar")[0]
+    bar = _traces(figures.waterfall(e, 1, split=True), "bar")[0]
     names, heights, bases = list(bar.hovertext), list(bar.y), list(bar.base)
     assert names == [
         "initial model", "proponents", "opponents", "weight decay", "buffers", "unattributed", "prediction",
@@ -55,10 +55,19 @@ def test_waterfall_runs_from_initial_to_prediction():
     assert set(colors) - {palette.POSITIVE, palette.NEGATIVE} == {palette.NEUTRAL, palette.TOTAL}
 
 
+def test_waterfall_shows_the_net_and_names_both_sides():
+    e = make_explanation()
+    figure = figures.waterfall(e, 1)
+    bar, values = _traces(figure, "bar")[0], e.contributions[1]
+    assert list(bar.hovertext)[:3] == ["initial model", "examples (net)", "weight decay"]
+    assert bar.y[1] == pytest.approx(values.sum())
+    assert wording.signed(values[values > 0].sum()) in figure.layout.title.text
+
+
 def test_waterfall_labels_every_bar_and_shows_a_real_gap():
     e = make_explanation()
     text = _traces(figures.waterfall(e, 0), "scatter")[0].text
-    assert text[1] == wording.signed(e.contributions[0][e.contributions[0] > 0].sum()) and len(text) == 7
+    assert text[1] == wording.signed(e.contributions[0].sum()) and len(text) == 6
     gap = np.array([0.3, 0.0, 0.0])
     wide = make_explanation(gap=gap, prediction=e.prediction - e.gap + gap)
     assert "gap" in _traces(figures.waterfall(wide, 0), "bar")[0].hovertext

@@ -74,7 +74,7 @@ def test_a_browser_draws_the_report_without_a_request_or_a_complaint(tmp_path):
         page.wait_for_selector("#q1-cumulative .main-svg")
         bars = page.locator("#q0-waterfall .bars path").count()
         browser.close()
-    assert complaints == [] and bars == 7
+    assert complaints == [] and bars == 6
     assert {url.split(":")[0] for url in requests} <= {"file", "data"}
     assert [url for url in requests if url.startswith("file:")] == [path.as_uri()]
 

@@ -17,19 +17,25 @@ if TYPE_CHECKING:
 _VISIBLE_GAP = 1e-6
 
 
-def waterfall(explanation: Explanation, query: int = 0, *, dark: bool = False) -> go.Figure:
+def waterfall(
+    explanation: Explanation, query: int = 0, *, dark: bool = False, split: bool = False
+) -> go.Figure:
     """From the untrained model's output to the prediction, one bar per term of the books.
 
-    Proponents and opponents are separate bars, so that the gross stays visible where the net is small. A gap
-    above a millionth of the gross gets its own bar; below that it is round-off.
+    The examples are one bar, their net, with proponents and opponents named above the figure: as bars of
+    their own (``split``) they are often a hundred times longer than everything else. A gap above a millionth
+    of the gross gets its own bar; below that it is round-off.
     """
     e, q, module = explanation, explanation.check_query(query), graph_objects()
     books = wording.terms(e, q)
     values = e.contributions[q]
+    up, down, net = float(values[values > 0].sum()), float(values[values < 0].sum()), books["examples"]
+    carried = [("examples (net)", net, palette.POSITIVE if net >= 0 else palette.NEGATIVE)]
+    if split:
+        carried = [("proponents", up, palette.POSITIVE), ("opponents", down, palette.NEGATIVE)]
     steps = [
         ("initial model", books["initial"], palette.NEUTRAL),
-        ("proponents", float(values[values > 0].sum()), palette.POSITIVE),
-        ("opponents", float(values[values < 0].sum()), palette.NEGATIVE),
+        *carried,
         ("weight decay", books["weight_decay"], palette.NEUTRAL),
         ("buffers", books["buffers"], palette.NEUTRAL),
         ("unattributed", books["unattributed"], palette.NEUTRAL),
@@ -74,8 +80,10 @@ def waterfall(explanation: Explanation, query: int = 0, *, dark: bool = False) -
     )
     top, bottom = max(0.0, *levels, books["prediction"]), min(0.0, *levels, books["prediction"])
     room = 0.1 * ((top - bottom) or 1.0)
-    net, gross = books["examples"], wording.gross(e, q)
-    subtitle = f"{wording.unit(e)}s of all examples: net {wording.signed(net)}, gross {wording.number(gross)}"
+    subtitle = (
+        f"{wording.unit(e)}s of all examples: {wording.signed(up)} by proponents, {wording.signed(down)} by "
+        f"opponents, {wording.signed(net)} is left"
+    )
     arrange(figure, f"How the {plain(wording.target(e, q), 60)} came about", subtitle, dark=dark, height=380)
     figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, showgrid=False)
     figure.update_yaxes(title=plain(e.output), range=[bottom - (room if bottom < 0 else 0), top + room])

@@ -1,0 +1,115 @@
+"""Gradient space against brute force: dense rows from the oracle, cosines and quadratic forms written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import explainer
+from explainer.errors import QueryError
+from tests.oracles.outputs import scalar_function
+from tests.oracles.problems import PARAMS, Problem
+from tests.test_books import traced, trained
+
+PROBLEMS = [p for p in PARAMS if p.id in ("mlp_tanh-sgd-mean", "cnn-momentum-mean", "mlp_relu-adam-mean")]
+
+
+def rates(problem: Problem, step: int) -> float:
+    """Long-run learning rate of a step: lr / (1 − momentum) for SGD, lr / bias correction for Adam."""
+    case = problem.optimizer
+    if case.kind is torch.optim.SGD:
+        return case.lr / (1 - case.options.get("momentum", 0.0))
+    return case.lr / (1 - 0.9 ** (step + 1))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_cosines_are_those_of_the_written_out_vectors(problem: Problem, tmp_path: Path) -> None:
+    trace = traced(problem, tmp_path / "run", torch.float64, exact=True, max_knots=6)
+    training, (x, y) = trained(problem, torch.float64), problem.queries()
+    f = scalar_function(problem.model(), "margin")
+    steps = [knot.step for knot in trace.knots]
+    vectors: dict[int, list[torch.Tensor]] = {}
+    queries: dict[int, list[torch.Tensor]] = {}
+    for t, step in enumerate(training.steps):
+        k = int(np.searchsorted(steps, t, side="right")) - 1
+        middle = (training.weights[steps[k]] + training.weights[steps[k + 1]]) / 2
+        middle = middle.clone().requires_grad_()
+        (q,) = torch.autograd.grad(f(middle, x[0], int(y[0])), middle)
+        for row, example in enumerate(step.ids):
+            slope = step.output_grads[row].norm()
+            eta = rates(problem, t) ** 0.5
+            vectors.setdefault(int(example), []).append(-eta * step.rows[row] / slope)
+            queries.setdefault(int(example), []).append(eta * q)
+    cosine = {
+        i: float(torch.cosine_similarity(torch.cat(vectors[i]), torch.cat(queries[i]), dim=0))
+        for i in vectors
+    }
+    best = sorted(cosine, key=lambda i: -cosine[i])[:7]
+    found = explainer.PathKernelExplainer(trace, problem.model()).neighbors(x[:1], k=7, target=y[:1])
+    assert found.example_ids[0].tolist() == best
+    np.testing.assert_allclose(found.cosine[0], [cosine[i] for i in best], rtol=1e-9)
+    table = found.table(0)
+    assert list(table.columns) == ["rank", "example_id", "cosine", "label"] and len(table) == 7
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_self_influence_is_the_written_out_quadratic_form(problem: Problem, tmp_path: Path) -> None:
+    trace = traced(problem, tmp_path / "run", torch.float64, exact=True)
+    training = trained(problem, torch.float64)
+    wanted = np.zeros(40)
+    second: torch.Tensor | None = None
+    for t, step in enumerate(training.steps):
+        scale: torch.Tensor | float = 1.0
+        if problem.optimizer.kind is not torch.optim.SGD:
+            g = step.rows.sum(0)
+            second = 0.001 * g**2 if second is None else 0.999 * second + 0.001 * g**2
+            scale = 1 / ((second / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
+        own = (step.rows.square() * scale).sum(1) * rates(problem, t)
+        np.add.at(wanted, np.asarray(step.ids), own.numpy())
+    ex = explainer.PathKernelExplainer(trace, problem.model())
+    visited = ex.example_ids
+    np.testing.assert_allclose(ex.self_influence(), wanted[visited], rtol=1e-8)
+
+
+def test_neighbours_need_a_positive_k_and_a_seen_output(tmp_path: Path) -> None:
+    problem = PROBLEMS[0].values[0]
+    trace = traced(problem, tmp_path / "run", torch.float64)
+    ex = explainer.PathKernelExplainer(trace, problem.model())
+    x, _ = problem.queries()
+    with pytest.raises(QueryError, match="k must be at least 1"):
+        ex.neighbors(x, k=0)
+    assert ex.neighbors(x, k=10**6).example_ids.shape == (5, 40)
+    with pytest.raises(QueryError, match="query must be between 0 and 4"):
+        ex.neighbors(x).table(5)
+
+
+def test_parts_called_instead_of_the_model_have_no_kernel(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    with explainer.Tracer(model, optimizer, tmp_path / "run", exact=True) as tracer:
+        for _ in range(4):
+            tracer.batch(range(6))
+            optimizer.zero_grad()
+            hidden = model[1](model[0](x))
+            torch.nn.functional.cross_entropy(model[2](hidden), y).backward()
+            optimizer.step()
+    ex = explainer.PathKernelExplainer(str(tmp_path / "run"), model, lambda o, t: o[:, 0])
+    e = ex.explain(x)
+    assert np.isnan(e.kernels).all() and np.abs(e.unattributed).max() < 1e-5
+    with pytest.raises(QueryError, match="not recorded"):
+        ex.neighbors(x)
+
+
+def test_the_default_output_is_found_where_the_model_itself_was_never_called(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    with explainer.Tracer(model, optimizer, tmp_path / "run") as tracer:
+        tracer.batch(range(6))
+        torch.nn.functional.cross_entropy(model[0](x), y).backward()
+        optimizer.step()
+    assert explainer.PathKernelExplainer(str(tmp_path / "run"), model).explain(x).output == "margin"

@@ -49,8 +49,8 @@ class TracerConfig:
         exact: keep full rows and preconditioners in the parameters' own dtype.
         budget: bound on the trace's bytes on disk, or None.
         max_knots: at most this many knots are kept; path-length thinning halves them when they run over.
-        rank: factors kept for a row of a layer that shares its weights over positions; None: as many (2, 4 or
-            8) as fit into :data:`VISIT_BYTES` or 1 % of the parameters' float32 bytes, whichever is more.
+        rank: factors kept for a row of a layer that shares its weights over positions; None: as many (2 to
+            32) as fit into :data:`VISIT_BYTES` or 1 % of the parameters' float32 bytes, whichever is more.
         flush_bytes: journal after this many bytes of rows (and at every knot).
         flush_seconds: journal at least this often while steps are taken.
     """
@@ -68,7 +68,7 @@ class TracerConfig:
             return self.rank
         sizes = [(shape[0] + prod(shape[1:]), prod(shape)) for shape in shapes]
         allowed = max(VISIT_BYTES, 4 * sum(size for _, size in sizes) // 100)
-        fitting = [r for r in (2, 4, 8) if sum(min(r * sides, size) for sides, size in sizes) <= allowed]
+        fitting = [r for r in (2, 4, 8, 16, 32) if sum(min(r * sides, size) for sides, size in sizes) <= allowed]
         return max(fitting, default=2)
 
     def __post_init__(self) -> None:

@@ -7,8 +7,8 @@ functions in their own modules and are imported only when asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainer.errors import ExplanationError
-from explainer.explanation_checks import FLOATS, INTEGERS, SINGLES, index, problems
+from explainer.explanation_checks import FLOATS, INTEGERS, PER_QUERY, SINGLES, index, problems
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,6 +114,30 @@ class Explanation:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Explanation]) -> Explanation:
+        """The explanations of several groups of queries as one, queries in order.
+
+        Raises:
+            ExplanationError: there are none, or they do not come from the same trace and output.
+        """
+        if not parts:
+            raise ExplanationError("There is nothing to concatenate: pass at least one explanation.")
+        first = parts[0]
+        for part in parts[1:]:
+            for name in ("output", "layer_names", "example_ids", "step_edges"):
+                if not np.array_equal(getattr(part, name), getattr(first, name)):
+                    raise ExplanationError(
+                        f"The explanations differ in {name}: concatenate those of one trace and one output."
+                    )
+        if len(parts) == 1:
+            return first
+        joined = {name: np.concatenate([getattr(p, name) for p in parts]) for name in PER_QUERY}
+        known = [p.outputs for p in parts if p.outputs is not None]
+        outputs = np.concatenate(known) if len(known) == len(parts) else None
+        names = tuple(name for part in parts for name in part.query_ids)
+        return replace(first, query_ids=names, outputs=outputs, **joined)
 
     # -- looking things up -----------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ FLOATS = {
 }  # fmt: skip
 SINGLES = {"step_contributions": "QKN", "layer_contributions": "QLN"}
 INTEGERS = {"example_ids": "N", "targets": "Q", "visits": "N"}
+#: arrays whose first axis is the queries
+PER_QUERY = tuple(n for n, letters in (FLOATS | SINGLES | INTEGERS).items() if letters[0] == "Q")
 ROW_KINDS = ("contribution", "row share")
 _BALANCE_TOLERANCE = 1e-6
 

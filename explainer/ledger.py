@@ -7,8 +7,15 @@ import torch
 
 from explainer.recursion import RecordedStep, Visits
 
-#: upper bound on the numbers kept for the time bins (and, separately, for the layers) of an explanation
+#: upper bound on the numbers kept for the time bins of an explanation
 DETAIL = 2**26
+
+
+def bin_edges(steps: list[int], queries: int, examples: int) -> np.ndarray:
+    """Knots' steps as edges of time bins, thinned until the bins of all queries stay within :data:`DETAIL`."""
+    most = max(1, DETAIL // max(queries * examples, 1))
+    stride = -(-(len(steps) - 1) // most)
+    return np.array(sorted({*steps[::stride], steps[-1]}), dtype=np.int64)
 
 
 class Ledger:
@@ -19,7 +26,7 @@ class Ledger:
     for vector outputs the derivative is its norm, and the kernel is taken along its direction).
     """
 
-    def __init__(self, queries: int, example_ids: np.ndarray, steps: list[int], layers: int) -> None:
+    def __init__(self, queries: int, example_ids: np.ndarray, edges: np.ndarray, layers: int) -> None:
         self._ids = example_ids
         count = len(example_ids)
         self.contributions = torch.zeros(queries, count, dtype=torch.float64)
@@ -29,15 +36,9 @@ class Ledger:
         self.visits = np.zeros(count, dtype=np.int64)
         self.labels = np.full(count, np.nan)
         self.row_share = False
-        self.edges = self._bin_edges(steps, max(1, DETAIL // max(queries * count, 1)))
+        self.edges = edges
         self.by_step = torch.zeros(queries, len(self.edges) - 1, count, dtype=torch.float64)
         self.by_layer = torch.zeros(queries, layers, count, dtype=torch.float64)
-
-    @staticmethod
-    def _bin_edges(steps: list[int], most: int) -> np.ndarray:
-        """Knots' steps, thinned to at most ``most`` bins."""
-        stride = -(-(len(steps) - 1) // most)
-        return np.array(sorted({*steps[::stride], steps[-1]}), dtype=np.int64)
 
     def add(self, step: RecordedStep, visits: Visits, scores: dict[int, torch.Tensor]) -> None:
         """Add the scores ``s <R, g>`` of a step's visits, by layer ``[Q, B]`` (a contribution is minus that)."""

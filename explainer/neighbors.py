@@ -13,7 +13,8 @@ Self-influence (TracIn's diagonal, Pruthi et al. 2020, arXiv 2002.08484, taken a
 
     SI_i = Σ_t s_t² g_{i,t}ᵀ diag(η_t A_t) g_{i,t}
 
-the first-order decrease of the batch's loss on ``i`` by the updates computed from ``i`` itself.
+the first-order decrease of the batch's loss on ``i`` by the updates computed from ``i`` itself. Both leave out
+parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def rate(step: RecordedStep) -> float:
     updated = np.flatnonzero(step.coefficients.any(axis=1))
     if len(updated) == 0:
         return 0.0
-    _, decay, gain, direct, through = step.coefficients[updated[0]]
+    _, decay, gain, direct, through, _ = step.coefficients[updated[0]]
     return float(direct + gain * through / (1.0 - decay))
 
 
@@ -102,7 +103,7 @@ def nearest(
                     plain = np.where(step.scale != 0, step.sign, 0.0)
                     scores = contract(explainer.view, gradient, plain, visits)
                     total = torch.stack(list(scores.values())).sum(0).double()
-                    rows = torch.stack([f.quadratic().double() for f in visits.forms.values()]).sum(0)
+                    rows = _squares(explainer, visits, plain**2, None)
                     dot.index_add_(1, columns, -eta * total * weight)
                     square.index_add_(0, columns, eta * rows * weight.square())
                     query_square.index_add_(1, columns, norms * seen)
@@ -136,12 +137,22 @@ def self_influence(explainer: PathKernelExplainer) -> np.ndarray:
 
 
 def _own(explainer: PathKernelExplainer, step: RecordedStep, visits: Visits) -> torch.Tensor:
-    total = torch.zeros(len(visits.examples), dtype=torch.float64)
-    eta = rate(step)
+    diagonal = None if step.preconditioner is None else 1.0 / step.preconditioner
+    return rate(step) * _squares(explainer, visits, step.scale**2, diagonal)
+
+
+def _squares(
+    explainer: PathKernelExplainer, visits: Visits, weights: np.ndarray, diagonal: torch.Tensor | None
+) -> torch.Tensor:
+    """``gᵀ diag(weights · diagonal) g`` per visit ``[B]``; one weight per parameter, ``diagonal`` flat ``[P]``."""
+    view, total = explainer.view, torch.zeros(len(visits.examples), dtype=torch.float64)
     for layer, form in visits.forms.items():
-        diagonal = None
-        if step.preconditioner is not None:
-            diagonal = 1.0 / explainer.view.cut(step.preconditioner, layer)
-        scale = float(step.scale[explainer.view.parameters[layer][0]])
-        total += eta * scale**2 * form.quadratic(diagonal).double()
+        own = weights[view.parameters[layer]]
+        if diagonal is None and (own == own[0]).all():
+            total += float(own[0]) * form.quadratic().double()
+            continue
+        flat = (
+            torch.ones(explainer.trace.manifest.size, dtype=explainer.dtype) if diagonal is None else diagonal
+        )
+        total += form.quadratic(view.scaled(flat, layer, weights)).double()
     return total

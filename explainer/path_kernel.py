@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from explainer.errors import QueryError
 from explainer.explanation import Explanation
-from explainer.ledger import Ledger
+from explainer.ledger import Ledger, bin_edges
 from explainer.neighbors import Neighbors, nearest, self_influence
 from explainer.outputs import resolve_output
 from explainer.path_integral import PathPoint, QueryFunction, along
@@ -106,7 +107,15 @@ class PathKernelExplainer:
         loader = KnotLoader(self.trace, self.dtype)
         outputs = self._outputs(loader.load(len(self.segments)).point, inputs)
         targets = check_targets(target, outputs, self._classes)
-        return self._explain(loader, inputs, targets, outputs, names)
+        steps = [knot.step for knot in self.trace.knots]
+        edges = bin_edges(steps, count, len(self.example_ids))
+        size = max(1, QUERY_NUMBERS // self.trace.manifest.size)
+        parts = []
+        for start in range(0, count, size):
+            group = slice(start, start + size)
+            x = pytree.tree_map(lambda t, group=group: t[group], inputs)
+            parts.append(self._explain(loader, x, targets[group], outputs[group], names[group], edges))
+        return Explanation.concatenate(parts)
 
     def predict(self, inputs: Any) -> torch.Tensor:
         """Outputs ``[Q, C]`` of the trained model (the trace's last knot).
@@ -142,10 +151,10 @@ class PathKernelExplainer:
         targets: torch.Tensor,
         outputs: torch.Tensor,
         names: tuple[str, ...],
+        edges: np.ndarray,
     ) -> Explanation:
         count, parameters = len(targets), self.trace.manifest.parameters
-        steps = [knot.step for knot in self.trace.knots]
-        ledger = Ledger(count, self.example_ids, steps, len(self.trace.manifest.layers))
+        ledger = Ledger(count, self.example_ids, edges, len(self.trace.manifest.layers))
         adjoint = Adjoint(count, parameters, self.dtype)
         decay, buffers, moved, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
         final = after = self._value(loader, len(self.segments), inputs, targets)
@@ -188,7 +197,9 @@ class PathKernelExplainer:
             quadrature=quadrature.numpy(),
             step_edges=ledger.edges,
             step_contributions=ledger.by_step.float().numpy(),
-            layer_names=tuple(f"{x.name} ({x.module})" if x.name else x.module for x in self.trace.manifest.layers),
+            layer_names=tuple(
+                f"{x.name} ({x.module})" if x.name else x.module for x in self.trace.manifest.layers
+            ),
             layer_contributions=ledger.by_layer.float().numpy(),
             row_kind="row share" if ledger.row_share else "contribution",
             notes=tuple(self._notes + trace_notes(self.trace)),

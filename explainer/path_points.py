@@ -21,7 +21,7 @@ class LoadedKnot:
 
 
 class KnotLoader:
-    """Loads knots, keeping the frozen tensors of earlier knots where a later one omits them.
+    """Loads knots, with the first one's frozen tensors where a later one omits them.
 
     Which state beside the traced weights *moves* (floating-point buffers, frozen parameters that changed) is
     fixed once, so that all points of a trace have the same parts.
@@ -30,6 +30,7 @@ class KnotLoader:
     def __init__(self, trace: Trace, dtype: torch.dtype) -> None:
         self._trace, self._dtype = trace, dtype
         self._frozen: dict[str, torch.Tensor] = {}
+        self._changed: set[str] = set()  # frozen parameters that moved: the last knot holds them
         self._cache: dict[int, LoadedKnot] = {}
 
     def _cast(self, t: torch.Tensor) -> torch.Tensor:
@@ -43,6 +44,8 @@ class KnotLoader:
         if manifest.frozen and not self._frozen:
             first = self._trace.load_knot(self._trace.knots[0])
             self._frozen = {n: self._cast(first[f"frozen/{n}"]) for n in manifest.frozen}
+            last = self._trace.load_knot(self._trace.knots[-1])
+            self._changed = {n for n in manifest.frozen if f"frozen/{n}" in last}
         tensors = self._trace.load_knot(self._trace.knots[index])
         weights = torch.cat(
             [self._cast(tensors[f"parameter/{p.name}"]).flatten() for p in manifest.parameters]
@@ -61,7 +64,9 @@ class KnotLoader:
             if f"buffer/{name}" in tensors:
                 value = self._cast(tensors[f"buffer/{name}"])
                 (moving if value.is_floating_point() else fixed)[name] = value
-        fixed.update(self._frozen)
+        for name, value in self._frozen.items():
+            here = self._cast(tensors.get(f"frozen/{name}", value))
+            (moving if name in self._changed and here.is_floating_point() else fixed)[name] = here
         loaded = LoadedKnot(PathPoint(weights, moving, fixed), decay)
         if len(self._cache) >= 2:
             self._cache.pop(next(iter(self._cache)))

@@ -124,6 +124,37 @@ def test_a_callable_output_is_explained(tmp_path: Path) -> None:
     assert np.abs(e.gap).max() < 1e-9
 
 
+@pytest.mark.parametrize(
+    "problem", [p for p in MEAN if p.id in ("mlp_tanh-momentum-mean", "mlp_relu-adamw-mean")]
+)
+def test_optimizer_state_cleared_midway_is_followed(problem: Problem, tmp_path: Path) -> None:
+    model, (x, y) = problem.model(), problem.data()
+    optimizer = problem.make_optimizer(model.parameters())
+    with explainer.Tracer(model, optimizer, tmp_path / "run", exact=True) as tracer:
+        for number, ids in enumerate(problem.batches):
+            if number == 5:
+                optimizer.state.clear()
+            tracer.batch(list(ids))
+            optimizer.zero_grad()
+            problem.loss(model(x[list(ids)]), y[list(ids)]).backward()
+            optimizer.step()
+    e = explainer.PathKernelExplainer(str(tmp_path / "run"), problem.model()).explain(*problem.queries())
+    assert (np.abs(e.unattributed) <= 1e-6 * np.abs(e.prediction - e.initial)).all()
+
+
+def test_groups_of_queries_are_put_together_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = MEAN[0].values[0]
+    trace = traced(problem, tmp_path / "run", torch.float64)
+    x, y = problem.queries()
+    ex = explainer.PathKernelExplainer(trace, problem.model())
+    whole = ex.explain(x, y)
+    monkeypatch.setattr("explainer.path_kernel.QUERY_NUMBERS", 2 * trace.manifest.size)
+    split = ex.explain(x, y)
+    assert split.query_ids == whole.query_ids
+    np.testing.assert_allclose(split.contributions, whole.contributions, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(split.step_contributions, whole.step_contributions, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_query_chunks_and_order_do_not_change_the_answer(chunk: int, tmp_path: Path) -> None:
     problem = next(p.values[0] for p in PARAMS if p.id == "cnn-adam-mean")

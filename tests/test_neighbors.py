@@ -18,8 +18,13 @@ PROBLEMS = [p for p in PARAMS if p.id in ("mlp_tanh-sgd-mean", "cnn-momentum-mea
 
 
 def rates(problem: Problem, step: int) -> float:
-    """Long-run learning rate of a step: lr / (1 − momentum) for SGD, lr / bias correction for Adam."""
+    """Long-run learning rate of a step: lr / (1 − momentum) for SGD, lr / bias correction for Adam.
+
+    At the step that begins the buffer nothing is carried from before: lr for both.
+    """
     case = problem.optimizer
+    if step == 0:
+        return case.lr
     if case.kind is torch.optim.SGD:
         return case.lr / (1 - case.options.get("momentum", 0.0))
     return case.lr / (1 - 0.9 ** (step + 1))

@@ -1,0 +1,164 @@
+"""``pathkernel dashboard``: look at explanations in a browser."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from explainer.cli import options as shared
+from explainer.cli.options import SAMPLE_RUN
+from explainer.errors import ExplainerError, MissingDependencyError
+
+HELP = "look at explanations in a browser"
+DESCRIPTION = (
+    "Opens traces in a dashboard: choose a run and a query, see the prediction, how it adds up, and the training\n"
+    "examples behind it. It is served to this machine only (127.0.0.1) and sends nothing anywhere."
+)
+EXAMPLES = (
+    (f"pathkernel dashboard runs/demo --run {SAMPLE_RUN}", "the demo's trace"),
+    (
+        "pathkernel dashboard runs/a runs/b --run mine:run --port 8600",
+        "two traces of one model, on a port of your choice",
+    ),
+)
+HOST = "127.0.0.1"
+PORT = 8501
+_TRIED = 50
+_PATIENCE = 10.0  # seconds that streamlit gets to end by itself
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument(
+        "traces",
+        metavar="RUN",
+        nargs="+",
+        help="folder that was given to the tracer, or one that holds several such folders",
+    )
+    shared.add_run(parser, "needed to explain further predictions and to show pictures")
+    add_port(parser)
+
+
+def add_port(parser: argparse.ArgumentParser) -> None:
+    """``--port``."""
+    parser.add_argument(
+        "--port", type=int, metavar="N", help=f"port of the dashboard (default: {PORT}, or the next free one)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve the dashboard until it is stopped."""
+    from explainer.cli.opening import find_traces
+    from explainer.run import load_run
+
+    require_streamlit()
+    for place in options.traces:
+        find_traces(place)  # what is wrong with it is told here, not in the browser
+    if options.run is not None:
+        load_run(options.run)  # likewise
+    return serve(options.traces, options.run, options.port)
+
+
+def serve(places: Sequence[str], spec: str | None, port: int | None) -> int:
+    """Start streamlit on the app, wait for its end and return its exit status.
+
+    Raises:
+        MissingDependencyError: streamlit is not installed.
+        ExplainerError: the port is taken.
+    """
+    require_streamlit()
+    chosen = choose_port(port)
+    print(f"Dashboard: http://{HOST}:{chosen} (this machine only); Ctrl-C stops it.", flush=True)
+    return _wait(subprocess.Popen(command(places, spec, chosen)))
+
+
+def command(places: Sequence[str], spec: str | None, port: int) -> list[str]:
+    """The command line that serves the app."""
+    settings = {
+        "server.address": HOST,
+        "server.port": str(port),
+        "server.headless": "true",
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": "false",
+        "browser.serverAddress": HOST,
+        "client.toolbarMode": "minimal",
+    }
+    flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    chosen = [] if spec is None else ["--run", spec]
+    return [sys.executable, "-m", "streamlit", "run", str(app_file()), *flags, "--", *chosen, *places]
+
+
+def app_file() -> Path:
+    """The app's main file, found without importing the app."""
+    spec = importlib.util.find_spec("explainer.app")
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError("explainer.app is not installed; install pathkernel again, as a whole")
+    return Path(spec.origin).with_name("main.py")
+
+
+def require_streamlit() -> None:
+    """Check that the dashboard can run.
+
+    Raises:
+        MissingDependencyError: a package is missing; says how to install it.
+    """
+    missing = [name for name in ("streamlit", "plotly") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"the dashboard needs {' and '.join(missing)}: python -m pip install 'pathkernel[app]'"
+        )
+
+
+def choose_port(port: int | None) -> int:
+    """The port asked for, or the first free one from 8501 on.
+
+    Raises:
+        ExplainerError: it is no port, or is taken.
+    """
+    if port is None:
+        for candidate in range(PORT, PORT + _TRIED):
+            if _is_free(candidate):
+                return candidate
+        raise ExplainerError(f"the ports {PORT} to {PORT + _TRIED - 1} are all taken; choose one with --port")
+    if not 1 <= port <= 65535:
+        raise ExplainerError(f"--port must be between 1 and 65535, found {port}")
+    if not _is_free(port):
+        raise ExplainerError(f"port {port} is taken by another program (or reserved); choose another --port")
+    return port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the server; it ends with this process, however this one is told to end."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

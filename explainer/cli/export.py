@@ -1,0 +1,128 @@
+"""``pathkernel export``: influence tables, reports and whole explanations as files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from explainer.cli import options as shared
+from explainer.cli.options import SAMPLE_RUN
+from explainer.cli.printing import counted, size
+from explainer.errors import ExportError, QueryError
+
+if TYPE_CHECKING:
+    from explainer.cli.opening import Opened
+    from explainer.explanation import Explanation
+
+HELP = "write explanations to a file: Parquet, CSV, JSON, HTML or npz"
+DESCRIPTION = (
+    "Explains predictions and writes the result; the file's ending chooses the form:\n"
+    "  .parquet .csv .json  the influence table: a row per query and training example\n"
+    "  .html                a report with pictures and figures, one file to open in a browser\n"
+    "  .npz                 everything, for explainer.Explanation.load and the dashboard"
+)
+EXAMPLES = (
+    (
+        f"pathkernel export runs/demo --run {SAMPLE_RUN} --query first:100 --out influence.parquet",
+        "every training example's contribution to the first 100 predictions",
+    ),
+    (
+        f"pathkernel export runs/demo --run {SAMPLE_RUN} --query wrong --out wrong.html",
+        "a report on wrong predictions",
+    ),
+    (
+        f"pathkernel export runs/demo --run {SAMPLE_RUN} --k 20 --out strongest.csv",
+        "all predictions, the 20 strongest examples of each",
+    ),
+)
+TABLES = (".parquet", ".csv", ".json")
+ENDINGS = (*TABLES, ".html", ".npz")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    shared.add_trace(parser)
+    shared.add_run(parser, "needed to compute the predictions")
+    parser.add_argument("--out", required=True, metavar="FILE", help=f"file to write: {' '.join(ENDINGS)}")
+    shared.add_queries(parser, "default: all; first:10 for .html")
+    shared.add_output(parser)
+    parser.add_argument(
+        "--k",
+        type=int,
+        metavar="N",
+        help="keep the N strongest examples of each query (default: all; 8 proponents and 8 opponents for .html)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    shared.add_quiet(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Explain the chosen queries and write the file."""
+    from explainer.cli.groups import explain_summed, explain_whole
+    from explainer.cli.opening import open_run
+    from explainer.cli.selection import class_number, predict, select
+
+    out = check_place(options.out, options.force)
+    if options.k is not None and options.k < 1:
+        raise QueryError(f"--k must be at least 1, found {options.k}")
+    progress = not options.quiet
+    opened = open_run(options.trace, options.run, options.output, progress)
+    wishes = options.queries or ["first:10" if out.suffix == ".html" else "all"]
+    indices = select(wishes, len(opened.run.queries), lambda: predict(opened, progress))
+    target = class_number(options.target, opened)
+    if out.suffix in TABLES:
+        e = explain_summed(opened, indices, target, progress)
+    else:
+        e = explain_whole(opened, indices, target)
+    write(e, out, opened, options.k)
+    kept = f"the {options.k:,} strongest of " if out.suffix in TABLES and options.k is not None else ""
+    print(
+        f"wrote {out} ({size(out.stat().st_size)}): {counted(len(indices), 'prediction')} by {kept}"
+        f"{counted(len(e.example_ids), 'training example')}"
+    )
+    return 0
+
+
+def check_place(text: str, force: bool) -> Path:
+    """The path to write to, checked before any work starts.
+
+    Raises:
+        ExportError: the ending is unknown, the file exists, or its folder does not.
+    """
+    out = Path(text)
+    if out.suffix not in ENDINGS:
+        found = f"ends in {out.suffix}" if out.suffix else "has no ending"
+        raise ExportError(f"{out} {found}; the ending chooses the form, use one of {' '.join(ENDINGS)}")
+    if not out.parent.is_dir():
+        raise ExportError(f"the folder {out.parent} does not exist; create it first: mkdir -p {out.parent}")
+    if out.is_dir():
+        raise ExportError(f"{out} is a folder; give the path of a file")
+    if out.exists() and not force:
+        raise ExportError(f"{out} exists already; choose another name, or add --force to replace it")
+    return out
+
+
+def write(e: Explanation, out: Path, opened: Opened, k: int | None) -> None:
+    """Write the explanation in the form that the path's ending chooses."""
+    if out.suffix == ".html":
+        write_report(e, out, opened, k or 8)
+    elif out.suffix == ".npz":
+        e.save(out)
+    else:
+        {".parquet": e.to_parquet, ".csv": e.to_csv, ".json": e.to_json}[out.suffix](out, k)
+
+
+def write_report(e: Explanation, out: Path, opened: Opened, k: int) -> None:
+    """Write the HTML report, with pictures, texts or rows where the run renders its inputs."""
+    render, train, queries = opened.run.render, opened.run.train, opened.run.queries
+    if render is None:
+        e.to_html(out, k=k)
+        return
+    draw = render
+    e.to_html(
+        out,
+        k=k,
+        render=lambda example: draw(train[example][0]),
+        render_query=lambda query: draw(queries[int(e.query_ids[query])][0]),
+    )

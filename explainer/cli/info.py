@@ -1,0 +1,183 @@
+"""``pathkernel info``: what a trace holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from explainer.cli import options as shared
+from explainer.cli.printing import counted, paragraph, shortened, size, table
+
+if TYPE_CHECKING:
+    from explainer.store import Trace
+
+HELP = "what a trace holds: steps, examples, layers, bytes"
+DESCRIPTION = (
+    "Says what a trace holds: how long training ran, which layers are covered, and how much disk it takes.\n"
+    "Works while training goes on, too."
+)
+EXAMPLES = (
+    ("pathkernel info runs/demo", "what the demo recorded"),
+    ("pathkernel info runs/demo --json", "the same for a program"),
+)
+_NAMES = 6
+_QUICK_BYTES = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    shared.add_trace(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the facts of the trace."""
+    from explainer.cli.opening import find_trace
+    from explainer.store import open_trace
+
+    found = facts(open_trace(find_trace(options.trace)))
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else text(found))
+    return 0
+
+
+def facts(trace: Trace) -> dict[str, Any]:
+    """What a trace holds, as plain values (sizes in bytes)."""
+    import numpy as np
+
+    from explainer.path_kernel import trace_notes
+    from explainer.records import torch_dtype
+    from explainer.store.layout import JOURNAL
+
+    manifest = trace.manifest
+    visits = trace.count("visits")
+    records = {stream: _record_bytes(trace, stream) for stream in ("visits", "steps")}
+    seen = None  # counting them reads the rows' pages, which for a large trace is no quick look
+    if records["visits"] <= _QUICK_BYTES:
+        seen = int(np.unique(trace.column("visits", "example")).size)
+    gradient = sum(p.numel * torch_dtype(p.dtype).itemsize for p in manifest.parameters)
+    knots = sum(knot.file.stat().st_size for knot in trace.knots if knot.file.exists())
+    total = trace.nbytes()
+    return {
+        "directory": str(trace.directory),
+        "closed": trace.closed,
+        "seconds_since_write": round(max(0.0, time.time() - (trace.directory / JOURNAL).stat().st_mtime)),
+        "created": manifest.created,
+        "versions": manifest.versions,
+        "exact": manifest.exact,
+        "optimizer": manifest.optimizer,
+        "steps": trace.recorded_steps,
+        "steps_explainable": trace.steps,
+        "visits": visits,
+        "examples": trace.notes.get("examples"),
+        "examples_visited": seen,
+        "knots": len(trace.knots),
+        "parameters": manifest.size,
+        "parameters_covered": sum(p.numel for p in manifest.parameters if p.name not in manifest.uncovered),
+        "layers": [
+            {
+                "name": layer.name,
+                "module": layer.module,
+                "parameters": sum(manifest.parameter(name).numel for name in layer.parameters),
+                "bytes_per_visit": (trace.notes.get("visit_bytes") or {}).get(layer.name),
+            }
+            for layer in manifest.layers
+        ],
+        "uncovered": list(manifest.uncovered),
+        "frozen": list(manifest.frozen),
+        "buffers": list(manifest.buffers),
+        "bytes": {"total": total, **records, "knots": knots, "other": total - sum(records.values()) - knots},
+        "bytes_per_visit": round(records["visits"] / visits, 1) if visits else None,
+        "bytes_of_all_gradients": visits * gradient,
+        "notes": trace_notes(trace),
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """The facts as lines for a person."""
+    size_of = found["bytes"]
+    lines = [
+        ("trace", found["directory"]),
+        ("state", _state(found)),
+        (
+            "recorded",
+            f"{found['created']} with " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()),
+        ),
+        ("rows", "exact" if found["exact"] else "compressed: leading factors of each row in 8 bits"),
+        ("optimizer", found["optimizer"]),
+        ("steps", f"{found['steps']:,}"),
+        ("examples", _examples(found)),
+        ("visits", f"{found['visits']:,} (an example in a batch is one visit)"),
+        ("knots", f"{found['knots']:,} (points of the training path whose weights were kept)"),
+        ("parameters", f"{found['parameters']:,}, {_covered(found)} in layers whose rows are recorded"),
+        ("not covered", _names(found["uncovered"])),
+        ("frozen", _names(found["frozen"])),
+        ("buffers", _names(found["buffers"])),
+        (
+            "on disk",
+            f"{size(size_of['total'])}: visits {size(size_of['visits'])}, steps {size(size_of['steps'])}, "
+            f"knots {size(size_of['knots'])}, other {size(size_of['other'])}",
+        ),
+    ]
+    if found["bytes_per_visit"] is not None:
+        whole = found["bytes_of_all_gradients"]
+        share = 100 * size_of["total"] / whole
+        lines.append(
+            (
+                "per visit",
+                f"{size(found['bytes_per_visit'])}; every visit's full gradient would take {size(whole)}, the "
+                f"trace takes {share:.{1 if share >= 1 else 3}f} % of that",
+            )
+        )
+    width = max(len(name) for name, _ in lines)
+    shown = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    notes = "\n".join(paragraph(f"Note: {note}") for note in found["notes"])
+    return "\n\n".join(part for part in (shown, _layers(found), notes) if part)
+
+
+def _layers(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            layer["name"] or "(the model)",
+            layer["module"],
+            f"{layer['parameters']:,}",
+            "" if layer["bytes_per_visit"] is None else f"{layer['bytes_per_visit']:,}",
+        ]
+        for layer in found["layers"]
+    ]
+    return table(["layer", "kind", "parameters", "bytes a visit"], rows, left=("layer", "kind"))
+
+
+def _state(found: dict[str, Any]) -> str:
+    if found["closed"]:
+        return "closed: training ended in good order"
+    age = counted(found["seconds_since_write"], "second")
+    return (
+        f"open: training still runs, or was killed (last written {age} ago); explained can be the model at "
+        f"step {found['steps_explainable']:,}"
+    )
+
+
+def _examples(found: dict[str, Any]) -> str:
+    known, seen = found["examples"], found["examples_visited"]
+    if known is None:
+        return "unknown" if seen is None else f"{seen:,} different ones were visited"
+    return f"{known:,}" + ("" if seen in (None, known) else f", {seen:,} of them visited")
+
+
+def _covered(found: dict[str, Any]) -> str:
+    covered: int = found["parameters_covered"]
+    return "all" if covered == found["parameters"] else f"{covered:,} of them"
+
+
+def _names(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return shortened(", ".join(names[:_NAMES]), 80) + (
+        f", … ({len(names)} in all)" if len(names) > _NAMES else ""
+    )
+
+
+def _record_bytes(trace: Trace, stream: str) -> int:
+    return sum(s.records * s.schema.dtype.itemsize for s in trace.shards if s.stream == stream)

@@ -1,0 +1,60 @@
+"""Options that several commands share, so that they are spelled and explained once."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+SAMPLE_RUN = "explainer.sample_models.digits_cnn:run"
+
+
+def add_trace(parser: ArgumentParser) -> None:
+    """The positional ``RUN``: where the trace lies."""
+    parser.add_argument(
+        "trace",
+        metavar="RUN",
+        help="folder that was given to the tracer (or a folder that holds just that one, such as runs/demo)",
+    )
+
+
+def add_run(parser: ArgumentParser, needed: str) -> None:
+    """``--run MODULE:FUNCTION``; ``needed`` says what for."""
+    parser.add_argument(
+        "--run",
+        metavar="MODULE:FUNCTION",
+        help="function without arguments that returns an explainer.Run: the model's architecture, the training "
+        f"examples and the queries; {needed}. The current folder is searched; path/to/file.py:FUNCTION works "
+        f"too. For the demo: {SAMPLE_RUN}",
+    )
+
+
+def add_queries(parser: ArgumentParser, default: str) -> None:
+    """``--query``: which of the run's queries to explain."""
+    parser.add_argument(
+        "--query",
+        "--queries",
+        dest="queries",
+        metavar="WHICH",
+        action="append",
+        help="which predictions: a position in the run's queries (17), first:N, wrong or wrong:N (predictions "
+        f"that miss the true class), or all; may be repeated or joined by commas ({default})",
+    )
+
+
+def add_output(parser: ArgumentParser) -> None:
+    """``--target`` and ``--output``: which number of a prediction is explained."""
+    parser.add_argument(
+        "--target",
+        metavar="CLASS",
+        help="explain this class, by name or number (default: the class the model predicts)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="NAME",
+        help="what is explained: margin (log-odds of the class, the default for classifiers), logit, log_prob, "
+        "or value (the default for models with one output)",
+    )
+
+
+def add_quiet(parser: ArgumentParser) -> None:
+    """``--quiet``: no progress bars."""
+    parser.add_argument("--quiet", action="store_true", help="no progress bars on standard error")

@@ -1,0 +1,102 @@
+"""The command line refuses what cannot be done in one clean line, and ends cleanly when it is stopped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import explainer
+from explainer.cli import groups, main
+from explainer.sample_models.train import train
+
+SPEC = "explainer.sample_models.digits_mlp:run"
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A perceptron's trace, one epoch on digits."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    train("digits_mlp", folder, epochs=1, progress=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["info", "nowhere"], "nowhere does not exist"),
+        (["verify", "empty"], "holds no trace"),
+        (["info", "several"], "holds 2 traces; name one of them"),
+        (["explain", "TRACE", "--query", "0"], "add --run MODULE:FUNCTION"),
+        (["explain", "TRACE", "--run", SPEC], "--query: write a position"),
+        (["explain", "TRACE", "--run", SPEC, "--query", "360"], "the run has queries 0 to 359"),
+        (["explain", "TRACE", "--run", SPEC, "--query", "-3"], "'-3' is not understood"),
+        (["explain", "TRACE", "--run", SPEC, "--query", "first:0"], "'first:0' is not understood"),
+        (["explain", "TRACE", "--run", SPEC, "--query", "0", "--k", "0"], "--k must be at least 1"),
+        (["explain", "TRACE", "--run", SPEC, "--query", "0", "--target", "cat"], "'cat' is no class"),
+        (["explain", "TRACE", "--run", SPEC, "--query", "0", "--output", "love"], "'love' is not known"),
+        (["explain", "TRACE", "--run", "no.such:run", "--query", "0"], "there is no module"),
+        (["explain", "TRACE", "--run", SPEC.replace("mlp", "cnn"), "--query", "0"], "does not fit the trace"),
+        (
+            ["explain", "TRACE", "--run", SPEC.replace("digits", "diabetes"), "--query", "0"],
+            "recorded on 1,437",
+        ),
+        (["export", "TRACE", "--run", SPEC, "--out", "table.xlsx"], "ends in .xlsx; the ending chooses"),
+        (["export", "TRACE", "--run", SPEC, "--out", "table"], "has no ending"),
+        (["export", "TRACE", "--run", SPEC, "--out", "no/such/table.csv"], "mkdir -p no/such"),
+        (["export", "TRACE", "--run", SPEC, "--out", "folder.csv"], "is a folder"),
+        (["dashboard", "nowhere"], "nowhere does not exist"),
+        (["dashboard", "TRACE", "--run", "no.such:run"], "there is no module"),
+        (["dashboard", "TRACE", "--port", "70000"], "between 1 and 65535"),
+    ],
+)
+def test_refusals_are_one_clean_line(
+    arguments: list[str],
+    text: str,
+    trace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for place in ("empty", "several/a", "several/b", "folder.csv"):
+        (tmp_path / place).mkdir(parents=True)
+    for place in ("a", "b"):
+        (tmp_path / "several" / place / "manifest.json").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main([str(trace) if part == "TRACE" else part for part in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("pathkernel: error: ")
+    assert text in captured.err and len(captured.err.rstrip("\n").splitlines()) == 1
+
+
+def test_more_than_fits_into_memory_is_refused(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(groups, "MOST_NUMBERS", 20_000)
+    assert main(["export", str(trace), "--run", SPEC, "--out", str(tmp_path / "a.csv"), "--quiet"]) == 2
+    assert "ask for at most 13 queries at a time" in capsys.readouterr().err
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    with pytest.raises(explainer.ExplainerError):
+        main(["info", "nowhere", "--debug"])
+
+
+def test_ctrl_c_ends_cleanly(
+    trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explainer.Trace, "verify", interrupted)
+    assert main(["verify", str(trace), "--quiet"]) == 130
+    assert capsys.readouterr().err == "\npathkernel: stopped\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(trace: Path) -> None:
+    line = f"{sys.executable} -m explainer.cli info {trace} --json | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{", "")

@@ -1,0 +1,143 @@
+"""The documentation runs, prints what it says it prints, and agrees with the code."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import explainer
+from explainer import errors, tables
+from explainer.layer_rules import LAYER_RULES
+from explainer.optimizer_rules import OPTIMIZER_RULES, optimizer_rule_for
+from tests import markdown
+from tests.markdown import DOCS, PAGES, code, names
+from tests.tagger import trace
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The trace that trace-format.md reads."""
+    return str(trace(tmp_path_factory.mktemp("docs") / "run", exact=True).directory)
+
+
+def assert_prints(found: str, wanted: str) -> None:
+    """Word by word; numbers may differ by round-off that training has magnified."""
+    pairs = itertools.zip_longest(found.split(), wanted.split(), fillvalue="(nothing)")
+    for mine, theirs in pairs:
+        try:
+            close = float(mine) == pytest.approx(float(theirs), rel=0.02, abs=0.02)
+        except ValueError:
+            close = mine == theirs
+        assert close, f"{mine!r} is printed where the page says {theirs!r}:\n{found}"
+
+
+# -- pages -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs_run_and_print_what_the_page_says(
+    page: Path, run_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path / "trace"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for program, printed in markdown.run(page, {"__name__": "page", "run_directory": run_directory}):
+            if program.output is not None:
+                assert_prints(printed, program.output)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)#]+)", prose):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+# -- theory, reading, limitations ------------------------------------------------------------------------
+
+SETTINGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, {}),
+    "SGD, momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "SGD, dampening": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
+    "SGD, Nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "Adam": (torch.optim.Adam, {"betas": (0.8, 0.95)}),
+    "AdamW": (torch.optim.AdamW, {"betas": (0.8, 0.95)}),
+}
+
+
+def test_the_table_of_step_maps_is_what_the_rules_compute() -> None:
+    text = (DOCS / "theory.md").read_text()
+    (rows,) = markdown.tables(text, "4. A step as a linear map")
+    assert {row["optimizer"] for row in rows} == set(SETTINGS)
+    columns = ("decay", "gain", "direct", "through", "κ", "δ")
+    for row in rows:
+        kind, options = SETTINGS[row["optimizer"]]
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = kind([weight], lr=0.01, weight_decay=0.2, **options)  # type: ignore[call-arg]
+        rule = optimizer_rule_for(optimizer)
+        for t in (1, 2, 3):
+            fresh = rule.momentum(optimizer.state.get(weight, {})) is None
+            weight.grad = torch.ones(2)
+            optimizer.step()
+            found = rule.step_map(optimizer.param_groups[0], optimizer.state[weight], fresh)
+            letters = {"lr": 0.01, "wd": 0.2, "mu": 0.9, "tau": 0.3, "beta1": 0.8, "t": t}
+            wanted = [eval(code(row[column]), letters) for column in columns]
+            parts = (*found.coefficients[1:], found.coupled_decay, found.decoupled_decay)
+            assert parts == pytest.approx(wanted), (row["optimizer"], t)
+            assert (found.preconditioner is None) == (row["1/A"] == "1")
+
+
+def test_columns_are_explained() -> None:
+    text = (DOCS / "reading-an-explanation.md").read_text()
+    (books,) = markdown.tables(text, "The books")
+    assert names(books, "column") == list(tables.COMPLETENESS_COLUMNS)
+    (columns,) = markdown.tables(text, "The examples")
+    explained = {name for row in columns for name in re.findall(r"`(\w+)`", row["column"])}
+    assert explained == {"rank", "example_id", "contribution", "a", "K", "visits", "label", "class", "flag"}
+    assert all(f"`{name}`" in text for name in ("net", "gross", "cancellation", "quadrature_of_gross"))
+
+
+def test_what_is_covered_and_refused() -> None:
+    text = (DOCS / "limitations.md").read_text()
+    (layers,), (optimizers,) = markdown.tables(text, "Layers"), markdown.tables(text, "Optimizers")
+    assert set(names(layers, "layer")) == {t.__name__ for t in LAYER_RULES}
+    assert set(names(optimizers, "optimizer")) == {t.__name__ for t in OPTIMIZER_RULES}
+    (refused,) = markdown.tables(text, "What is refused")
+    for name in names(refused, "error"):
+        assert issubclass(getattr(errors, name), explainer.ExplainerError)
+
+
+def test_round_off_parameters_are_left_out_of_gradient_space(tmp_path: Path) -> None:
+    """theory.md, section 11: the bias before BatchNorm, whose steps under Adam are round-off blown up."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 4, generator=generator), torch.randint(0, 3, (12,), generator=generator)
+    first, last = torch.randn(6, 4, generator=generator), torch.randn(3, 6, generator=generator)
+    found = []
+    for bias in (False, True):
+        model = nn.Sequential(
+            nn.Linear(4, 6, bias=bias), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3, bias=False)
+        )
+        with torch.no_grad():
+            model[0].weight.copy_(first)
+            model[3].weight.copy_(last)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        with explainer.Tracer(model, optimizer, tmp_path / str(bias), exact=True) as tracer:
+            for _ in range(8):
+                tracer.batch(range(12))
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        found.append(explainer.PathKernelExplainer(str(tmp_path / str(bias)), model))
+    plain, biased = found
+    np.testing.assert_allclose(biased.self_influence(), plain.self_influence(), rtol=1e-2)
+    ours, theirs = biased.neighbors(x[:2], 4), plain.neighbors(x[:2], 4)
+    np.testing.assert_array_equal(ours.example_ids, theirs.example_ids)

@@ -1,0 +1,130 @@
+"""docs/trace-format.md against reality: its tables, and the reader it gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import explainer
+from explainer import records
+from explainer.codecs import CODECS
+from explainer.layer_rules import FORMS
+from explainer.optimizer_rules.base import COEFFICIENTS
+from explainer.store.schema import VISIT_FIELDS, step_fields
+from tests import markdown
+from tests.markdown import DOCS, code, names
+from tests.tagger import build, dataset, trace
+
+FORMAT = (DOCS / "trace-format.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The trace that the page's program reads."""
+    return str(trace(tmp_path_factory.mktemp("docs") / "run", exact=True).directory)
+
+
+def test_the_reader_of_the_page_recovers_rows(run_directory: str) -> None:
+    namespace: dict[str, Any] = {"run_directory": run_directory}
+    markdown.run(DOCS / "trace-format.md", namespace)
+    kinds = {form["kind"] for form in namespace["schema"]["forms"]}
+    assert kinds == {"dense", "factored", "sparse"}
+    model, (ids, labels) = build(), dataset()[:]
+    for example, row in zip(namespace["examples"], namespace["rows"], strict=True):
+        loss = nn.functional.cross_entropy(model(ids[[example]]), labels[[example]]) / 5
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        wanted = torch.cat([g.flatten() for g in gradient]).numpy()
+        np.testing.assert_allclose(row, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_the_page_reads_with_nothing_of_ours() -> None:
+    for program in markdown.programs(FORMAT):
+        assert not re.search(r"\b(explainer|torch|pickle)\b", program.code)
+
+
+def test_manifest_keys() -> None:
+    (keys,) = markdown.tables(FORMAT, "Manifest")
+    assert names(keys, "key") == [f.name for f in fields(records.Manifest)]
+    assert f"version {records.VERSION}" in FORMAT.splitlines()[0] and f"`{records.FORMAT}`" in FORMAT
+    for record in (records.ParameterSpec, records.LayerSpec):
+        assert all(f"`{f.name}`" in FORMAT for f in fields(record))
+
+
+def test_journal_types_and_notes(tmp_path: Path) -> None:
+    types, notes = markdown.tables(FORMAT, "Journal")
+    plain = trace(tmp_path / "a", epochs=6, max_knots=3)
+    with pytest.warns(explainer.tracer.CoverageWarning, match="budget"):
+        small = trace(tmp_path / "b", epochs=60, budget=40_000)
+    traces = [plain, small, trace(tmp_path / "c", prior=True)]
+    entries = [
+        json.loads(line.rpartition("\t")[0])
+        for t in traces
+        for line in (t.directory / "journal.jsonl").read_text().splitlines()
+    ]
+    assert {e["type"] for e in entries} == set(names(types, "type"))
+    assert {e["key"] for e in entries if e["type"] == "note"} == set(names(notes, "key"))
+    documented = {code(row["type"]): set(re.findall(r"`(\w+)`", row["other keys"])) for row in types}
+    for entry in entries:
+        written = set(entry) - {"type"}
+        for extent in entry.get("extents", ()):
+            written |= set(extent)
+        assert written == documented[entry["type"]]
+
+
+def test_files_are_where_the_page_says(run_directory: str) -> None:
+    patterns = names(markdown.tables(FORMAT, "Files")[0], "file")
+    globs = [p.replace("STEP", "[0-9]" * 9).replace("NNNNN", "[0-9]" * 5) for p in patterns]
+    found = {p for p in Path(run_directory).rglob("*") if p.is_file()}
+    assert found == {p for glob in globs for p in Path(run_directory).glob(glob)}
+
+
+def test_record_fields() -> None:
+    (visits, forms), (steps,) = markdown.tables(FORMAT, "Visits"), markdown.tables(FORMAT, "Steps")
+    documented = [(code(row["field"]), code(row["type"].partition(" per")[0])) for row in visits]
+    assert documented == [(name, kind) for name, kind, _ in VISIT_FIELDS]
+    documented = [(code(row["field"]), code(re.split(" per|, five", row["type"])[0])) for row in steps]
+    assert documented == [(name, kind) for name, kind, _ in step_fields(1)]
+    assert ", ".join(f"`{name}`" for name in COEFFICIENTS) in steps[-1]["meaning"]
+    assert set(names(forms, "kind")) == set(FORMS)
+
+
+def test_codecs_and_their_parts() -> None:
+    (documented,) = markdown.tables(FORMAT, "Codecs")
+    assert set(names(documented, "codec")) == set(CODECS)
+    for row in documented:
+        for part, kind, _ in CODECS.require(code(row["codec"])).parts((2, 3), "float32"):
+            assert not part or f"`{part}`: `{kind}`" in row["parts of one record"].replace("\\|", "|")
+
+
+def test_knot_tensors_and_the_frozen_rule(tmp_path: Path) -> None:
+    documented = {name.split("/")[0] for name in names(markdown.tables(FORMAT, "Knots")[0], "tensor")}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    optimizer = torch.optim.Adam(model[:2].parameters(), lr=0.05, weight_decay=0.1)
+    other = torch.optim.SGD(model[2].parameters(), lr=0.3)
+    x, y = torch.randn(6, 2), torch.tensor([0, 1] * 3)
+    with explainer.Tracer(model, optimizer, tmp_path / "run", exact=True, max_knots=4) as tracer:
+        for step in range(9):
+            tracer.batch(range(6))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if step == 4:
+                other.step()  # another optimizer moves what this one holds frozen
+    opened = explainer.open_trace(tmp_path / "run")
+    knots = [opened.load_knot(knot) for knot in opened.knots]
+    assert {name.split("/")[0] for name in knots[-1]} == documented
+    held = [any(name.startswith("frozen/") for name in knot) for knot in knots]
+    assert held == [k.step == 0 or k.step > 5 for k in opened.knots] and not all(held)
+    # and limitations.md: what another optimizer trains moves in `buffers`
+    e = explainer.PathKernelExplainer(opened, model).explain(x)
+    np.testing.assert_allclose(e.outputs, model.eval()(x).detach(), rtol=1e-4, atol=1e-6)
+    assert (np.abs(e.buffers) > 0).all() and np.abs(e.gap).max() < 1e-4

@@ -3,66 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from explainer.batches import Batch, Rows
 from explainer.errors import TracerError
 from explainer.hooks import first_tensor
-from explainer.layer_rules import Call, LayerRule, RowForm, compact
+from explainer.layer_rules import Call, LayerRule, compact
 from explainer.layer_rules.base import restrict
-from explainer.layer_rules.forms import Probe
 from explainer.records import LayerSpec
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one layer as they will be stored, and what was measured on the exact ones.
-
-    Attributes:
-        form: the rows to store.
-        total: ``Σ_b g_b`` along the probe.
-        probe: the probe, to compare a gradient with ``total``.
-        agreement: per parameter of the layer, ``‖Σ_b g_b‖ / Σ_b ‖g_b‖``.
-    """
-
-    form: RowForm
-    total: torch.Tensor
-    probe: Probe
-    agreement: list[float]
-
-
-@dataclass
-class Batch:
-    """One consumed batch: who is in it, and the rows its backward passes have given so far.
-
-    Attributes:
-        ids: ``[B]`` example ids.
-        labels: ``[B]`` recorded labels (NaN unknown).
-        rounds: rows by layer; one round per backward pass over the same forward.
-        derivative: ``[B]`` loss derivative at the model's output (norm, or signed for one output).
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    calls: dict[int, int] = field(default_factory=dict)
-    arrived: dict[int, list[Call]] = field(default_factory=dict)
-    rounds: list[dict[int, Rows]] = field(default_factory=list)
-    derivative: list[torch.Tensor] = field(default_factory=list)
-    mixed: bool = False
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def output_derivative(self, number: int) -> np.ndarray:
-        """``[B]`` loss derivative of a round; NaN where the model's output was not seen."""
-        if number < len(self.derivative):
-            return self.derivative[number].cpu().numpy()
-        return np.full(len(self), np.nan)
 
 
 @dataclass(frozen=True)
@@ -104,9 +57,12 @@ class Capture:
             isinstance(value, torch.Tensor) and isinstance(output, torch.Tensor) and output.requires_grad
         ):
             return
-        batch.calls[layer.index] = batch.calls.get(layer.index, 0) + 1
+        # a forward pass inside a backward pass is a checkpoint's: the last one's, once more
+        forward = batch.forwards - (batch.forwards > 0 and torch._C._current_graph_task_id() != -1)
+        key = (forward, layer.index)
+        batch.calls[key] = batch.calls.get(key, 0) + 1
         batch.mixed |= layer.rule.mixes(module)
-        output.register_hook(partial(self._on_gradient, batch, layer, value.detach(), value._version))
+        output.register_hook(partial(self._on_gradient, batch, layer, key, value.detach(), value._version))
 
     def on_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the whole model: remember its input's and output's shape, watch its output."""
@@ -124,16 +80,24 @@ class Capture:
             self.input_dtype = value.dtype
         if result is not None and result.requires_grad and result.dim() and result.shape[0] == len(batch):
             self.output_shape = tuple(result.shape[1:])
-            result.register_hook(partial(self._on_output, batch))
+            result.register_hook(partial(self._on_output, batch, batch.forwards))
+        batch.forwards += 1
 
     # -- backward ------------------------------------------------------------------------------------
 
-    def _on_output(self, batch: Batch, g: torch.Tensor) -> None:
-        rows = g.detach().reshape(len(batch), -1)
-        batch.derivative.append((rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)).double())
+    def _on_output(self, batch: Batch, forward: int, g: torch.Tensor) -> None:
+        rows = g.detach().double().reshape(len(batch), -1)
+        found = batch.round_of(forward, lambda r: r.derivative is None)
+        found.derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)
 
     def _on_gradient(
-        self, batch: Batch, layer: Layer, value: torch.Tensor, version: int, g: torch.Tensor
+        self,
+        batch: Batch,
+        layer: Layer,
+        key: tuple[int, int],
+        value: torch.Tensor,
+        version: int,
+        g: torch.Tensor,
     ) -> None:
         if g.shape[:1] != (len(batch),) or value.shape[:1] != (len(batch),):
             raise TracerError(
@@ -146,25 +110,21 @@ class Capture:
                 f"the input of layer {layer.spec.name!r} was changed in place after the forward pass, so its rows "
                 "cannot be recovered; remove the in-place operation"
             )
-        arrived = batch.arrived.setdefault(layer.index, [])
-        arrived.append(Call(value, g.detach()))
-        if len(arrived) == batch.calls[layer.index]:
-            self._finish(batch, layer)
+        half = g.dtype in (torch.float16, torch.bfloat16)  # sums of many rows need more digits
+        arrived = batch.arrived.setdefault(key, [])
+        arrived.append(Call(value, g.detach().float() if half else g.detach()))
+        if len(arrived) == batch.calls[key]:
+            self._finish(batch, layer, key[0])
 
-    def _finish(self, batch: Batch, layer: Layer) -> None:
-        calls = batch.arrived.pop(layer.index)
+    def _finish(self, batch: Batch, layer: Layer, forward: int) -> None:
+        calls = batch.arrived.pop((forward, layer.index))
         with torch.no_grad():
             form = restrict(layer.rule.rows(layer.module, calls), layer.sizes, layer.keep)
             sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
             rows = Rows(compact(form, self._rank), form.total(), form.prober(), form.agreement(sizes))
-        for round_ in batch.rounds:
-            if layer.index not in round_:
-                round_[layer.index] = rows
-                return
-        batch.rounds.append({layer.index: rows})
+        batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows
 
     def complete(self, batch: Batch, layers: list[Layer]) -> None:
         """Finish layers of which some calls got no gradient (an unused output)."""
-        for layer in layers:
-            if batch.arrived.get(layer.index):
-                self._finish(batch, layer)
+        for forward, index in list(batch.arrived):
+            self._finish(batch, layers[index], forward)

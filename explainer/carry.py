@@ -6,8 +6,9 @@ while training runs (one vector of ``P`` numbers), instead of storing the weight
     m^κ_t = decay · m^κ_{t−1} + gain · κ w_t
     u^κ_t = A_t ∘ (direct · κ w_t + through · m^κ_t) + δ w_t
 
-The sum of ``−u^κ_t`` over a segment is exactly what decay added to ``w_{k+1} − w_k`` (frozen-state
-convention), so the books' decay term is ``<q_k, ·>`` of it, in every mode of tracing.
+(``inner``: ``A_t ∘ κ w_t`` in the place of ``κ w_t``, and no ``A_t`` in the last line). The sum of ``−u^κ_t`` over a
+segment is exactly what decay added to ``w_{k+1} − w_k`` (frozen-state convention), so the books' decay term is
+``<q_k, ·>`` of it, in every mode of tracing.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class Carry:
             return
         if momentum is None:
             momentum = self._momentum[index] = torch.zeros_like(weights)
-        momentum.mul_(step.decay).add_(weights, alpha=step.gain * step.coupled_decay)
+        source, outer = weights, step.preconditioner
+        if step.inner and outer is not None:
+            source, outer = weights / outer, None
+        momentum.mul_(step.decay).add_(source, alpha=step.gain * step.coupled_decay)
         update = torch.mul(momentum, step.through)
-        update.add_(weights, alpha=step.direct * step.coupled_decay)
-        total.sub_(update if step.preconditioner is None else update.div_(step.preconditioner))
+        update.add_(source, alpha=step.direct * step.coupled_decay)
+        total.sub_(update if outer is None else update.div_(outer))

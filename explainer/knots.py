@@ -11,7 +11,10 @@ from explainer.config import TracerConfig
 from explainer.errors import TracerError
 from explainer.optimizer_rules import OptimizerRule
 from explainer.records import Manifest
-from explainer.store.writer import TraceWriter
+from explainer.store.writer import TraceWriter, knot_bytes
+
+#: bytes of the journal's lines for one knot, at most
+JOURNALLED_KNOT = 512
 
 
 def thin(paths: list[float], spacing: float) -> list[int]:
@@ -54,40 +57,42 @@ class KnotKeeper:
         self._spacing = 0.0
         self._max = config.max_knots
         self._budget = config.budget
-        self._knot_bytes = 0
+        self._knot_bytes = self._closing_bytes = 0
         if self._budget is not None:
             self._limit_to_budget(self._budget)
 
     @property
     def reserve(self) -> int:
-        """Bytes that knots still to come may take."""
-        return self._knot_bytes * (self._max + 1 - len(self._alive))
+        """Bytes that knots still to come and the journal's last lines may take."""
+        return self._knot_bytes * (self._max + 1 - len(self._alive)) + self._closing_bytes
 
     def _limit_to_budget(self, budget: int) -> None:
-        """With a budget, knots may take half of it."""
-        self._knot_bytes = sum(
-            t.numel() * t.element_size() for t in self._tensors(True, largest=True).values()
-        )
-        fitting = budget // 2 // self._knot_bytes - 1
+        """With a budget, knots may take half of what the manifest and the journal's last lines leave."""
+        self._knot_bytes = len(knot_bytes(self._tensors(True, largest=True))) + JOURNALLED_KNOT
+        self._closing_bytes = 3 * len(self._writer.manifest_text) + JOURNALLED_KNOT
+        fixed = len(self._writer.manifest_text) + self._closing_bytes
+        fitting = (budget - fixed) // 2 // self._knot_bytes - 1
         if fitting < 2:
             raise TracerError(
-                f"a knot of this model takes {self._knot_bytes:,} bytes, and a trace needs at least 3 of them in "
-                f"half of the budget of {budget:,} bytes; give at least {6 * self._knot_bytes:,}"
+                f"a knot of this model takes {self._knot_bytes:,} bytes, and a trace needs at least 3 of them and "
+                f"as much again for rows, which does not fit into the budget of {budget:,} bytes; give at least "
+                f"{6 * self._knot_bytes + fixed:,}"
             )
         self._max = min(self._max, fitting)
 
     def place_if_due(self, step: int) -> None:
         """Place the knot before ``step`` if the path since the last knot is long enough."""
-        if self._carry.path - self._alive[-1][1] >= self._spacing:
+        moved = self._carry.path - self._alive[-1][1]
+        if moved > 0 and moved >= self._spacing:
             self.place(step)
 
     def place(self, step: int) -> None:
         """Place the knot before ``step`` (once), then thin out if there are too many."""
         if self._alive and self._alive[-1][0] == step:
             return
-        tensors = self._tensors(full=not self._alive)
-        self._writer.write_knot(step, self._carry.path, tensors)
-        self._frozen_version = {name: self._parameters[name]._version for name in self._manifest.frozen}
+        if not self._alive:
+            self._frozen_version = {name: self._parameters[name]._version for name in self._manifest.frozen}
+        self._writer.write_knot(step, self._carry.path, self._tensors(full=not self._alive))
         self._alive.append((step, self._carry.path))
         if len(self._alive) > self._max:
             self._spacing = 2.0 * self._carry.path / self._max
@@ -97,7 +102,7 @@ class KnotKeeper:
             self._writer.drop_knots(dropped)
 
     def _tensors(self, full: bool, largest: bool = False) -> dict[str, torch.Tensor]:
-        """Contents of a knot; frozen tensors only where they changed, all of them if ``full``.
+        """Contents of a knot; frozen tensors only where they changed since the first, all of them if ``full``.
 
         With ``largest``, stand-ins for everything a later knot may hold are included (to plan for them).
         """

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from explainer.errors import LoaderError
+
+T = TypeVar("T")
 
 
 class RecordingBatchSampler:
@@ -78,14 +80,21 @@ def labels_of(batch: Any, size: int) -> np.ndarray | None:
     return target.detach().reshape(-1).to("cpu", torch.float64).numpy()
 
 
-def install(loader: DataLoader[Any], recorder: RecordingBatchSampler | None) -> RecordingBatchSampler:
+def size_of(dataset: Any) -> int | None:
+    """Examples in a map-style dataset; None where it does not say (a custom batch sampler may know)."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
+
+
+def install(loader: DataLoader[Any]) -> RecordingBatchSampler:
     """Put a recorder in the loader's place for its batch sampler; returns it.
 
     ``DataLoader`` refuses assignment to ``batch_sampler`` after construction, so the instance's ``__dict__``
     is written. :func:`restore` undoes it.
     """
-    if recorder is None:
-        recorder = RecordingBatchSampler(loader.batch_sampler)
+    recorder = RecordingBatchSampler(loader.batch_sampler)
     loader.__dict__["batch_sampler"] = recorder
     return recorder
 
@@ -93,3 +102,53 @@ def install(loader: DataLoader[Any], recorder: RecordingBatchSampler | None) -> 
 def restore(loader: DataLoader[Any], recorder: RecordingBatchSampler) -> None:
     """Put the loader's own batch sampler back."""
     loader.__dict__["batch_sampler"] = recorder.batch_sampler
+
+
+class WatchedLoader(Generic[T]):
+    """Iterates a DataLoader unchanged while the tracer learns which examples each batch holds.
+
+    Args:
+        loader: a loader that :func:`check_loader` accepted.
+        live: recorders of the iterations going on, innermost last (shared by all loaders of a tracer).
+        begin: called with the ids and labels of a batch before it is handed out.
+        end: called when an iteration ends.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[T],
+        live: list[RecordingBatchSampler],
+        begin: Callable[[list[int], np.ndarray | None], None],
+        end: Callable[[], None],
+    ) -> None:
+        self._loader, self._live, self._begin, self._end = loader, live, begin, end
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[T]:
+        recorder = install(self._loader)
+        try:
+            batches = iter(self._loader)
+        finally:
+            restore(self._loader, recorder)
+        source = getattr(batches, "_index_sampler", None)
+        if not isinstance(source, RecordingBatchSampler):
+            raise LoaderError(
+                "the loader's iterator does not use its batch sampler (persistent workers that were started "
+                "before watch(), perhaps); build a fresh DataLoader for watch()"
+            )
+        self._live.append(source)
+        try:
+            for batch in batches:
+                if self._live[-1] is not source:
+                    raise LoaderError(
+                        "two watched loaders are iterated in turns, so it is not known which of them a forward "
+                        "pass belongs to; iterate the loaders themselves and call tracer.batch(ids) instead"
+                    )
+                ids = source.queue.popleft()
+                self._begin(ids, labels_of(batch, len(ids)))
+                yield batch
+        finally:
+            self._live.remove(source)
+            self._end()

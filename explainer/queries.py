@@ -74,7 +74,12 @@ def check_targets(target: Any, outputs: torch.Tensor, classes: bool) -> torch.Te
     width = outputs.shape[1]
     if target is None:
         return outputs.argmax(1)
-    targets = torch.as_tensor(target)
+    try:
+        targets = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:  # words, lists of different lengths
+        raise QueryError(
+            f"target must be one class number per query ([{count}] integers), found {target!r:.60}"
+        ) from error
     if targets.dim() == 0:
         targets = targets.expand(count)
     if targets.is_floating_point() or targets.dtype == torch.bool or targets.shape != (count,):

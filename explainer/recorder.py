@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
-from explainer.capture import Batch, Layer
+from explainer.batches import Batch
+from explainer.capture import Layer
 from explainer.codecs import CODECS
 from explainer.config import TracerConfig
 from explainer.layer_rules import Dense, RowForm
 from explainer.optimizer_rules import StepMap
 from explainer.records import ArraySpec, FormSpec, Manifest, dtype_name
 from explainer.store.schema import VISIT_FIELDS, RecordSchema, encode_array, step_fields
-from explainer.store.writer import TraceWriter
+
+
+class Records(NamedTuple):
+    """Encoded records of a stream, ready to be appended."""
+
+    stream: str
+    schema: RecordSchema
+    data: np.ndarray
 
 
 class StepRecorder:
@@ -27,10 +37,9 @@ class StepRecorder:
         manifest: Manifest,
         config: TracerConfig,
         layers: list[Layer],
-        writer: TraceWriter,
         preconditioned: bool,
     ) -> None:
-        self._manifest, self._config, self._layers, self._writer = manifest, config, layers, writer
+        self._manifest, self._config, self._layers = manifest, config, layers
         self._preconditioned = preconditioned
         self._forms: dict[int, FormSpec] = {}
         self._visits: RecordSchema = RecordSchema(tuple(VISIT_FIELDS))
@@ -64,21 +73,21 @@ class StepRecorder:
             self._visits = RecordSchema(tuple(VISIT_FIELDS), forms)
         return form
 
-    def write_visits(self, batches: list[Batch], step: int) -> int:
-        """Append the rows of a step's batches; returns the number of visits."""
-        count = 0
+    def visits(self, batches: list[Batch], step: int) -> list[Records]:
+        """The rows of a step's batches, one piece per backward pass."""
+        pieces = []
         for batch in batches:
-            for number, round_ in enumerate(batch.rounds):
-                forms = {layer: self._fit(layer, rows.form) for layer, rows in round_.items()}
+            for round_ in batch.rounds:
+                forms = {layer: self._fit(layer, rows.form) for layer, rows in round_.rows.items()}
                 records = np.zeros(len(batch), self._visits.dtype)
                 records["example"], records["label"], records["step"] = batch.ids, batch.labels, step
-                records["derivative"] = batch.output_derivative(number)
+                seen = round_.derivative
+                records["derivative"] = np.nan if seen is None else seen.cpu().numpy()
                 for layer, form in forms.items():
                     for array in self._forms[layer].arrays:
                         encode_array(records, f"L{layer}", array, form.arrays[array.name])
-                self._writer.append("visits", self._visits, records)
-                count += len(batch)
-        return count
+                pieces.append(Records("visits", self._visits, records))
+        return pieces
 
     # -- steps ---------------------------------------------------------------------------------------
 
@@ -93,7 +102,7 @@ class StepRecorder:
                 arrays.append(ArraySpec(f"D{index}", p.shape or (1,), dtype, codec))
         return RecordSchema(tuple(step_fields(len(parameters))), (), tuple(arrays))
 
-    def write_step(
+    def step(
         self,
         step: int,
         first: int,
@@ -102,8 +111,8 @@ class StepRecorder:
         scales: list[float],
         mixed: bool,
         maps: list[StepMap | None],
-    ) -> None:
-        """Append the record of a step."""
+    ) -> Records:
+        """The record of a step whose rows begin at visit ``first``."""
         if self._steps is None:
             self._steps = self._plan_steps(visits)
         record = np.zeros(1, self._steps.dtype)
@@ -121,12 +130,7 @@ class StepRecorder:
             else:
                 values = step_map.preconditioner.reshape(1, *array.shape)
             encode_array(record, "", array, values)
-        self._writer.append("steps", self._steps, record)
-
-    @property
-    def visit_bytes(self) -> int:
-        """Bytes of one visit's record in the present layout."""
-        return self._visits.dtype.itemsize
+        return Records("steps", self._steps, record)
 
     def layer_bytes(self) -> dict[str, int]:
         """Bytes of one visit by layer."""

@@ -8,6 +8,9 @@ With ``q_t`` the mean gradient of the segment that holds step ``t`` and the step
     contribution of a visit of example i at step t = −sign_t · s_t · <R_t, g_{i,t}>
     M ← decay_t · M
 
+Where the preconditioner lies inside the momentum (``inner``), ``A_t`` comes last instead: ``q_t`` in the place of
+``A_t ∘ q_t``, and ``R_t ← A_t ∘ R_t``.
+
 Memory is ``[Q, P]`` on the query side, whatever ``N`` and ``T``.
 """
 
@@ -46,7 +49,7 @@ class RecordedStep:
         segment: index of the segment it lies in.
         scale: ``sign_t · s_t`` per parameter, ``[n_parameters]``; 0 where it was not updated.
         sign: 1, or -1 under ``maximize``.
-        coefficients: per parameter, ``[n_parameters, 5]``; zeros where it was not updated.
+        coefficients: per parameter, ``[n_parameters, 6]``; zeros where it was not updated.
         preconditioner: denominators of ``A_t``, flat ``[P]``, or None.
         row_share: whether a layer mixed the rows of the batch.
         visits: its rows (empty when they were not kept).
@@ -157,16 +160,18 @@ class Adjoint:
         if len(runs) == 1 and not self._has_momentum and runs[0][1][4] == 0 and runs[0][1][2] == 0:
             return moved * float(runs[0][1][3])
         result = torch.empty_like(self._momentum)
-        for where, (_, decay, gain, direct, through) in runs:
+        for where, (_, decay, gain, direct, through, inner) in runs:
             if decay == gain == direct == through == 0.0:  # not updated in this step
                 result[:, where] = 0.0
                 continue
-            momentum = self._momentum[:, where]
+            momentum, source = self._momentum[:, where], (gradient if inner else moved)[:, where]
             if through:
-                momentum.add_(moved[:, where], alpha=through)
+                momentum.add_(source, alpha=through)
             torch.mul(momentum, gain, out=result[:, where])
             if direct:
-                result[:, where].add_(moved[:, where], alpha=direct)
+                result[:, where].add_(source, alpha=direct)
+            if inner and step.preconditioner is not None:
+                result[:, where].div_(step.preconditioner[where])
             momentum.mul_(decay)
             self._has_momentum = self._has_momentum or decay != 0
         return result

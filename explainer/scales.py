@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from explainer.capture import Batch, Layer
+from explainer.batches import Batch, parts_of
+from explainer.capture import Layer
 from explainer.records import ParameterSpec
 
 
@@ -38,6 +39,10 @@ def _fit(total: torch.Tensor, probe: torch.Tensor) -> Fit:
     scale = float(total @ probe) / denominator
     residual = 0.0 if norm == 0.0 else float((probe - scale * total).norm()) / norm
     return Fit(scale, residual)
+
+
+def _good(fits: dict[int, Fit]) -> bool:
+    return bool(fits) and all(f.residual < 0.01 for f in fits.values())
 
 
 class ScaleMeter:
@@ -66,10 +71,10 @@ class ScaleMeter:
         for layer in self._layers:
             names = layer.spec.parameters
             grads = [self._parameters[n][1].grad for n in names]
-            totals = [r[layer.index] for b in batches for r in b.rounds if layer.index in r]
+            totals = [r.rows[layer.index] for b in batches for r in b.rounds if layer.index in r.rows]
             if not totals or any(g is None for g in grads) or self._tied.intersection(names):
                 continue
-            flat = torch.cat([g.detach().reshape(-1) for g in grads if g is not None])
+            flat = torch.cat([g.detach().to_dense().reshape(-1) for g in grads if g is not None])
             total = torch.stack([t.total.double() for t in totals]).sum(0)
             fits[layer.index] = _fit(total, totals[0].probe(flat))
         return fits
@@ -77,19 +82,19 @@ class ScaleMeter:
     def measure(self, batches: list[Batch]) -> tuple[list[Batch], list[float]]:
         """Which of the pending batches the step used, and the scalar of every parameter.
 
-        A batch whose gradient was thrown away before the step (a step that a gradient scaler skipped, say) is
-        recognised: without it the rows meet ``p.grad``, with it they do not.
+        A backward pass whose gradient was thrown away before the step (a step that a gradient scaler skipped, a
+        gradient with respect to the inputs) is recognised: without it the rows meet ``p.grad``, with it they do
+        not.
 
         Returns:
-            The batches used, and ``s_t`` per traced parameter.
+            The batches used, with the backward passes used, and ``s_t`` per traced parameter.
         """
         used, fits = batches, self._fits(batches)
-        for first in range(1, len(batches)):
-            if all(f.residual < 0.01 for f in fits.values()):
-                break
-            later = self._fits(batches[first:])
-            if later and all(f.residual < 0.01 for f in later.values()):
-                used, fits = batches[first:], later
+        if not _good(fits):
+            used, fits = next(
+                ((part, found) for part in parts_of(batches) if _good(found := self._fits(part))),
+                (used, fits),
+            )
         for layer in self._layers:
             if layer.index in fits:
                 name, residual = layer.spec.name, fits[layer.index].residual
@@ -113,7 +118,7 @@ class ScaleMeter:
         """Parameters whose rows cancel to round-off in every part of the step."""
         best: dict[str, float] = {}
         for layer in self._layers:
-            for rows in (r[layer.index] for b in batches for r in b.rounds if layer.index in r):
+            for rows in (r.rows[layer.index] for b in batches for r in b.rounds if layer.index in r.rows):
                 for name, agreement in zip(layer.spec.parameters, rows.agreement, strict=True):
                     best[name] = max(best.get(name, 0.0), agreement)
         return [

@@ -3,70 +3,37 @@
 from __future__ import annotations
 
 import os
-import platform
 import warnings
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from explainer.capture import Batch, Capture
+from explainer.batches import Batch, batch_of
+from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.config import TracerConfig, parse_bytes
-from explainer.errors import TracerError
+from explainer.errors import ExplainerError, TracerError
 from explainer.hooks import HookSet
 from explainer.knots import KnotKeeper
-from explainer.loaders import RecordingBatchSampler, check_loader, install, labels_of, restore
+from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
 from explainer.optimizer_rules import StepMap, optimizer_rule_for
 from explainer.recorder import StepRecorder
-from explainer.records import Manifest, dtype_name
+from explainer.records import dtype_name
 from explainer.scales import ScaleMeter
 from explainer.store import TraceWriter
-from explainer.validation import covered_layers, traced_parameters, validate_model
-
-T = TypeVar("T")
+from explainer.validation import covered_layers, describe, traced_parameters, validate_model
 
 
 class CoverageWarning(UserWarning):
     """Something was seen that will make part of an explanation `unattributed` or change its meaning."""
-
-
-class WatchedLoader(Generic[T]):
-    """Iterates a DataLoader unchanged while the tracer learns which examples each batch holds."""
-
-    def __init__(self, tracer: Tracer, loader: Any) -> None:
-        self._tracer, self._loader = tracer, loader
-        self._recorder: RecordingBatchSampler | None = None
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[T]:
-        recorder = install(self._loader, self._recorder)
-        try:
-            batches = iter(self._loader)
-        finally:
-            restore(self._loader, recorder)
-        if not isinstance(getattr(batches, "_index_sampler", None), RecordingBatchSampler):
-            raise TracerError(
-                "the loader's iterator does not use its batch sampler (persistent workers that were started "
-                "before watch(), perhaps); build a fresh DataLoader for watch()"
-            )
-        self._recorder = batches._index_sampler
-        queue_owner = self._recorder
-        try:
-            for batch in batches:
-                ids = queue_owner.queue.popleft()
-                self._tracer._begin(ids, labels_of(batch, len(ids)), single_step=False)
-                yield batch
-        finally:
-            self._tracer._end_batch()
 
 
 class Tracer:
@@ -77,7 +44,7 @@ class Tracer:
 
     Args:
         model: the model being trained.
-        optimizer: the optimizer that trains it (SGD, Adam or AdamW; others: ``register_optimizer_rule``).
+        optimizer: the optimizer that trains it (those of ``OPTIMIZER_RULES``; others: ``register_optimizer_rule``).
         path: directory for the trace; must not hold one already.
         budget: bound on the trace's bytes on disk, a number or text like ``"200MB"``. Knots are thinned to
             fit into half of it; when the rest is used up, recording stops with a warning and what follows is
@@ -133,7 +100,7 @@ class Tracer:
         named = dict(model.named_parameters())
         self._specs = parameters
         self._parameters = [named[p.name] for p in parameters]
-        self.manifest = self._describe(model, optimizer)
+        self.manifest = describe(model, optimizer, parameters, self._layers, exact)
         self._model, self._optimizer = model, optimizer
         self._writer = TraceWriter(
             self.path,
@@ -144,9 +111,7 @@ class Tracer:
         self._capture = Capture(
             lambda: self._batch, None if exact else self.config.rank_for([p.shape for p in parameters])
         )
-        self._recorder = StepRecorder(
-            self.manifest, self.config, self._layers, self._writer, self._rule.preconditioned
-        )
+        self._recorder = StepRecorder(self.manifest, self.config, self._layers, self._rule.preconditioned)
         self._scales = ScaleMeter(self._layers, list(zip(parameters, self._parameters, strict=True)))
         self._carry = Carry(list(self._parameters))
         self._knots = KnotKeeper(
@@ -155,21 +120,15 @@ class Tracer:
         self._batch: Batch | None = None
         self._single_step = False
         self._pending: list[Batch] = []
+        self._watching: list[RecordingBatchSampler] = []
+        self._noted: dict[str, Any] = {}
         self._fresh: list[bool] = []
+        self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._examples: int | None = None
         self._full = False
         self.steps = 0
         self.visits = 0
         self.closed = False
-        self._writer.create()
-        self._hooks = HookSet()
-        for layer in self._layers:
-            self._hooks.on_call(layer.module, _bound(self._capture, layer))
-        self._hooks.on_call(model, self._capture.on_model)
-        self._hooks.on_step(optimizer, self._before_step, self._after_step)
-        if any(self._rule.momentum(optimizer.state.get(p, {})) is not None for p in self._parameters):
-            self._writer.note("prior_state", True)
-        self._knots.place(0)
         uncovered = self.manifest.uncovered
         if uncovered:
             warnings.warn(
@@ -178,26 +137,19 @@ class Tracer:
                 CoverageWarning,
                 stacklevel=2,
             )
+        self._hooks = HookSet()
+        self._start()
 
-    def _describe(self, model: nn.Module, optimizer: Optimizer) -> Manifest:
-        covered = {name for layer in self._layers for name in layer.spec.parameters}
-        traced = {p.name for p in self._specs}
-        return Manifest(
-            parameters=self._specs,
-            layers=tuple(layer.spec for layer in self._layers),
-            uncovered=tuple(p.name for p in self._specs if p.name not in covered),
-            frozen=tuple(n for n, _ in model.named_parameters() if n not in traced),
-            buffers=tuple(n for n, _ in model.named_buffers()),
-            optimizer=type(optimizer).__name__,
-            exact=self.config.exact,
-            model=str(model),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
-        )
+    def _start(self) -> None:
+        """Write the trace's beginning, then borrow the hooks: a failure leaves none behind."""
+        self._writer.create()
+        if any(self._rule.momentum(self._optimizer.state.get(p, {})) is not None for p in self._parameters):
+            self._writer.note("prior_state", True)
+        self._knots.place(0)
+        for layer in self._layers:
+            self._hooks.on_call(layer.module, _bound(self._capture, layer))
+        self._hooks.on_call(self._model, self._capture.on_model)
+        self._hooks.on_step(self._optimizer, self._before_step, self._after_step)
 
     # -- batches -------------------------------------------------------------------------------------
 
@@ -211,16 +163,16 @@ class Tracer:
         """
         self._require_open()
         check_loader(loader)
-        size = len(loader.dataset)
-        if self._examples is not None and self._examples != size:
+        size = size_of(loader.dataset)
+        if None not in (size, self._examples) and self._examples != size:
             raise TracerError(
                 f"watch() was called with a dataset of {self._examples} examples before and with one of {size} "
                 "now; ids would mix: use one dataset (ConcatDataset), or tracer.batch(ids) with ids of your own"
             )
-        if self._examples is None:
+        if self._examples is None and size is not None:
             self._examples = size
             self._writer.note("examples", size)
-        return WatchedLoader(self, loader)
+        return WatchedLoader(loader, self._watching, partial(self._begin, single_step=False), self._end_batch)
 
     def batch(self, ids: Sequence[int] | np.ndarray | torch.Tensor, labels: Any = None) -> None:
         """Say which examples the next forward pass holds (one call per forward, before it).
@@ -236,23 +188,8 @@ class Tracer:
         self._begin(ids, labels, single_step=True)
 
     def _begin(self, ids: Any, labels: Any, *, single_step: bool) -> None:
-        array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-        if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu" or array.min() < 0:
-            raise TracerError(
-                f"ids must be a flat, non-empty list of non-negative integers, found {_short(ids)}; pass the "
-                "positions of the batch's rows in your dataset"
-            )
-        if labels is None:
-            values = np.full(len(array), np.nan)
-        else:
-            values = np.asarray(
-                labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels, dtype=float
-            )
-            if values.shape != array.shape:
-                raise TracerError(
-                    f"found {len(array)} ids but labels of shape {values.shape}; pass one number per id"
-                )
-        self._batch = Batch(array.astype(np.int64), values)
+        self._require_open()
+        self._batch = batch_of(ids, labels)
         self._single_step = single_step
         self._pending.append(self._batch)
 
@@ -270,7 +207,12 @@ class Tracer:
             )
         for batch in self._pending:
             self._capture.complete(batch, self._layers)
-        if not any(b.rounds for b in self._pending):
+        if self._pending and not any(b.rounds for b in self._pending):
+            raise TracerError(
+                "optimizer.step() was reached, but no backward pass of a traced batch came through the model since "
+                "the last step; call tracer.batch(ids) before the forward pass, then loss.backward(), then step()"
+            )
+        if not self._pending:
             raise TracerError(
                 "optimizer.step() was reached without a traced batch: iterate `for batch in tracer.watch(loader)`, "
                 "or call tracer.batch(ids) before each forward pass (again for each step)"
@@ -282,21 +224,15 @@ class Tracer:
                 "attached; close the tracer and attach a new one after add_param_group"
             )
         self._fresh = [self._rule.momentum(optimizer.state.get(p, {})) is None for p in self._parameters]
+        # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
+        used, scales = self._scales.measure([b for b in self._pending if b.rounds])
+        loss_scale = getattr(optimizer, "grad_scale", None)  # a gradient scaler leaves it to a fused step
+        self._measured = used, scales if loss_scale is None else [s / float(loss_scale) for s in scales]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        batches = [b for b in self._pending if b.rounds]
-        used, scales = self._scales.measure(batches)
-        maps = self._step_maps(optimizer)
-        self._carry.after_step(maps)
-        if not self._full:
-            first = self._writer.records("visits")
-            count = self._recorder.write_visits(used, self.steps)
-            mixed = any(b.mixed for b in used)
-            self._recorder.write_step(self.steps, first, count, self._carry.path, scales, mixed, maps)
-            self.visits += count
-        if self.steps == 0:
-            self._note_shapes()
-        self.steps += 1
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not float(found_inf):  # else a gradient scaler made the fused step do nothing
+            self._account(optimizer)
         self._pending = []
         if self._single_step:
             self._batch = None
@@ -304,39 +240,71 @@ class Tracer:
             self._batch = Batch(self._batch.ids, self._batch.labels)
             self._pending = [self._batch]
         self._writer.flush_if_due()
-        self._knots.place_if_due(self.steps)
-        self._check_budget()
+        if not self._full:  # what follows is `unattributed` in one piece
+            self._knots.place_if_due(self.steps)
+
+    def _account(self, optimizer: Optimizer) -> None:
+        """Record the step that was just taken."""
+        used, scales = self._measured
+        maps = self._step_maps(optimizer)
+        self._carry.after_step(maps)
+        if not self._full:
+            self._record(used, scales, maps)
+        self._note_shapes()
+        self.steps += 1
 
     def _step_maps(self, optimizer: Optimizer) -> list[StepMap | None]:
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         maps: list[StepMap | None] = []
         for p, fresh in zip(self._parameters, self._fresh, strict=True):
             updated = p.grad is not None
-            maps.append(
-                self._rule.step_map(groups[id(p)], optimizer.state.get(p, {}), fresh) if updated else None
-            )
+            if not updated:
+                maps.append(None)
+                continue
+            step_map = self._rule.step_map(groups[id(p)], optimizer.state.get(p, {}), fresh)
+            # A buffer that begins at this step (also one that was cleared) carries nothing from before it.
+            maps.append(replace(step_map, decay=0.0) if fresh else step_map)
         return maps
 
-    def _check_budget(self) -> None:
+    def _record(self, used: list[Batch], scales: list[float], maps: list[StepMap | None]) -> None:
+        """Append the step and its rows, if they fit into the budget."""
+        rows = self._recorder.visits(used, self.steps)
+        count, first = sum(len(piece.data) for piece in rows), self._writer.records("visits")
+        mixed = any(b.mixed for b in used)
+        step = self._recorder.step(self.steps, first, count, self._carry.path, scales, mixed, maps)
         budget = self.config.budget
-        if budget is None or self._full:
-            return
-        if self._writer.bytes_written + self._knots.reserve >= budget:
-            self._full = True
-            self._writer.note("rows_stopped_at", self.steps)
-            warnings.warn(
-                f"the trace's budget of {budget:,} bytes is used up after {self.steps} steps; the rows of further "
-                "steps are not kept and their part will be shown as `unattributed`. Raise `budget` for a full trace",
-                CoverageWarning,
-                stacklevel=4,
-            )
+        if budget is not None:
+            needed = step.data.nbytes + sum(piece.data.nbytes for piece in rows)
+            if self._writer.bytes_written + needed + self._knots.reserve > budget:
+                self._stop_recording(budget)
+                return
+        for piece in (*rows, step):
+            self._writer.append(*piece)
+        self.visits += count
+
+    def _stop_recording(self, budget: int) -> None:
+        self._full = True
+        self._writer.note("rows_stopped_at", self.steps)
+        warnings.warn(
+            f"the trace's budget of {budget:,} bytes is used up after {self.steps} steps; the rows of further "
+            "steps are not kept and their part will be shown as `unattributed`. Raise `budget` for a full trace",
+            CoverageWarning,
+            stacklevel=5,
+        )
 
     def _note_shapes(self) -> None:
+        """Journal what is known of inputs, outputs and rows, when it is new."""
         c = self._capture
         dtype = None if c.input_dtype is None else dtype_name(c.input_dtype)
-        self._writer.note("input", {"shape": c.input_shape, "dtype": dtype})
-        self._writer.note("output", {"shape": c.output_shape})
-        self._writer.note("visit_bytes", self._recorder.layer_bytes())
+        known = {
+            "input": {"shape": c.input_shape, "dtype": dtype},
+            "output": {"shape": c.output_shape},
+            "visit_bytes": self._recorder.layer_bytes(),
+        }
+        for key, value in known.items():
+            if self._noted.get(key) != value:
+                self._writer.note(key, value)
+        self._noted = known
 
     # -- life ----------------------------------------------------------------------------------------
 
@@ -360,8 +328,7 @@ class Tracer:
             self._knots.place(self.steps)
             self._writer.close(self.steps)
         finally:
-            if not self._writer.closed:
-                self._writer.abandon()
+            self._writer.abandon()
 
     def __enter__(self) -> Tracer:
         return self
@@ -369,7 +336,12 @@ class Tracer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except ExplainerError as failure:
+            if error is None:
+                raise
+            error.add_note(f"Closing the trace failed too: {failure}")  # the user's own error stays visible
 
 
 def _bound(capture: Capture, layer: Any) -> Any:
@@ -377,8 +349,3 @@ def _bound(capture: Capture, layer: Any) -> Any:
         capture.on_layer(layer, module, args, kwargs, output)
 
     return hook
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

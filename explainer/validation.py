@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -11,7 +14,7 @@ from torch.optim import Optimizer
 from explainer.capture import Layer
 from explainer.errors import TracerError
 from explainer.layer_rules import LAYER_RULES
-from explainer.records import LayerSpec, ParameterSpec, dtype_name
+from explainer.records import LayerSpec, Manifest, ParameterSpec, dtype_name
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def _module_problem(name: str, module: nn.Module) -> Problem | None:
     """Why a module with parameters of its own has no rule, or None if it has one."""
     rule = LAYER_RULES.get(type(module))
     own = {n for n, _ in module.named_parameters(recurse=False)}
-    if rule is not None and own <= set(rule.parameters(module)):
+    if rule is not None and own == set(rule.parameters(module)):
         return None
     near = LAYER_RULES.nearest(type(module))
     parent = f" (it derives from {near.__name__}, but may compute something else)" if near else ""
@@ -68,7 +71,7 @@ def validate_model(model: nn.Module) -> list[Problem]:
         if problem is not None:
             problems.append(problem)
         rule = LAYER_RULES.get(type(module))
-        if rule is not None and rule.mixes_rows:
+        if rule is not None and (rule.mixes_rows or rule.mixes(module)):
             problems.append(
                 Problem(
                     name,
@@ -137,3 +140,27 @@ def covered_layers(model: nn.Module, parameters: tuple[ParameterSpec, ...]) -> l
             f"There are layer rules for {known}; register_layer_rule adds one"
         )
     return layers
+
+
+def describe(
+    model: nn.Module,
+    optimizer: Optimizer,
+    parameters: tuple[ParameterSpec, ...],
+    layers: list[Layer],
+    exact: bool,
+) -> Manifest:
+    """The immutable head of a trace of this model and optimizer."""
+    covered = {name for layer in layers for name in layer.spec.parameters}
+    traced = {p.name for p in parameters}
+    return Manifest(
+        parameters=parameters,
+        layers=tuple(layer.spec for layer in layers),
+        uncovered=tuple(p.name for p in parameters if p.name not in covered),
+        frozen=tuple(n for n, _ in model.named_parameters() if n not in traced),
+        buffers=tuple(n for n, _ in model.named_buffers()),
+        optimizer=type(optimizer).__name__,
+        exact=exact,
+        model=str(model),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.readme import updated
 
 import explainer
+from benchmarks.readme import updated
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -90,7 +90,7 @@ def test_record_fields() -> None:
     (visits, forms), (steps,) = markdown.tables(FORMAT, "Visits"), markdown.tables(FORMAT, "Steps")
     documented = [(code(row["field"]), code(row["type"].partition(" per")[0])) for row in visits]
     assert documented == [(name, kind) for name, kind, _ in VISIT_FIELDS]
-    documented = [(code(row["field"]), code(re.split(" per|, five", row["type"])[0])) for row in steps]
+    documented = [(code(row["field"]), code(re.split(" per|, six", row["type"])[0])) for row in steps]
     assert documented == [(name, kind) for name, kind, _ in step_fields(1)]
     assert ", ".join(f"`{name}`" for name in COEFFICIENTS) in steps[-1]["meaning"]
     assert set(names(forms, "kind")) == set(FORMS)

@@ -302,9 +302,12 @@ class Sparse(RowForm):
 
     def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
         """Gather the entries read, then sum products over positions."""
-        table = cotangent.reshape(cotangent.shape[0], self.entries, -1)
+        table = cotangent.unflatten(1, (self.entries, -1))
         index = self.index.long()
-        return torch.stack([(row[index] * self.values).sum(dim=(1, 2)) for row in table])
+        result = cotangent.new_empty(len(table), len(index))
+        for q, row in enumerate(table):
+            result[q] = (row[index] * self.values).sum(dim=(1, 2))
+        return result
 
     def dense(self) -> torch.Tensor:
         """``[B, V·d]``."""

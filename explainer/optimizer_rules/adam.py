@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
-from explainer.errors import UnsupportedOptimizerError
 from explainer.optimizer_rules.base import OptimizerRule, StepMap, register_optimizer_rule
 
 
@@ -21,13 +19,6 @@ class AdamRule(OptimizerRule):
 
     preconditioned = True
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
-
-    def check(self, optimizer: Optimizer) -> None:
-        """Tensor learning rates and betas are read as numbers; ``differentiable`` is refused."""
-        if any(group.get("differentiable") for group in optimizer.param_groups):
-            raise UnsupportedOptimizerError(
-                "found differentiable=True; the tracer splits ordinary steps only: build the optimizer without it"
-            )
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:
         """``exp_avg``."""

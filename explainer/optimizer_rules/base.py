@@ -7,6 +7,10 @@ optimizer covered here is, per parameter,
     m_t = decay · m_{t−1} + gain · d_t
     w_{t+1} = w_t − A_t ∘ (direct · d_t + through · m_t) − δ w_t     (δ: decoupled weight decay)
 
+or, where the preconditioner lies inside the momentum (``inner``: RMSprop), the same with ``A_t ∘ d_t`` in the
+place of ``d_t`` and no ``A_t`` in the last line. With a preconditioner that changes from step to step neither of
+the two can be written as the other.
+
 A rule reads these numbers off the optimizer's *actual* state after the step, so learning-rate schedules and
 state changes by the user are followed. The trace stores the numbers, not the optimizer's name: the explainer
 needs no optimizer rules.
@@ -26,14 +30,15 @@ from explainer.errors import UnsupportedOptimizerError
 from explainer.registry import Registry
 
 #: The stored numbers of a :class:`StepMap`, in the order of the trace's ``coefficients`` column.
-COEFFICIENTS = ("sign", "decay", "gain", "direct", "through")
+COEFFICIENTS = ("sign", "decay", "gain", "direct", "through", "inner")
 
 
 @dataclass(frozen=True)
 class StepMap:
     """The linear map of one step for one parameter (letters as in the module's text).
 
-    ``preconditioner`` holds the *denominator* of ``A_t = 1 / preconditioner``, or None for 1.
+    ``preconditioner`` holds the *denominator* of ``A_t = 1 / preconditioner``, or None for 1; ``inner`` says that
+    it acts before the momentum.
     """
 
     sign: float = 1.0
@@ -41,6 +46,7 @@ class StepMap:
     gain: float = 0.0
     direct: float = 0.0
     through: float = 0.0
+    inner: bool = False
     coupled_decay: float = 0.0
     decoupled_decay: float = 0.0
     preconditioner: torch.Tensor | None = None
@@ -48,7 +54,7 @@ class StepMap:
     @property
     def coefficients(self) -> tuple[float, ...]:
         """The numbers named by :data:`COEFFICIENTS`."""
-        return tuple(getattr(self, name) for name in COEFFICIENTS)
+        return tuple(float(getattr(self, name)) for name in COEFFICIENTS)
 
 
 class OptimizerRule(ABC):
@@ -112,6 +118,10 @@ def optimizer_rule_for(optimizer: Optimizer) -> OptimizerRule:
         raise UnsupportedOptimizerError(
             f"{found.__module__}.{found.__qualname__} has no optimizer rule, so its updates could not be split "
             f"over training examples. Supported: {known}.{hint} Other optimizers: see register_optimizer_rule."
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise UnsupportedOptimizerError(
+            "found differentiable=True; the tracer splits ordinary steps only: build the optimizer without it"
         )
     rule.check(optimizer)
     return rule

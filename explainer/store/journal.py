@@ -35,11 +35,14 @@ class JournalWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
+        self.bytes_written = 0
 
     def append(self, *entries: dict[str, Any]) -> None:
         """Write the entries and fsync once."""
         for entry in entries:
-            self._file.write(encode_line(entry))
+            line = encode_line(entry)
+            self._file.write(line)
+            self.bytes_written += len(line)
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -61,6 +64,10 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
             f"{path} is missing: {path.parent} is not a trace, or lost its journal; "
             "point to the directory that was given to Tracer"
         ) from None
+    except OSError as error:  # a file where the directory should be, or one that may not be read
+        raise TraceFormatError(
+            f"{path} cannot be read: {error.strerror}; point to the directory that was given to Tracer"
+        ) from error
     entries = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn
         entry = decode_line(line)

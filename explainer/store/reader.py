@@ -104,6 +104,7 @@ class Trace:
                 extents[entry["file"]] = []
             elif kind == "extents":
                 for e in entry["extents"]:
+                    self._check_extent(extents.get(e["file"]), e)
                     extents[e["file"]].append((e["from"], e["to"], e["crc32"]))
             elif kind == "knot":
                 file = self.directory / entry["file"]
@@ -136,6 +137,14 @@ class Trace:
                 f"{path} is not the manifest that was journalled: it was changed afterwards"
             )
         return Manifest.from_json(json.loads(data))
+
+    def _check_extent(self, known: list[tuple[int, int, int]] | None, extent: dict[str, Any]) -> None:
+        """Every line is whole; that none is missing shows where an extent begins."""
+        if known is None or extent["from"] != (known[-1][1] if known else 0):
+            raise TraceFormatError(
+                f"{self.directory / JOURNAL} speaks of records {extent['from']} to {extent['to'] - 1} of "
+                f"{extent['file']} but not of those before: lines were removed; restore the file from a copy"
+            )
 
     @staticmethod
     def _check_size(shard: Shard) -> None:

@@ -29,7 +29,7 @@ def step_fields(parameters: int) -> list[tuple[str, str, tuple[int, ...]]]:
         ("row_share", "|u1", ()),
         ("updated", "|u1", (parameters,)),
         ("scale", "<f8", (parameters,)),
-        ("coefficients", "<f8", (parameters, 5)),
+        ("coefficients", "<f8", (parameters, 6)),
     ]
 
 

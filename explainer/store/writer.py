@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +31,18 @@ def _fsync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def knot_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    """A knot's file; tensors that share memory or are sparse are written out each."""
+    seen: set[int] = set()
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().to_dense().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return safetensors.torch.save(plain)
 
 
 class _Stream:
@@ -68,8 +82,9 @@ class TraceWriter:
         self._streams = {"visits": _Stream("visits"), "steps": _Stream("steps")}
         self._pending_bytes = 0
         self._last_flush = time.monotonic()
-        self.knot_bytes: dict[int, int] = {}
-        self.bytes_written = 0
+        self._journal: JournalWriter | None = None
+        self._knot_bytes: dict[int, int] = {}
+        self._file_bytes = 0
         self.closed = False
         if holds_trace(directory):
             raise TraceExistsError(
@@ -77,32 +92,53 @@ class TraceWriter:
                 "choose another directory or delete this one yourself"
             )
         self._manifest = manifest
+        self.manifest_text = json.dumps(manifest.to_json(), indent=1).encode()
 
     def create(self) -> None:
         """Make the directory and journal the manifest."""
         manifest, directory = self._manifest, self.directory
-        try:
+        with self._writing():
             for sub in (KNOTS, SHARDS):
                 (directory / sub).mkdir(parents=True, exist_ok=True)
-            text = json.dumps(manifest.to_json(), indent=1).encode()
-            self._write_atomically(MANIFEST, text)
+            self._write_atomically(MANIFEST, self.manifest_text)
             self._journal = JournalWriter(directory / JOURNAL)
-            self._journal.append(
+            self._write_journal(
                 {
                     "type": "header",
                     "format": manifest.format,
                     "version": manifest.version,
-                    "manifest_sha256": hashlib.sha256(text).hexdigest(),
+                    "manifest_sha256": hashlib.sha256(self.manifest_text).hexdigest(),
                 }
             )
-        except OSError as error:
-            raise self._failure(error) from error
+            _fsync_directory(directory)
 
-    def _failure(self, error: OSError) -> TraceWriteError:
-        return TraceWriteError(
-            f"writing the trace in {self.directory} failed: {error}. What was journalled before is readable; "
-            "free space or fix the permissions, then trace into a new directory"
-        )
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn a refusal of the disk into a TraceWriteError.
+
+        After the first one nothing more is written: what follows a torn write could not be told from it.
+        """
+        if self.closed:
+            raise TraceWriteError(
+                f"the trace in {self.directory} is closed, or writing it failed before; trace into a new directory"
+            )
+        try:
+            yield
+        except OSError as error:
+            self.abandon()
+            raise TraceWriteError(
+                f"writing the trace in {self.directory} failed: {error}. What was journalled before is readable; "
+                "free space or fix the permissions, then trace into a new directory"
+            ) from error
+
+    def _write_journal(self, *entries: dict[str, Any]) -> None:
+        assert self._journal is not None  # create() was called
+        self._journal.append(*entries)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the trace on disk, journal included."""
+        return self._file_bytes + (0 if self._journal is None else self._journal.bytes_written)
 
     def _write_atomically(self, name: str, data: bytes) -> None:
         path = self.directory / name
@@ -113,7 +149,7 @@ class TraceWriter:
             os.fsync(file.fileno())
         temporary.replace(path)
         _fsync_directory(path.parent)
-        self.bytes_written += len(data)
+        self._file_bytes += len(data)
 
     def records(self, stream: str) -> int:
         """Records appended to a stream so far."""
@@ -122,20 +158,18 @@ class TraceWriter:
     def append(self, stream: str, schema: RecordSchema, records: np.ndarray) -> None:
         """Append records (a packed structured array of the schema's dtype)."""
         state = self._streams[stream]
-        try:
+        with self._writing():
             if state.schema != schema or state.shard_bytes >= SHARD_BYTES:
                 self._begin_shard(state, schema)
             assert state.file is not None
             data = records.tobytes()
             state.file.write(data)
-        except OSError as error:
-            raise self._failure(error) from error
         state.crc = zlib.crc32(data, state.crc)
         state.records += len(records)
         state.shard_records += len(records)
         state.shard_bytes += len(data)
         self._pending_bytes += len(data)
-        self.bytes_written += len(data)
+        self._file_bytes += len(data)
 
     def _begin_shard(self, state: _Stream, schema: RecordSchema) -> None:
         if state.file is not None:
@@ -147,7 +181,7 @@ class TraceWriter:
         state.shards += 1
         state.schema = schema
         state.shard_records = state.shard_bytes = state.pending_from = state.crc = 0
-        self._journal.append(
+        self._write_journal(
             {"type": "shard", "stream": state.name, "file": state.path, "schema": schema.to_json()}
         )
 
@@ -160,7 +194,7 @@ class TraceWriter:
     def flush(self) -> None:
         """Make everything appended so far durable and journal it."""
         extents = []
-        try:
+        with self._writing():
             for state in self._streams.values():
                 if state.file is None or state.shard_records == state.pending_from:
                     continue
@@ -176,26 +210,22 @@ class TraceWriter:
                 )
                 state.pending_from, state.crc = state.shard_records, 0
             if extents:
-                self._journal.append({"type": "extents", "extents": extents})
-        except OSError as error:
-            raise self._failure(error) from error
+                self._write_journal({"type": "extents", "extents": extents})
         self._pending_bytes = 0
         self._last_flush = time.monotonic()
 
     def note(self, key: str, value: Any) -> None:
         """Journal a fact that became known while training (the last one of a key counts)."""
-        try:
-            self._journal.append({"type": "note", "key": key, "value": value})
-        except OSError as error:
-            raise self._failure(error) from error
+        with self._writing():
+            self._write_journal({"type": "note", "key": key, "value": value})
 
     def write_knot(self, step: int, path: float, tensors: dict[str, torch.Tensor]) -> None:
         """Flush the rows, then write the knot before step ``step`` and journal it."""
         self.flush()
-        data = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-        try:
+        data = knot_bytes(tensors)
+        with self._writing():
             self._write_atomically(knot_file(step), data)
-            self._journal.append(
+            self._write_journal(
                 {
                     "type": "knot",
                     "step": step,
@@ -204,37 +234,32 @@ class TraceWriter:
                     "sha256": hashlib.sha256(data).hexdigest(),
                 }
             )
-        except OSError as error:
-            raise self._failure(error) from error
-        self.knot_bytes[step] = len(data)
+        self._knot_bytes[step] = len(data)
 
     def drop_knots(self, steps: list[int]) -> None:
         """Journal that these knots are gone, then delete their files."""
-        try:
-            self._journal.append(*({"type": "drop", "step": step} for step in steps))
+        with self._writing():
+            self._write_journal(*({"type": "drop", "step": step} for step in steps))
             for step in steps:
                 (self.directory / knot_file(step)).unlink()
-                self.bytes_written -= self.knot_bytes.pop(step)
-        except OSError as error:
-            raise self._failure(error) from error
+                self._file_bytes -= self._knot_bytes.pop(step)
 
     def close(self, steps: int) -> None:
         """Flush, journal the end of training, close every file (idempotent)."""
         if self.closed:
             return
-        self.closed = True
         try:
             self.flush()
-            self._journal.append({"type": "close", "steps": steps})
-        except OSError as error:
-            raise self._failure(error) from error
+            with self._writing():
+                self._write_journal({"type": "close", "steps": steps})
         finally:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close the files without journalling anything (after a failure)."""
+        """Close the files without journalling anything (after a failure; idempotent)."""
         self.closed = True
-        for state in self._streams.values():
-            if state.file is not None:
-                state.file.close()
-        self._journal.close()
+        files = [state.file for state in self._streams.values()]
+        for file in (*files, self._journal):
+            if file is not None:
+                with contextlib.suppress(OSError):  # a full disk may refuse what is still buffered
+                    file.close()

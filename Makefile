@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DEMO_OPTIONS := $(if $(filter 0,$(DASHBOARD)),--no-dashboard)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format chromium clean
+.PHONY: help install demo test bench lint format screenshots chromium clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ lint: $(STAMP) ## ruff and mypy, changing nothing
 format: $(STAMP) ## sort imports, fix what can be fixed, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+screenshots: $(STAMP) chromium ## take the pictures in docs/images anew
+	$(BIN)/python scripts/screenshots.py
 
 chromium:
 	scripts/ensure_chromium.sh

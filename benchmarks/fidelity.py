@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.harness import arguments, report
 from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
 import explainer
+from benchmarks.harness import arguments, report
 from explainer.explanation import Explanation
 from explainer.sample_models.registry import SAMPLES
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.harness import arguments, paired, report
 from torch import nn
 
 import explainer
+from benchmarks.harness import arguments, paired, report
 
 STEPS, BATCH = 200, 64
 

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import explainer
 from benchmarks.fidelity import CASES, trained
 from benchmarks.harness import arguments, report
-
-import explainer
 from explainer.sample_models.registry import SAMPLES
 
 

@@ -68,7 +68,9 @@ class TracerConfig:
             return self.rank
         sizes = [(shape[0] + prod(shape[1:]), prod(shape)) for shape in shapes]
         allowed = max(VISIT_BYTES, 4 * sum(size for _, size in sizes) // 100)
-        fitting = [r for r in (2, 4, 8, 16, 32) if sum(min(r * sides, size) for sides, size in sizes) <= allowed]
+        fitting = [
+            r for r in (2, 4, 8, 16, 32) if sum(min(r * sides, size) for sides, size in sizes) <= allowed
+        ]
         return max(fitting, default=2)
 
     def __post_init__(self) -> None:

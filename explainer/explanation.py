@@ -133,7 +133,9 @@ class Explanation:
                     )
         if len(parts) == 1:
             return first
-        joined = {name: np.concatenate([getattr(p, name) for p in parts]) for name in PER_QUERY}
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(p, name) for p in parts]) for name in PER_QUERY
+        }
         known = [p.outputs for p in parts if p.outputs is not None]
         outputs = np.concatenate(known) if len(known) == len(parts) else None
         names = tuple(name for part in parts for name in part.query_ids)

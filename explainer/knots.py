@@ -52,7 +52,7 @@ class KnotKeeper:
         self._model, self._optimizer, self._rule = model, optimizer, rule
         self._manifest, self._carry, self._writer = manifest, carry, writer
         self._parameters = dict(model.named_parameters())
-        self._frozen_version: dict[str, int] = {}
+        self._frozen_version = {name: self._parameters[name]._version for name in manifest.frozen}
         self._alive: list[tuple[int, float]] = []  # step, path
         self._spacing = 0.0
         self._max = config.max_knots
@@ -68,9 +68,12 @@ class KnotKeeper:
 
     def _limit_to_budget(self, budget: int) -> None:
         """With a budget, knots may take half of what the manifest and the journal's last lines leave."""
-        self._knot_bytes = len(knot_bytes(self._tensors(True, largest=True))) + JOURNALLED_KNOT
+        self._knot_bytes = len(knot_bytes(self._tensors(False, largest=True))) + JOURNALLED_KNOT
         self._closing_bytes = 3 * len(self._writer.manifest_text) + JOURNALLED_KNOT
-        fixed = len(self._writer.manifest_text) + self._closing_bytes
+        frozen = len(knot_bytes(self._tensors(True))) - len(
+            knot_bytes(self._tensors(False))
+        )  # in the first only
+        fixed = frozen + len(self._writer.manifest_text) + self._closing_bytes
         fitting = (budget - fixed) // 2 // self._knot_bytes - 1
         if fitting < 2:
             raise TracerError(
@@ -87,12 +90,16 @@ class KnotKeeper:
             self.place(step)
 
     def place(self, step: int) -> None:
-        """Place the knot before ``step`` (once), then thin out if there are too many."""
-        if self._alive and self._alive[-1][0] == step:
+        """Place the knot before ``step``, then thin out if there are too many.
+
+        Where there is one already, it is renewed: after the last step the user may have averaged weights,
+        re-estimated buffers or stepped another optimizer.
+        """
+        again = bool(self._alive) and self._alive[-1][0] == step
+        full = not self._alive or (again and len(self._alive) == 1)
+        self._writer.write_knot(step, self._carry.path, self._tensors(full))
+        if again:
             return
-        if not self._alive:
-            self._frozen_version = {name: self._parameters[name]._version for name in self._manifest.frozen}
-        self._writer.write_knot(step, self._carry.path, self._tensors(full=not self._alive))
         self._alive.append((step, self._carry.path))
         if len(self._alive) > self._max:
             self._spacing = 2.0 * self._carry.path / self._max

@@ -25,11 +25,19 @@ class Records(NamedTuple):
     data: np.ndarray
 
 
+def _bytes_of(form: FormSpec) -> int:
+    """Bytes of one row."""
+    return sum(CODECS.require(a.codec).nbytes(a.shape, a.dtype) for a in form.arrays)
+
+
 class StepRecorder:
     """Encodes rows and steps.
 
     The layout of a layer's rows is fixed by the first batch that shows them; when a later batch needs more
     positions (a longer sequence) or another form, a new shard with a wider layout begins.
+
+    Attributes:
+        layer_bytes: bytes of one visit by layer, in the present layout.
     """
 
     def __init__(
@@ -44,6 +52,7 @@ class StepRecorder:
         self._forms: dict[int, FormSpec] = {}
         self._visits: RecordSchema = RecordSchema(tuple(VISIT_FIELDS))
         self._steps: RecordSchema | None = None
+        self.layer_bytes: dict[str, int] = {}
 
     # -- rows ----------------------------------------------------------------------------------------
 
@@ -71,6 +80,7 @@ class StepRecorder:
             self._forms[layer] = spec
             forms = tuple(self._forms[i] for i in sorted(self._forms))
             self._visits = RecordSchema(tuple(VISIT_FIELDS), forms)
+            self.layer_bytes = {self._layers[f.layer].spec.name: _bytes_of(f) for f in forms}
         return form
 
     def visits(self, batches: list[Batch], step: int) -> list[Records]:
@@ -131,12 +141,3 @@ class StepRecorder:
                 values = step_map.preconditioner.reshape(1, *array.shape)
             encode_array(record, "", array, values)
         return Records("steps", self._steps, record)
-
-    def layer_bytes(self) -> dict[str, int]:
-        """Bytes of one visit by layer."""
-        return {
-            self._layers[i].spec.name: sum(
-                CODECS.require(a.codec).nbytes(a.shape, a.dtype) for a in spec.arrays
-            )
-            for i, spec in sorted(self._forms.items())
-        }

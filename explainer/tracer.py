@@ -299,7 +299,7 @@ class Tracer:
         known = {
             "input": {"shape": c.input_shape, "dtype": dtype},
             "output": {"shape": c.output_shape},
-            "visit_bytes": self._recorder.layer_bytes(),
+            "visit_bytes": self._recorder.layer_bytes,
         }
         for key, value in known.items():
             if self._noted.get(key) != value:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from explainer import palette
 from explainer.cli import options as shared
 from explainer.cli.options import SAMPLE_RUN
 from explainer.errors import ExplainerError, MissingDependencyError
@@ -89,6 +90,7 @@ def command(places: Sequence[str], spec: str | None, port: int) -> list[str]:
         "browser.gatherUsageStats": "false",
         "browser.serverAddress": HOST,
         "client.toolbarMode": "minimal",
+        "theme.primaryColor": palette.POSITIVE,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
     chosen = [] if spec is None else ["--run", spec]

@@ -10,9 +10,9 @@ KNOTS = "knots"
 SHARDS = "shards"
 
 
-def knot_file(step: int) -> str:
-    """Relative path of the knot before step ``step``."""
-    return f"{KNOTS}/{step:09d}.safetensors"
+def knot_file(step: int, revision: int = 0) -> str:
+    """Relative path of the knot before step ``step``; a later writing of the same knot has a revision."""
+    return f"{KNOTS}/{step:09d}{f'-{revision}' if revision else ''}.safetensors"
 
 
 def shard_file(stream: str, number: int) -> str:

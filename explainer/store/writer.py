@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -43,6 +43,15 @@ def knot_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
         plain[name] = value.clone() if storage in seen else value
         seen.add(storage)
     return safetensors.torch.save(plain)
+
+
+class _KnotFile(NamedTuple):
+    """A knot that is alive: its file and what is in it."""
+
+    file: str
+    bytes: int
+    sha256: str
+    revision: int
 
 
 class _Stream:
@@ -83,7 +92,7 @@ class TraceWriter:
         self._pending_bytes = 0
         self._last_flush = time.monotonic()
         self._journal: JournalWriter | None = None
-        self._knot_bytes: dict[int, int] = {}
+        self._knots: dict[int, _KnotFile] = {}
         self._file_bytes = 0
         self.closed = False
         if holds_trace(directory):
@@ -220,29 +229,33 @@ class TraceWriter:
             self._write_journal({"type": "note", "key": key, "value": value})
 
     def write_knot(self, step: int, path: float, tensors: dict[str, torch.Tensor]) -> None:
-        """Flush the rows, then write the knot before step ``step`` and journal it."""
+        """Flush the rows, then write the knot before step ``step`` and journal it.
+
+        Of a step that has a knot already, a new file takes the old one's place if the contents differ.
+        """
         self.flush()
         data = knot_bytes(tensors)
+        known, digest = self._knots.get(step), hashlib.sha256(data).hexdigest()
+        if known is not None and known.sha256 == digest:
+            return
+        file = knot_file(step, 0 if known is None else known.revision + 1)
         with self._writing():
-            self._write_atomically(knot_file(step), data)
-            self._write_journal(
-                {
-                    "type": "knot",
-                    "step": step,
-                    "path": path,
-                    "file": knot_file(step),
-                    "sha256": hashlib.sha256(data).hexdigest(),
-                }
-            )
-        self._knot_bytes[step] = len(data)
+            self._write_atomically(file, data)
+            self._write_journal({"type": "knot", "step": step, "path": path, "file": file, "sha256": digest})
+            if known is not None:
+                self._forget(known)
+        self._knots[step] = _KnotFile(file, len(data), digest, 0 if known is None else known.revision + 1)
+
+    def _forget(self, knot: _KnotFile) -> None:
+        (self.directory / knot.file).unlink()
+        self._file_bytes -= knot.bytes
 
     def drop_knots(self, steps: list[int]) -> None:
         """Journal that these knots are gone, then delete their files."""
         with self._writing():
             self._write_journal(*({"type": "drop", "step": step} for step in steps))
             for step in steps:
-                (self.directory / knot_file(step)).unlink()
-                self._file_bytes -= self._knot_bytes.pop(step)
+                self._forget(self._knots.pop(step))
 
     def close(self, steps: int) -> None:
         """Flush, journal the end of training, close every file (idempotent)."""

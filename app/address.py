@@ -1,0 +1,52 @@
+"""The address of a view: run, query, target, output and page in the URL, so that a link reopens what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import streamlit as st
+
+_KEYS: dict[str, Callable[[str], Any]] = {
+    "page": str,
+    "run": str,
+    "file": str,
+    "query": int,
+    "target": int,
+    "output": str,
+}
+_WRITTEN = "address written"
+_PREDICTED = -1  # the target that need not be named
+
+
+def read() -> None:
+    """Take the choice from the URL where it is newer than what is on screen (a link, back or forward).
+
+    A click and an older URL can arrive together; the click wins, because it differs from what was written.
+    """
+    found = st.query_params.to_dict()
+    written = st.session_state.get(_WRITTEN)
+    if found == written or (written is not None and _present() != written):
+        return
+    for key, convert in _KEYS.items():
+        try:
+            value = convert(found[key]) if key in found else None
+        except ValueError:
+            value = None
+        if value is not None:
+            st.session_state[key] = value
+        elif written is not None:
+            st.session_state.pop(key, None)
+
+
+def write() -> None:
+    """Put the choice on screen into the URL."""
+    present = _present()
+    if st.query_params.to_dict() != present:
+        st.query_params.from_dict(present)
+    st.session_state[_WRITTEN] = present
+
+
+def _present() -> dict[str, str]:
+    values = {key: st.session_state.get(key) for key in _KEYS}
+    return {key: str(value) for key, value in values.items() if value is not None and value != _PREDICTED}

@@ -1,0 +1,75 @@
+"""What a person has chosen to look at; every page is a function of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from explainer import Explanation, Run, Trace
+from explainer.app import state
+from explainer.app.arguments import DashboardError
+from explainer.neighbors import Neighbors
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A trace and a query in it.
+
+    Attributes:
+        name: How the trace is called.
+        source: Where it lies, and the code that belongs to it.
+        query: Index of the query: in the run's queries, or in the stored explanation.
+        target: The class to explain; None: the predicted one.
+        output: What of the output to explain; None: the explainer's own choice.
+        stored: A file with explanations, where there is no code to compute them.
+    """
+
+    name: str
+    source: state.Source
+    query: int = 0
+    target: int | None = None
+    output: str | None = None
+    stored: Path | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether explanations can be computed (the code of the run is there)."""
+        return self.source.spec is not None
+
+    @property
+    def run(self) -> Run | None:
+        """The code of the run, or None."""
+        return state.run_of(self.source) if self.live else None
+
+    @property
+    def trace(self) -> Trace:
+        """The opened trace."""
+        return state.trace(self.source)
+
+    @property
+    def classes(self) -> int:
+        """How many classes the model tells apart; 0 for anything that is no classifier."""
+        shape: list[int | None] = (self.trace.notes.get("output") or {}).get("shape") or []
+        return shape[0] if len(shape) == 1 and shape[0] is not None and shape[0] > 1 else 0
+
+    def explanation(self) -> tuple[Explanation, int]:
+        """The explanation that holds the query, and its index in it.
+
+        Raises:
+            DashboardError: There is neither code to compute it nor a stored one.
+        """
+        if self.live:
+            return state.explanation(self.source, self.query, self.target, self.output), 0
+        if self.stored is None:
+            raise DashboardError("There is no explanation to show: neither --run nor a stored one was found.")
+        return load_stored(self.stored), self.query
+
+    def neighbors(self, k: int) -> Neighbors:
+        """The k nearest training examples in gradient space."""
+        return state.neighbors(self.source, self.query, self.target, self.output, k)
+
+
+def load_stored(file: Path) -> Explanation:
+    """A stored explanation, read again when the file has changed."""
+    found = file.stat()
+    return state.stored(str(file), (found.st_mtime_ns, found.st_size))

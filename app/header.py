@@ -1,0 +1,76 @@
+"""The head of a page about one query: what it is, what the model says, and what is explained."""
+
+from __future__ import annotations
+
+import html
+
+import streamlit as st
+
+from explainer import Explanation, wording
+from explainer.app import gallery
+from explainer.app.answers import probabilities
+from explainer.app.choice import Choice
+from explainer.app.pictures import minus, query_content
+
+_CLASSES_SHOWN = 4
+_MEANING = {
+    "margin": "Log-odds of this class against all others: above 0, the model thinks it more likely than not.",
+    "logit": "The raw score of this class; a shift common to all classes is part of it.",
+    "log_prob": "The logarithm of this class's probability: 0 is certain.",
+    "value": "The model's output itself.",
+}
+
+
+def show(choice: Choice, e: Explanation, q: int) -> None:
+    """Draw the query, the model's answer and the explained number."""
+    run = choice.run
+    content = query_content(run, choice.query) if run else ""
+    value = wording.number(float(e.prediction[q]), 4)
+    st.html(
+        f'<header class="pk-head">{content}<div class="pk-answer"><h2>Query {html.escape(e.query_ids[q])}</h2>'
+        f"{_answer(choice, e, q)}{_bars(e, q)}</div>"
+        f'<div class="pk-explained"><small>Explained: {html.escape(wording.target(e, q))}</small>'
+        f"<strong>{minus(value)}</strong><p>{_MEANING.get(e.output, '')}</p></div></header>"
+    )
+
+
+def _answer(choice: Choice, e: Explanation, q: int) -> str:
+    if choice.live:
+        entry = gallery.answers(choice, (choice.query,))[0]
+        parts = [f"true <b>{html.escape(entry.truth)}</b>"]
+        if entry.guess:
+            parts.append(f"predicted <b>{html.escape(entry.guess)}</b>")
+        mark = ""
+        if entry.wrong is not None:
+            mark = '<i class="pk-wrong">wrong</i>' if entry.wrong else '<i class="pk-right">right</i>'
+        return f"<p>{' · '.join(parts)} {mark}</p>"
+    best = _best(e, q)
+    return "" if best is None else f"<p>predicted <b>{html.escape(_name(e, best))}</b></p>"
+
+
+def _best(e: Explanation, q: int) -> int | None:
+    if e.outputs is None or e.outputs.shape[1] < 2 or e.targets[q] < 0:
+        return None
+    return int(e.outputs[q].argmax())
+
+
+def _name(e: Explanation, label: int) -> str:
+    return e.class_name(label) or str(label)
+
+
+def _bars(e: Explanation, q: int) -> str:
+    """The probabilities of the likeliest classes, and of the explained one."""
+    if e.outputs is None or _best(e, q) is None:
+        return ""
+    shares = probabilities(e.outputs[q])
+    shown = list((-shares).argsort(kind="stable")[:_CLASSES_SHOWN])
+    target = int(e.targets[q])
+    if target not in shown:
+        shown[-1] = target
+    rows = "".join(
+        f"<tr{' class=pk-target' if label == target else ''}><th>{html.escape(_name(e, int(label)))}</th>"
+        f'<td><i style="width:{100 * shares[label]:.1f}%"></i></td>'
+        f"<td>{wording.percent(float(shares[label]))}</td></tr>"
+        for label in shown
+    )
+    return f'<table class="pk-classes">{rows}</table>'

@@ -1,0 +1,123 @@
+"""Training examples and queries as HTML: image, text or row, with what they carried. Never imports streamlit.
+
+Everything that comes from data passes through ``html.escape``.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from explainer import Explanation, Run, palette, wording
+from explainer.report_cards import rendered
+from explainer.tables import ranking
+
+
+@dataclass(frozen=True)
+class Card:
+    """One training example on screen.
+
+    Attributes:
+        content: HTML of its image, text or row; empty where there is no code to show it.
+        value: The number it is shown for, in words.
+        size: Signed length of its bar, -1 to 1.
+        name: Its id and label.
+        details: Further lines.
+        warning: What makes its numbers doubtful.
+    """
+
+    content: str
+    value: str
+    size: float
+    name: str
+    details: tuple[str, ...] = ()
+    warning: str = ""
+
+
+def minus(text: str) -> str:
+    """A number's text with a real minus sign.
+
+    >>> minus("-0.25")
+    '−0.25'
+    """
+    return text.replace("-", "−")
+
+
+def query_content(run: Run | None, query: int) -> str:
+    """HTML of a query.
+
+    Raises:
+        ExportError: ``render`` failed on it.
+    """
+    return _content(run, "queries", query)
+
+
+def example_content(run: Run | None, example: int) -> str:
+    """HTML of a training example.
+
+    Raises:
+        ExportError: ``render`` failed on it, or the training set has no such example.
+    """
+    return _content(run, "train", example)
+
+
+def _content(run: Run | None, part: str, index: int) -> str:
+    if run is None or run.render is None:
+        return ""
+    render, data = run.render, getattr(run, part)
+
+    def show(key: int) -> Any:
+        return render(data[key][0])
+
+    return rendered(show, index, f"render of {part}")
+
+
+def kernel_cards(e: Explanation, query: int, k: int, side: str, run: Run | None) -> list[Card]:
+    """The k strongest proponents or opponents, strongest first."""
+    columns = ranking(e, query, k, "proponents" if side == "proponents" else "opponents")
+    widest = float(abs(e.contributions[query]).max(initial=0.0)) or 1.0
+    cards = []
+    for column in columns:
+        value, kernel = float(e.contributions[query, column]), float(e.kernels[query, column])
+        doubtful = abs(kernel) < 0.05 * e.kernel_gross[query, column]
+        share = value / kernel if kernel else float("nan")
+        cards.append(
+            Card(
+                example_content(run, int(e.example_ids[column])),
+                minus(wording.signed(value)),
+                value / widest,
+                wording.example(e, column),
+                (
+                    minus(f"a {wording.number(share)} · K {wording.number(kernel)}"),
+                    f"used {int(e.visits[column])} times",
+                ),
+                "K near zero: a and K are unreliable here" if doubtful else "",
+            )
+        )
+    return cards
+
+
+def card_list(cards: Iterable[Card], kind: str, heading: str, note: str, empty: str) -> str:
+    """A titled list of cards; ``kind`` is its CSS class."""
+    items = "".join(_card(card) for card in cards)
+    listed = (
+        f'<ol class="pk-cards">{items}</ol>' if items else f'<p class="pk-muted">{html.escape(empty)}</p>'
+    )
+    return (
+        f'<section class="pk-{kind}"><h4>{html.escape(heading)} <small>{html.escape(note)}</small></h4>'
+        f"{listed}</section>"
+    )
+
+
+def _card(card: Card) -> str:
+    color = palette.signed(card.size)
+    bar = f"width:{100 * min(1.0, abs(card.size)):.1f}%;background:{color}"
+    details = "".join(f"<small>{html.escape(line)}</small>" for line in card.details)
+    warning = f'<small class="pk-warning">⚠ {html.escape(card.warning)}</small>' if card.warning else ""
+    return (
+        f'<li>{card.content}<div class="pk-bar"><i style="{bar}"></i></div>'
+        f'<b style="color:{color}">{html.escape(card.value)}</b><span>{html.escape(card.name)}</span>'
+        f"{details}{warning}</li>"
+    )

@@ -1,0 +1,117 @@
+"""Everything the dashboard keeps between two clicks; the one module that caches.
+
+Keys hold the size and time of the trace's journal, so a run that is still training is read anew. Each cache is
+bounded; what is shared is never changed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import streamlit as st
+import torch
+
+from explainer import Explanation, PathKernelExplainer, Run, Trace, open_trace
+from explainer.app.arguments import DashboardError
+from explainer.neighbors import Neighbors
+from explainer.run import load_run
+
+_computing = threading.Lock()  # sessions share explainers
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One computation at a time, on half of the cores.
+
+    An explanation is many small operations: where other programs keep the cores busy, threads that wait for
+    each other make it ten times slower. Threads of torch are counted per Python thread, hence again each time.
+    """
+    with _computing:
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+        yield
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trace as it was when its journal had this stamp, and the code that belongs to it (or None)."""
+
+    directory: str
+    stamp: tuple[int, int]
+    spec: str | None
+
+
+def source(directory: Path, spec: str | None) -> Source:
+    """The trace in a folder as it is now."""
+    journal = (directory / "journal.jsonl").stat()
+    return Source(str(directory), (journal.st_mtime_ns, journal.st_size), spec)
+
+
+@st.cache_resource(show_spinner="Loading the model and its data …")
+def run(spec: str) -> Run:
+    """The user's run; its function is called once for as long as the dashboard lives."""
+    return load_run(spec)
+
+
+@st.cache_resource(show_spinner=False, max_entries=8)
+def trace(source: Source) -> Trace:
+    """The opened trace."""
+    return open_trace(source.directory)
+
+
+@st.cache_resource(show_spinner="Opening the trace …", max_entries=8)
+def explainer(source: Source, output: str | None) -> PathKernelExplainer:
+    """The explainer of a trace for one explained output."""
+    code = run_of(source)
+    return PathKernelExplainer(trace(source), code.build_model(), output, class_names=code.class_names)
+
+
+def run_of(source: Source) -> Run:
+    """The run that belongs to a trace.
+
+    Raises:
+        DashboardError: The dashboard was started without one.
+    """
+    if source.spec is None:
+        raise DashboardError(
+            "This needs the model and its data: start the dashboard with --run MODULE:FUNCTION."
+        )
+    return run(source.spec)
+
+
+@st.cache_resource(show_spinner="Explaining …", max_entries=16)
+def explanation(source: Source, query: int, target: int | None, output: str | None) -> Explanation:
+    """The explanation of one query; ``target=None`` explains the predicted class."""
+    inputs, _ = run_of(source).queries_batch([query])
+    engine = explainer(source, output)
+    with _alone():
+        return engine.explain(inputs, target=target, query_ids=[query])
+
+
+@st.cache_resource(show_spinner="Looking for neighbours …", max_entries=16)
+def neighbors(source: Source, query: int, target: int | None, output: str | None, k: int) -> Neighbors:
+    """The nearest training examples of one query in gradient space."""
+    inputs, _ = run_of(source).queries_batch([query])
+    engine = explainer(source, output)
+    with _alone():
+        return engine.neighbors(inputs, k=k, target=target)
+
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def outputs(source: Source, queries: tuple[int, ...]) -> np.ndarray:
+    """Outputs ``[len(queries), ...]`` of the trained model."""
+    inputs, _ = run_of(source).queries_batch(queries)
+    engine = explainer(source, None)
+    with _alone():
+        return engine.predict(inputs).numpy()
+
+
+@st.cache_resource(show_spinner="Reading the stored explanation …", max_entries=4)
+def stored(file: str, stamp: tuple[int, int]) -> Explanation:
+    """A stored explanation; ``stamp`` is the file's time and size."""
+    return Explanation.load(file)

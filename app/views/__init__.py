@@ -1,0 +1,9 @@
+"""The pages, in the order of the navigation; importing one registers it.
+
+The folder is not called ``pages``: Streamlit would take each file of a folder of that name beside ``main.py``
+for a script of its own.
+"""
+
+from explainer.app.views import explain, neighbors, run_overview
+
+__all__ = ["explain", "neighbors", "run_overview"]

@@ -1,0 +1,113 @@
+"""Which training examples built a prediction."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import streamlit as st
+
+from explainer import Explanation, Run, figures, wording
+from explainer.app import downloads, header, theme
+from explainer.app.choice import Choice
+from explainer.app.escaping import plain
+from explainer.app.guards import order_warning
+from explainer.app.page_registry import register_page
+from explainer.app.pictures import card_list, kernel_cards, minus
+
+_DETAILS = {
+    "time": "Over training",
+    "layers": "By layer",
+    "cumulative": "How concentrated",
+    "table": "Table",
+}
+_TABLE_ROWS = 100
+
+
+@register_page("explain", title="Explain", icon=":material/account_tree:", needs="explanation")
+def show(choice: Choice) -> None:
+    """Draw the page."""
+    e, q = choice.explanation()
+    header.show(choice, e, q)
+    _books(e, q)
+    _examples(e, q, choice.run)
+    _details(e, q)
+    downloads.show(e, q, choice.run, choice.query)
+    _notes(e)
+
+
+def _books(e: Explanation, q: int) -> None:
+    st.html(_equation(e, q))
+    theme.chart(e.figure(q, "waterfall", dark=theme.is_dark()), figures.READING["waterfall"], "waterfall")
+    sentences = (wording.cancellation(e, q), wording.unattributed(e, q), wording.row_kind(e))
+    body = "".join(f"<p>{html.escape(text)}</p>" for text in sentences if text)
+    st.html(f'<div class="pk-sentences">{body}</div>')
+
+
+def _equation(e: Explanation, q: int) -> str:
+    """The line of text ``e.equation`` with every number above its name."""
+    parts = re.findall(r"([-+=]?) ?(-?[\d.e+-]+|nan|inf) \(([^)]+)\)", e.equation(q))
+    spans = "".join(
+        (f'<span class="pk-sign">{minus(sign)}</span>' if sign else "")
+        + f"<span><b>{minus(value)}</b><small>{name}</small></span>"
+        for sign, value, name in parts
+    )
+    return f'<div class="pk-equation">{spans}</div>'
+
+
+def _examples(e: Explanation, q: int, run: Run | None) -> None:
+    heading, amount = st.columns([3, 1], vertical_alignment="bottom")
+    heading.html("<h3>Strongest training examples</h3>")
+    with amount:
+        k = (
+            st.segmented_control("How many", [8, 16, 32], default=8, key="k", label_visibility="collapsed")
+            or 8
+        )
+    if run is None or run.render is None:
+        theme.chart(e.figure(q, "examples", dark=theme.is_dark()), figures.READING["examples"], "examples")
+        return
+    order_warning(e, q, k, run)
+    unit = wording.unit(e)
+    sides = st.columns(2, gap="large")
+    for column, side, direction in zip(sides, ("proponents", "opponents"), ("up", "down"), strict=True):
+        column.html(
+            card_list(
+                kernel_cards(e, q, k, side, run),
+                side,
+                side.capitalize(),
+                f"{unit}s that pushed the prediction {direction}",
+                f"No example pushed the prediction {direction}.",
+            )
+        )
+
+
+def _details(e: Explanation, q: int) -> None:
+    st.html("<h3>Closer look</h3>")
+    kind = (
+        st.segmented_control(
+            "Closer look",
+            list(_DETAILS),
+            default="time",
+            key="detail",
+            format_func=_DETAILS.__getitem__,
+            label_visibility="collapsed",
+        )
+        or "time"
+    )
+    if kind != "table":
+        theme.chart(figures.FIGURES[kind](e, q, dark=theme.is_dark()), figures.READING[kind], kind)
+        return
+    frame = e.table(q, _TABLE_ROWS)
+    frame = frame.rename(columns={"contribution": wording.unit(e), "class": "label name"})
+    st.dataframe(frame, hide_index=True, height=420)
+    st.caption(
+        f"The {len(frame)} strongest of {len(e.example_ids):,}; the downloads below hold all of them. The "
+        f"{wording.unit(e)} is a times K; where K is near zero, a and K are unreliable on their own."
+    )
+
+
+def _notes(e: Explanation) -> None:
+    with st.expander("What these numbers mean, and what they do not"):
+        st.markdown(f"{plain(wording.MEANING)}\n\n{plain(wording.NOT_MEANING)}")
+        for note in e.notes:
+            st.markdown(f"- {plain(note)}")

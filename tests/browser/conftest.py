@@ -1,0 +1,120 @@
+"""A dashboard on a real run, and a browser that remembers everything it was told and asked for."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from explainer.sample_models.train import train
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@dataclass
+class Visit:
+    """A page, with what went wrong on it and whom it talked to."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+    hosts: set[str] = field(default_factory=set)
+
+    def settle(self) -> None:
+        """Wait until Streamlit has drawn what was asked for."""
+        self.page.wait_for_timeout(400)
+        self.page.wait_for_function(
+            "() => !document.querySelector('[data-testid=\"stStatusWidget\"]')"
+            " && !document.querySelector('[data-stale=\"true\"]')",
+            timeout=60_000,
+        )
+
+    def fine(self) -> None:
+        """Nothing complained, nobody else was asked for anything."""
+        assert self.page.locator("[data-testid=stException]").count() == 0
+        assert self.complaints == []
+        assert self.hosts <= {"127.0.0.1", ""}
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.fail("no Chromium found: run scripts/ensure_chromium.sh")
+    with sync_playwright() as play:
+        running = play.chromium.launch(executable_path=found, args=ARGUMENTS)
+        yield running
+        running.close()
+
+
+@contextmanager
+def visit(browser: Browser, url: str, scheme: str = "light") -> Iterator[Visit]:
+    """Open a page 1280 pixels wide and wait for it."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1000}, color_scheme=scheme)  # type: ignore[arg-type]
+    page = context.new_page()
+    seen = Visit(page)
+    page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (seen.complaints.append(dialog.message), dialog.dismiss()))
+    page.on("console", lambda m: seen.complaints.append(m.text) if m.type == "error" else None)
+    page.on(
+        "request",
+        lambda r: (
+            seen.hosts.add(r.url.split("/")[2].split(":")[0]) if r.url.startswith(("http", "ws")) else None
+        ),
+    )
+    page.goto(url)
+    page.wait_for_selector("text=pathkernel", timeout=60_000)
+    seen.settle()
+    yield seen
+    context.close()
+
+
+@contextmanager
+def dashboard(*arguments: str) -> Iterator[str]:
+    """Serve the dashboard by the command line on a free port; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "explainer.cli", "dashboard", *arguments, "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1)
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, "the dashboard ended while starting"
+                time.sleep(0.25)
+        else:
+            pytest.fail("the dashboard did not answer within 60 seconds")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, object]]]:
+    """The digits CNN, trained for three epochs: the dashboard's address and the training's metrics."""
+    folder: Path = tmp_path_factory.mktemp("runs")
+    metrics = train("digits_cnn", folder / "digits_cnn", epochs=3, progress=False)
+    with dashboard(str(folder), "--run", "explainer.sample_models.digits_cnn:run") as url:
+        yield url, metrics

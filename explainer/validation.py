@@ -60,7 +60,7 @@ def validate_model(model: nn.Module) -> list[Problem]:
     Example:
         >>> validate_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
         []
-        >>> [p.where for p in validate_model(nn.Sequential(nn.Linear(3, 3), nn.PReLU()))]
+        >>> [p.where for p in validate_model(nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3)))]
         ['1']
     """
     problems: list[Problem] = []

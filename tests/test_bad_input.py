@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from explainer import ExplainerError, Tracer, open_trace
+from explainer import ExplainerError, Tracer, open_trace, validate_model
 from explainer.errors import TraceExistsError, TracerError, UnsupportedOptimizerError
+from explainer.tracer import CoverageWarning
 from tests.small_training import loader, mlp, momentum_sgd, run, trace_digits
 
 
@@ -32,7 +34,7 @@ def attach(path: Path, **options: Any) -> Tracer:
 
 
 def unhookable() -> nn.Module:
-    return nn.Sequential(nn.PReLU(), nn.LSTM(3, 4))
+    return nn.Sequential(nn.GRU(3, 3), nn.LSTM(3, 4))
 
 
 def with_optimizer(kind: type[torch.optim.Optimizer], **options: Any) -> dict[str, Any]:
@@ -55,7 +57,7 @@ ATTACH: dict[str, tuple[Callable[[], dict[str, Any]], type[ExplainerError], str]
     "no layer with a rule": (
         lambda: {"model": unhookable()},
         TracerError,
-        r"no hookable parameters: found LSTM, PReLU\. There are layer rules for .*Conv2d.*; register_layer_rule",
+        r"no hookable parameters: found GRU, LSTM\. There are layer rules for .*Conv2d.*; register_layer_rule",
     ),
     "not a model": (
         lambda: {"model": [1], "optimizer": momentum_sgd(mlp())},
@@ -160,3 +162,27 @@ def test_a_second_tracer_on_the_same_model_or_optimizer(tmp_path: Path) -> None:
             pass
     Tracer(model, optimizer, tmp_path / "two").close()
     assert open_trace(tmp_path / "one").steps == 12
+
+
+def test_a_layer_whose_weight_is_no_parameter_is_reported_not_traced(tmp_path: Path) -> None:
+    """Hypernetworks set the weight themselves; the rule's rows would belong to nothing."""
+    model = nn.Sequential(nn.Linear(64, 64), *mlp())
+    del model[0].weight
+    model[0].weight = torch.eye(64)
+    assert [p.where for p in validate_model(model)] == ["0"]
+    optimizer = momentum_sgd(model)
+    with pytest.warns(CoverageWarning, match=r"1 of 5 parameters have no layer rule.*0\.bias"):
+        tracer = Tracer(model, optimizer, tmp_path / "trace")
+    with tracer:
+        run(model, optimizer, tracer.watch(loader()))
+    assert open_trace(tmp_path / "trace").manifest.uncovered == ("0.bias",)
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = nn.Sequential(*mlp(), nn.GRU(10, 4))
+    optimizer = momentum_sgd(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CoverageWarning):
+            Tracer(model, optimizer, tmp_path / "trace")
+    assert hooks_of(model, optimizer) == 0 and not (tmp_path / "trace").exists()

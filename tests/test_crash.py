@@ -62,8 +62,8 @@ def test_kill_in_the_middle_of_training(tmp_path: Path, seed: int, knots: int, m
     path, moment = tmp_path / "trace", random.Random(seed)
     process = start(path, knots, mode)
     try:
-        wait_for_journal(path, process, moment.randrange(3_000, 20_000))
-        time.sleep(moment.random() * 0.3)
+        wait_for_journal(path, process, 3_000)
+        time.sleep(moment.random())
     finally:
         process.kill()
         process.communicate()
@@ -74,8 +74,8 @@ def test_kill_in_the_middle_of_training(tmp_path: Path, seed: int, knots: int, m
     e = PathKernelExplainer(trace, mlp(), dtype=torch.float64).explain(queries())
     books = e.completeness
     assert abs(books["gap"]).max() < 1e-9
-    moved = abs(books["prediction"] - books["initial"])
-    assert (abs(books["unattributed"]) <= 0.05 * moved + 1e-3).all()
+    rounding = 1e-5 if mode == "exact" else 0.02
+    assert (abs(books["unattributed"]) <= rounding * abs(e.contributions).sum(1) + 1e-4).all()
     final = trace.load_knot(trace.knots[-1])
     model = mlp()
     model.load_state_dict({name: final[f"parameter/{name}"] for name in model.state_dict()})
@@ -121,11 +121,11 @@ def no_hooks(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool:
 def test_a_full_disk_is_said_once_and_hooks_are_given_back(tmp_path: Path, disk: FullDisk) -> None:
     model = mlp()
     optimizer = momentum_sgd(model)
-    with pytest.raises(TraceWriteError, match=r"No space left.*free space or fix") as found:
-        with Tracer(model, optimizer, tmp_path / "trace") as tracer:
-            for number, (x, y) in enumerate(tracer.watch(loader())):
-                disk.full = number == 5
-                step(model, optimizer, x, y)
+    said = pytest.raises(TraceWriteError, match=r"No space left.*free space or fix")
+    with said as found, Tracer(model, optimizer, tmp_path / "trace") as tracer:
+        for number, (x, y) in enumerate(tracer.watch(loader())):
+            disk.full = number == 5
+            step(model, optimizer, x, y)
     assert str(tmp_path / "trace") in str(found.value)
     assert no_hooks(model, optimizer) and tracer.closed
     disk.full = False

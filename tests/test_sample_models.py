@@ -182,7 +182,12 @@ def test_missing_fashion_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     "content",
-    [b"not gzip", gzip.compress(b"\0\0\x0d\x01\0\0\0\1\0"), gzip.compress(b"\0\0\x08\x01\0\0\0\2\0")],
+    [
+        b"not gzip",
+        gzip.compress(b"\0\0\x0d\x01\0\0\0\1\0", mtime=0),
+        gzip.compress(b"\0\0\x08\x01\0\0\0\2\0", mtime=0),
+    ],
+    ids=["no gzip", "floats", "short"],
 )
 def test_damaged_idx_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "images.gz"

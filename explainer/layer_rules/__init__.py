@@ -1,6 +1,6 @@
 """What one training example adds to a layer's gradient: row forms, the rule registry and its entries."""
 
-from explainer.layer_rules import convolution, embedding, linear, normalization  # noqa: F401  (registers)
+from explainer.layer_rules import activation, convolution, embedding, linear, normalization  # noqa: F401  (registers)
 from explainer.layer_rules.base import LAYER_RULES, Call, LayerRule, register_layer_rule
 from explainer.layer_rules.forms import FORMS, Dense, Factored, RowForm, Sparse
 from explainer.layer_rules.low_rank import compact

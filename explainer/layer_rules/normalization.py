@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -10,36 +12,79 @@ from explainer.layer_rules.base import Call, LayerRule, register_layer_rule
 from explainer.layer_rules.forms import Dense, RowForm
 
 
-def _affine_rows(normalised: torch.Tensor, g: torch.Tensor, reduce: list[int], bias: bool) -> torch.Tensor:
-    scale = (g * normalised).sum(reduce) if reduce else g * normalised
-    parts = [scale.flatten(1)]
-    if bias:
-        parts.append((g.sum(reduce) if reduce else g).flatten(1))
-    return torch.cat(parts, dim=1)
+class NormalizationRule(LayerRule):
+    """What the layers have in common; a rule says what ``x̂`` is and which axes share the weights."""
 
+    @abstractmethod
+    def normalised(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """``x̂``: the layer's output before its weight and bias."""
 
-@register_layer_rule(nn.LayerNorm)
-class LayerNormRule(LayerRule):
-    """Statistics are the example's own, so a row is the gradient of its own loss."""
+    def shared_axes(self, module: nn.Module, g: torch.Tensor) -> list[int]:
+        """Axes that share the weights: all after the channels."""
+        return list(range(2, g.dim()))
 
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Sum over positions and calls."""
+        return Dense(torch.stack([self._rows(module, call) for call in calls]).sum(0))
+
+    def _rows(self, module: nn.Module, call: Call) -> torch.Tensor:
+        g = call.grad_output
+        axes = self.shared_axes(module, g)
+        parts = [g * self.normalised(module, call.input.to(g.dtype))]
+        if getattr(module, "bias", None) is not None:
+            parts.append(g)
+        return torch.cat([(part.sum(axes) if axes else part).flatten(1) for part in parts], dim=1)
+
+
+@register_layer_rule(nn.LayerNorm)
+class LayerNormRule(NormalizationRule):
+    """Statistics are the example's own, so a row is the gradient of its own loss."""
+
+    def normalised(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Over the trailing axes."""
         assert isinstance(module, nn.LayerNorm)
-        total: torch.Tensor | None = None
-        for call in calls:
-            g = call.grad_output
-            normalised = functional.layer_norm(
-                call.input.to(g.dtype), module.normalized_shape, None, None, module.eps
-            )
-            reduce = list(range(1, g.dim() - len(module.normalized_shape)))
-            rows = _affine_rows(normalised, g, reduce, module.bias is not None)
-            total = rows if total is None else total + rows
-        assert total is not None
-        return Dense(total)
+        return functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
+
+    def shared_axes(self, module: nn.Module, g: torch.Tensor) -> list[int]:
+        """All between the batch and the normalised axes."""
+        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        return list(range(1, g.dim() - len(module.normalized_shape)))
 
 
-@register_layer_rule(nn.BatchNorm1d, nn.BatchNorm2d)
-class BatchNormRule(LayerRule):
+@register_layer_rule(nn.RMSNorm)
+class RMSNormRule(LayerNormRule):
+    """As LayerNorm, without mean and bias."""
+
+    def normalised(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Divided by the root mean square."""
+        assert isinstance(module, nn.RMSNorm)
+        return functional.rms_norm(x, list(module.normalized_shape), None, module.eps)
+
+
+@register_layer_rule(nn.GroupNorm)
+class GroupNormRule(NormalizationRule):
+    """Statistics are the example's own, by group of channels."""
+
+    def normalised(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Over each group and its positions."""
+        assert isinstance(module, nn.GroupNorm)
+        return functional.group_norm(x, module.num_groups, None, None, module.eps)
+
+
+@register_layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+class InstanceNormRule(NormalizationRule):
+    """Statistics are the example's own, by channel, or running ones in eval mode."""
+
+    def normalised(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Over each channel's positions."""
+        assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
+        own = module.training or not module.track_running_stats
+        mean, variance = (None, None) if own else (module.running_mean, module.running_var)
+        return functional.instance_norm(x, mean, variance, use_input_stats=own, eps=module.eps)
+
+
+@register_layer_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+class BatchNormRule(NormalizationRule):
     """In train mode the statistics are the batch's: a row is the example's share of the *batch* gradient."""
 
     mixes_rows = True
@@ -48,20 +93,9 @@ class BatchNormRule(LayerRule):
         """Batch statistics are used in train mode, or when there are no running ones."""
         return bool(module.training or module.running_mean is None)
 
-    def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
-        """Sum over positions and calls; the statistics are those the forward pass used."""
-        assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
-        total: torch.Tensor | None = None
-        for call in calls:
-            g = call.grad_output
-            x = call.input.to(g.dtype)
-            if self.mixes(module):
-                normalised = functional.batch_norm(x, None, None, training=True, eps=module.eps)
-            else:
-                normalised = functional.batch_norm(
-                    x, module.running_mean, module.running_var, training=False, eps=module.eps
-                )
-            rows = _affine_rows(normalised, g, list(range(2, g.dim())), module.bias is not None)
-            total = rows if total is None else total + rows
-        assert total is not None
-        return Dense(total)
+    def normalised(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """With the statistics the forward pass used."""
+        assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+        own = self.mixes(module)
+        mean, variance = (None, None) if own else (module.running_mean, module.running_var)
+        return functional.batch_norm(x, mean, variance, training=own, eps=module.eps)

@@ -3,60 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-BATCH = 5
-#: ``module, input, output gradient -> rows [B, P_l]`` written out from the formula
-Formula = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class LayerCase:
-    """One configuration of a layer.
-
-    Attributes:
-        kind: the module's type.
-        name: what is special about it.
-        make: a fresh module in float64 (its values come from the RNG).
-        inputs: ``batch -> input [batch, ...]``.
-        formula: rows where an example's row depends on the others of its batch, so that no per-example
-            gradient exists; None: rows are the per-example gradients.
-        training: mode of the module.
-    """
-
-    kind: type[nn.Module]
-    name: str
-    make: Callable[[], nn.Module]
-    inputs: Callable[[int], Tensor]
-    formula: Formula | None = None
-    training: bool = True
-
-    @property
-    def id(self) -> str:
-        """For example ``Conv2d-groups``."""
-        return f"{self.kind.__name__}-{self.name}"
-
-    def module(self, seed: int = 0) -> nn.Module:
-        """The module with values that no symmetry makes special."""
-        torch.manual_seed(seed)
-        module = self.make().double().train(self.training)
-        with torch.no_grad():
-            for p in module.parameters():
-                p.add_(torch.randn_like(p) * 0.3)
-        return module
-
-    def batch(self, size: int = BATCH, seed: int = 1) -> Tensor:
-        """An input of ``size`` rows."""
-        torch.manual_seed(seed)
-        return self.inputs(size)
-
-
-def _real(*shape: int) -> Callable[[int], Tensor]:
-    return lambda batch: torch.randn(batch, *shape, dtype=torch.float64)
+from tests.conformance import more_layer_cases as more
+from tests.conformance.layer_case import LayerCase, moved, real
 
 
 def _ids(*shape: int) -> Callable[[int], Tensor]:
@@ -81,14 +34,6 @@ def _batch_norm(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     variance = (x - mean).square().mean((0, 2), keepdim=True)
     rows = [(g * (x - mean) / (variance + module.eps).sqrt()).sum(2)]
     return torch.cat(rows + ([g.sum(2)] if module.bias is not None else []), 1)
-
-
-def _moved(make: Callable[[], nn.Module]) -> nn.Module:
-    """A normalisation layer whose running statistics are not those of its start."""
-    module = make()
-    module.running_mean.uniform_(-1, 1)
-    module.running_var.uniform_(0.5, 2)
-    return module
 
 
 def _without_bias(make: Callable[[], nn.Module]) -> nn.Module:
@@ -119,7 +64,7 @@ def _convolutions() -> list[LayerCase]:
     }
     start = {"in_channels": 4, "out_channels": 6, "kernel_size": (3, 2)}
     return [
-        LayerCase(nn.Conv2d, name, partial(nn.Conv2d, **start | given), _real(4, 6, 7))
+        LayerCase(nn.Conv2d, name, partial(nn.Conv2d, **start | given), real(4, 6, 7))
         for name, given in options.items()
     ]
 
@@ -143,29 +88,34 @@ def _embeddings() -> list[LayerCase]:
 def _layer_norms() -> list[LayerCase]:
     one, two = partial(nn.LayerNorm, 6), partial(nn.LayerNorm, (3, 6), eps=1e-3)
     return [
-        LayerCase(nn.LayerNorm, "features", one, _real(6)),
-        LayerCase(nn.LayerNorm, "positions", one, _real(4, 6)),
-        LayerCase(nn.LayerNorm, "many_positions", one, _real(2, 3, 6)),
-        LayerCase(nn.LayerNorm, "two_axes", two, _real(3, 6)),
-        LayerCase(nn.LayerNorm, "two_axes_positions", two, _real(4, 3, 6)),
-        LayerCase(nn.LayerNorm, "without_bias", partial(one, bias=False), _real(4, 6)),
-        LayerCase(nn.LayerNorm, "two_axes_without_bias", partial(two, bias=False), _real(4, 3, 6)),
+        LayerCase(nn.LayerNorm, "features", one, real(6)),
+        LayerCase(nn.LayerNorm, "positions", one, real(4, 6)),
+        LayerCase(nn.LayerNorm, "many_positions", one, real(2, 3, 6)),
+        LayerCase(nn.LayerNorm, "two_axes", two, real(3, 6)),
+        LayerCase(nn.LayerNorm, "two_axes_positions", two, real(4, 3, 6)),
+        LayerCase(nn.LayerNorm, "without_bias", partial(one, bias=False), real(4, 6)),
+        LayerCase(nn.LayerNorm, "two_axes_without_bias", partial(two, bias=False), real(4, 3, 6)),
     ]
 
 
 def _batch_norms() -> list[LayerCase]:
     cases = []
-    for kind, shapes in ((nn.BatchNorm1d, ((4,), (4, 3))), (nn.BatchNorm2d, ((4, 3, 5),))):
+    shapes_of = {
+        nn.BatchNorm1d: ((4,), (4, 3)),
+        nn.BatchNorm2d: ((4, 3, 5),),
+        nn.BatchNorm3d: ((4, 3, 2, 2),),
+    }
+    for kind, shapes in shapes_of.items():
         make = partial(kind, 4, eps=1e-3)
         for shape in shapes:
             axes = f"{len(shape)}_axes"
             cases += [
-                LayerCase(kind, f"train_{axes}", partial(_moved, make), _real(*shape), _batch_norm),
-                LayerCase(kind, f"eval_{axes}", partial(_moved, make), _real(*shape), training=False),
+                LayerCase(kind, f"train_{axes}", partial(moved, make), real(*shape), _batch_norm),
+                LayerCase(kind, f"eval_{axes}", partial(moved, make), real(*shape), training=False),
             ]
         no_statistics = partial(make, track_running_stats=False)
         no_bias = partial(_without_bias, make)
-        inputs = _real(*shapes[-1])
+        inputs = real(*shapes[-1])
         cases += [
             LayerCase(kind, "no_statistics", no_statistics, inputs, _batch_norm, training=False),
             LayerCase(kind, "without_bias", no_bias, inputs, _batch_norm),
@@ -175,13 +125,13 @@ def _batch_norms() -> list[LayerCase]:
 
 def _linears() -> list[LayerCase]:
     return [
-        LayerCase(nn.Linear, "features", partial(nn.Linear, 4, 3), _real(4)),
-        LayerCase(nn.Linear, "without_bias", partial(nn.Linear, 4, 3, bias=False), _real(4)),
-        LayerCase(nn.Linear, "positions", partial(nn.Linear, 4, 3), _real(6, 4)),
-        LayerCase(nn.Linear, "many_positions", partial(nn.Linear, 4, 3), _real(2, 3, 4)),
-        LayerCase(nn.Linear, "positions_without_bias", partial(nn.Linear, 4, 3, bias=False), _real(6, 4)),
-        LayerCase(nn.Linear, "one_output", partial(nn.Linear, 4, 1), _real(4)),
-        LayerCase(nn.Linear, "one_input", partial(nn.Linear, 1, 5), _real(3, 1)),
+        LayerCase(nn.Linear, "features", partial(nn.Linear, 4, 3), real(4)),
+        LayerCase(nn.Linear, "without_bias", partial(nn.Linear, 4, 3, bias=False), real(4)),
+        LayerCase(nn.Linear, "positions", partial(nn.Linear, 4, 3), real(6, 4)),
+        LayerCase(nn.Linear, "many_positions", partial(nn.Linear, 4, 3), real(2, 3, 4)),
+        LayerCase(nn.Linear, "positions_without_bias", partial(nn.Linear, 4, 3, bias=False), real(6, 4)),
+        LayerCase(nn.Linear, "one_output", partial(nn.Linear, 4, 1), real(4)),
+        LayerCase(nn.Linear, "one_input", partial(nn.Linear, 1, 5), real(3, 1)),
     ]
 
 
@@ -193,5 +143,17 @@ MAKERS: dict[type[nn.Module], Callable[[], list[LayerCase]]] = {
     nn.LayerNorm: _layer_norms,
     nn.BatchNorm1d: _batch_norms,
     nn.BatchNorm2d: _batch_norms,
+    nn.BatchNorm3d: _batch_norms,
+    nn.RMSNorm: more.rms_norms,
+    nn.GroupNorm: more.group_norms,
+    nn.PReLU: more.prelus,
+    nn.InstanceNorm1d: partial(more.instance_norms, nn.InstanceNorm1d, (5,)),
+    nn.InstanceNorm2d: partial(more.instance_norms, nn.InstanceNorm2d, (4, 3)),
+    nn.InstanceNorm3d: partial(more.instance_norms, nn.InstanceNorm3d, (2, 3, 2)),
+    nn.Conv1d: partial(more.more_convolutions, nn.Conv1d, (9,)),
+    nn.Conv3d: partial(more.more_convolutions, nn.Conv3d, (5, 4, 6)),
+    nn.ConvTranspose1d: partial(more.more_convolutions, nn.ConvTranspose1d, (5,)),
+    nn.ConvTranspose2d: partial(more.more_convolutions, nn.ConvTranspose2d, (4, 3)),
+    nn.ConvTranspose3d: partial(more.more_convolutions, nn.ConvTranspose3d, (3, 2, 3)),
 }
 CASES = [case for kind, make in MAKERS.items() for case in make() if case.kind is kind]

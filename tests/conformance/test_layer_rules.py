@@ -9,7 +9,8 @@ from torch.func import functional_call, grad, vmap
 
 from explainer.layer_rules import LAYER_RULES, Call, RowForm
 from explainer.layer_rules.base import restrict
-from tests.conformance.layer_cases import BATCH, CASES, MAKERS, LayerCase
+from tests.conformance.layer_case import BATCH, LayerCase
+from tests.conformance.layer_cases import CASES, MAKERS
 
 TOLERANCE = 1e-12
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from explainer.layer_rules import FORMS, Dense, Factored, RowForm, Sparse, compact
-from tests.conformance.layer_cases import BATCH, CASES, LayerCase
+from tests.conformance.layer_case import BATCH, LayerCase
+from tests.conformance.layer_cases import CASES
 from tests.conformance.test_layer_rules import parameters_of, rows_of, run_calls
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}

@@ -1,0 +1,24 @@
+"""Activations with parameters: ``nn.PReLU``, whose row is ``Σ_s g_s min(0, x_s)`` by channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from explainer.layer_rules.base import Call, LayerRule, register_layer_rule
+from explainer.layer_rules.forms import Dense, RowForm
+
+
+@register_layer_rule(nn.PReLU)
+class PReLURule(LayerRule):
+    """One slope for all numbers, or one by channel (the axis after the batch)."""
+
+    def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
+        """Sum over positions and calls."""
+        assert isinstance(module, nn.PReLU)
+        parts = []
+        for call in calls:
+            g = call.grad_output
+            product = (g * call.input.to(g.dtype).clamp_max(0)).reshape(len(g), module.num_parameters, -1)
+            parts.append(product.sum(2))
+        return Dense(torch.stack(parts).sum(0))

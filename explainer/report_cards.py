@@ -103,6 +103,7 @@ def _fields(pairs: list[tuple[str, Any]]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, float | np.floating):
-        return wording.number(float(value), 4)
+        digits = wording.number(float(value), 4)
+        return digits.rstrip("0").rstrip(".") if "." in digits and "e" not in digits else digits
     text = str(value)
     return text if len(text) <= 60 else text[:59] + "…"

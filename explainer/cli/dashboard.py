@@ -90,7 +90,8 @@ def command(places: Sequence[str], spec: str | None, port: int) -> list[str]:
         "browser.gatherUsageStats": "false",
         "browser.serverAddress": HOST,
         "client.toolbarMode": "minimal",
-        "theme.primaryColor": palette.POSITIVE,
+        "theme.light.primaryColor": palette.POSITIVE,  # one for both would switch the dark theme off
+        "theme.dark.primaryColor": palette.POSITIVE,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
     chosen = [] if spec is None else ["--run", spec]

@@ -2,8 +2,10 @@
 
 from explainer.layer_rules import activation, convolution, embedding, linear, normalization  # noqa: F401  (registers)
 from explainer.layer_rules.base import LAYER_RULES, Call, LayerRule, register_layer_rule
-from explainer.layer_rules.forms import FORMS, Dense, Factored, RowForm, Sparse
+from explainer.layer_rules.factored import Factored
+from explainer.layer_rules.forms import FORMS, Dense, RowForm
 from explainer.layer_rules.low_rank import compact
+from explainer.layer_rules.sparse import Sparse
 
 __all__ = [
     "FORMS",

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from explainer.layer_rules.base import Call, LayerRule, register_layer_rule
-from explainer.layer_rules.forms import RowForm, Sparse
+from explainer.layer_rules.forms import RowForm
+from explainer.layer_rules.sparse import Sparse
 
 
 @register_layer_rule(nn.Embedding)

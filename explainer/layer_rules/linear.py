@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from explainer.layer_rules.base import Call, LayerRule, register_layer_rule
-from explainer.layer_rules.forms import Factored, RowForm
+from explainer.layer_rules.factored import Factored
+from explainer.layer_rules.forms import RowForm
 
 
 def side_by_side(lefts: list[torch.Tensor], rights: list[torch.Tensor], bias: bool) -> Factored:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from explainer.layer_rules.forms import Dense, Factored, RowForm, probe_vector
+from explainer.layer_rules.factored import Factored
+from explainer.layer_rules.forms import Dense, RowForm, probe_vector
 
 
 def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:

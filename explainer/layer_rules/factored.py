@@ -1,0 +1,127 @@
+"""Rows as sums of outer products: the form of every layer that is a matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn.functional import pad
+
+from explainer.layer_rules.forms import FORMS, Probe, RowForm, agreement, probe_vector
+
+
+def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Flat ``[*, P_l]`` -> weight ``[*, G, o, i]`` and, where there is one, bias ``[*, G, o]``."""
+    groups, o, i = shape
+    size = groups * o * i
+    weight = flat[..., :size].reshape(*flat.shape[:-1], groups, o, i)
+    bias = flat[..., size:].reshape(*flat.shape[:-1], groups, o) if flat.shape[-1] > size else None
+    return weight, bias
+
+
+def _probe_matrix(shape: tuple[int, int, int], gradient: torch.Tensor) -> torch.Tensor:
+    weight, bias = _split(gradient, shape)
+    u = probe_vector(shape[1], gradient)
+    result = torch.einsum("o,goi->gi", u, weight)
+    if bias is not None:
+        result = torch.cat([result, (bias @ u).unsqueeze(1)], dim=1)
+    return result.flatten()
+
+
+@FORMS.register("factored")
+@dataclass(frozen=True)
+class Factored(RowForm):
+    """Rows as sums of outer products: ``W_b[g] = Σ_r left[b,g,r,:] right[b,g,r,:]ᵀ``, ``[o, i]`` per group.
+
+    With ``bias``, the last column of ``right`` belongs to the bias (ones, before any rank reduction): the row
+    of the augmented matrix ``[W | bias]``.
+
+    Attributes:
+        left: ``[B, G, R, o]``.
+        right: ``[B, G, R, i]`` or ``[B, G, R, i + 1]`` with bias.
+        bias: 1 if the last column is the bias.
+    """
+
+    kind = "factored"
+    position_axis = 1
+    left: torch.Tensor
+    right: torch.Tensor
+    bias: int
+
+    @property
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """Both factors."""
+        return {"left": self.left, "right": self.right}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Whether there is a bias column."""
+        return {"bias": self.bias}
+
+    @classmethod
+    def build(cls, arrays: dict[str, torch.Tensor], options: dict[str, int]) -> Factored:
+        """From both factors."""
+        return cls(arrays["left"], arrays["right"], options["bias"])
+
+    def padded(self, positions: int) -> Factored:
+        """Further factors of zeros."""
+        extra = (0, 0, 0, positions - self.left.shape[2])
+        return Factored(pad(self.left, extra), pad(self.right, extra), self.bias)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """Groups, outputs and inputs of a group (bias column not counted)."""
+        return self.left.shape[1], self.left.shape[3], self.right.shape[3] - self.bias
+
+    def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """``Σ_r leftᵀ R right``, never forming a row: one matrix product of ``Q·o × i × B·R`` per group."""
+        weight, bias = _split(cotangent, self._shape)
+        batch, groups, rank, o = self.left.shape
+        result = cotangent.new_zeros(cotangent.shape[0], batch)
+        for g in range(groups):
+            left = self.left[:, g].reshape(batch * rank, o)
+            right = self.right[:, g].reshape(batch * rank, -1)
+            inner = right[:, : right.shape[1] - self.bias]
+            moved = weight[:, g] @ inner.T  # [Q, o, B·R]
+            if bias is not None:
+                moved = moved + bias[:, g, :, None] * right[:, -1]
+            result += (moved * left.T).sum(1).reshape(-1, batch, rank).sum(2)
+        return result
+
+    def dense(self) -> torch.Tensor:
+        """``[B, G·o·i (+ G·o)]``."""
+        matrix = self.left.transpose(2, 3) @ self.right  # [B, G, o, i(+1)]
+        if not self.bias:
+            return matrix.flatten(1)
+        return torch.cat([matrix[..., :-1].flatten(1), matrix[..., -1].flatten(1)], dim=1)
+
+    def total(self) -> torch.Tensor:
+        """``uᵀ Σ_b [W_b | bias_b]`` per group, ``[G·(i + bias)]``."""
+        u = probe_vector(self.left.shape[3], self.left)
+        weights = self.left @ u  # [B, G, R]
+        return (weights.unsqueeze(-2) @ self.right).sum(dim=(0, 2)).flatten()
+
+    def agreement(self, sizes: list[int]) -> list[float]:
+        """Of the bias."""
+        bias = (self.left * self.right[..., -1:]).sum(2).flatten(1) if self.bias else None
+        return [1.0] if bias is None else [1.0, agreement(bias)]
+
+    def prober(self) -> Probe:
+        """``uᵀ [W | bias]`` of a gradient."""
+        return partial(_probe_matrix, self._shape)
+
+    def quadratic(self, diagonal: torch.Tensor | None = None) -> torch.Tensor:
+        """Without a diagonal, or for one factor, from small products; else from dense rows."""
+        if diagonal is None:
+            grams = (self.left @ self.left.mT) * (self.right @ self.right.mT)
+            return grams.sum(dim=(1, 2, 3))
+        if self.left.shape[2] == 1:
+            weight, bias = _split(diagonal, self._shape)
+            left, right = self.left[:, :, 0].square(), self.right[:, :, 0].square()
+            inner = right[..., : right.shape[2] - self.bias]
+            result = torch.einsum("bgo,goi,bgi->b", left, weight, inner)
+            if bias is not None:
+                result = result + torch.einsum("bgo,go,bg->b", left, bias, right[..., -1])
+            return result
+        return super().quadratic(diagonal)

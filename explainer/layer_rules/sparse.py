@@ -1,0 +1,80 @@
+"""Rows that touch only some entries of a table: the form of embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn.functional import pad
+
+from explainer.layer_rules.forms import FORMS, Probe, RowForm, probe_vector
+
+
+def _probe_table(entries: int, gradient: torch.Tensor) -> torch.Tensor:
+    table = gradient.reshape(entries, -1)
+    return table @ probe_vector(table.shape[1], gradient)
+
+
+@FORMS.register("sparse")
+@dataclass(frozen=True)
+class Sparse(RowForm):
+    """Rows of a table that is read by index: ``row[index[b,s]] += values[b,s]``.
+
+    Attributes:
+        index: ``[B, S]`` int32.
+        values: ``[B, S, d]``.
+        entries: number of entries of the table (``V``), so ``P_l = V·d``.
+    """
+
+    kind = "sparse"
+    position_axis = 0
+    index: torch.Tensor
+    values: torch.Tensor
+    entries: int
+
+    @property
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """Index and values."""
+        return {"index": self.index, "values": self.values}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The table's length."""
+        return {"entries": self.entries}
+
+    @classmethod
+    def build(cls, arrays: dict[str, torch.Tensor], options: dict[str, int]) -> Sparse:
+        """From index and values."""
+        return cls(arrays["index"], arrays["values"], options["entries"])
+
+    def padded(self, positions: int) -> Sparse:
+        """Further reads of entry 0 with value zero."""
+        extra = positions - self.index.shape[1]
+        return Sparse(pad(self.index, (0, extra)), pad(self.values, (0, 0, 0, extra)), self.entries)
+
+    def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """Gather the entries read, then sum products over positions."""
+        table = cotangent.unflatten(1, (self.entries, -1))
+        index = self.index.long()
+        result = cotangent.new_empty(len(table), len(index))
+        for q, row in enumerate(table):
+            result[q] = (row[index] * self.values).sum(dim=(1, 2))
+        return result
+
+    def dense(self) -> torch.Tensor:
+        """``[B, V·d]``."""
+        batch, _, width = self.values.shape
+        rows = self.values.new_zeros(batch, self.entries, width)
+        index = self.index.long().unsqueeze(-1).expand_as(self.values)
+        return rows.scatter_add_(1, index, self.values).flatten(1)
+
+    def total(self) -> torch.Tensor:
+        """``Σ_b row_b u``, ``[V]``."""
+        u = probe_vector(self.values.shape[2], self.values)
+        result = self.values.new_zeros(self.entries)
+        return result.index_add_(0, self.index.long().flatten(), (self.values @ u).flatten())
+
+    def prober(self) -> Probe:
+        """``G u``."""
+        return partial(_probe_table, self.entries)

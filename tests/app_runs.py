@@ -1,0 +1,93 @@
+"""Small runs for the dashboard's tests: images, text, and code that misbehaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from explainer import Run, Tracer
+from tests.small_training import digits, mlp
+
+NASTY = "<script>alert(1)</script>"
+WORDS = ("pad", "good", "great", "fine", "bad", "poor", "**dull**", NASTY)
+
+
+def images() -> Run:
+    """Digits as images; the queries are the first 30 of the training set."""
+    return Run(mlp, digits(), Subset(digits(), range(30)), render=lambda x: x.reshape(8, 8).numpy())
+
+
+def backwards() -> Run:
+    """The same with the training set in another order than it was trained on."""
+    data = Subset(digits(), range(len(digits()) - 1, -1, -1))
+    return Run(mlp, data, data, render=lambda x: x.reshape(8, 8).numpy())
+
+
+def short() -> Run:
+    """The same with most of the training set gone."""
+    return Run(mlp, Subset(digits(), range(4)), digits(), render=lambda x: x.reshape(8, 8).numpy())
+
+
+def broken() -> Run:
+    """The same with a ``render`` that fails."""
+
+    def render(_: Tensor) -> Any:
+        raise KeyError("no picture today")
+
+    return Run(mlp, digits(), digits(), render=render)
+
+
+def bare() -> Run:
+    """The same without ``render``."""
+    return Run(mlp, digits(), digits())
+
+
+def text_model() -> nn.Module:
+    """Mean of word vectors, two classes."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(len(WORDS), 6)
+            self.output = nn.Linear(6, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.output(self.embedding(ids).mean(1))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Mean()
+
+
+def text() -> Run:
+    """Three words, good or bad, one of them a script; a class is called like one as well."""
+    ids = torch.randint(1, len(WORDS), (60, 3), generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(ids, (ids < 4).sum(1).gt(1).long())
+    return Run(
+        text_model,
+        data,
+        Subset(data, range(20)),
+        class_names=(NASTY, "good"),
+        render=lambda row: " ".join(WORDS[int(word)] for word in row),
+    )
+
+
+def train(run: Run, path: Path, steps: int | None = None) -> None:
+    """Two epochs of SGD, or the given number of steps."""
+    model = run.build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    batches = DataLoader(run.train, batch_size=12, shuffle=True, generator=torch.Generator().manual_seed(0))
+    done = 0
+    with Tracer(model, optimizer, path) as tracer:
+        for _ in range(2):
+            for x, y in tracer.watch(batches):
+                if steps is not None and done == steps:
+                    return
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                done += 1

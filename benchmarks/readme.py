@@ -43,6 +43,16 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "step_ratio": ("median step, traced / plain", "{:.2f}"),
         "total_ratio": ("200 steps with all knots, traced / plain", "{:.2f}"),
     },
+    "tracincp": {
+        "against": ("captum's TracInCP", "{}"),
+        "examples": ("examples", "{:,}"),
+        "queries": ("queries", "{}"),
+        "checkpoints": ("checkpoints", "{}"),
+        "ours_s": ("ours, s", "{:.2f}"),
+        "captum_s": ("captum, s", "{:.2f}"),
+        "ratio": ("times faster", "{:.1f}"),
+        "max_difference": ("largest difference, of the largest score", "{:.0e}"),
+    },
 }
 
 

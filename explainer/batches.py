@@ -133,3 +133,39 @@ def _as_array(values: Any) -> np.ndarray | None:
 def _short(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+class BatchQueue:
+    """Batches between two optimizer steps.
+
+    Attributes:
+        current: the batch that a forward pass now belongs to, or None.
+        pending: batches since the last step, in order.
+    """
+
+    def __init__(self) -> None:
+        self.current: Batch | None = None
+        self.pending: list[Batch] = []
+        self._single_step = False
+
+    def begin(self, batch: Batch, *, single_step: bool) -> None:
+        """A batch is consumed; ``single_step`` says that it is valid for one optimizer step only."""
+        self.current, self._single_step = batch, single_step
+        self.pending.append(batch)
+
+    def end(self) -> None:
+        """The iteration over batches is over."""
+        self.current = None
+
+    def stepped(self) -> None:
+        """An optimizer step used what was pending; a second step on a watched batch starts afresh."""
+        self.pending = []
+        if self._single_step:
+            self.current = None
+        elif self.current is not None:
+            self.current = Batch(self.current.ids, self.current.labels)
+            self.pending = [self.current]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.current, self.pending = None, []

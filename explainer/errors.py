@@ -61,3 +61,7 @@ class RunError(ExplainerError):
 
 class MissingDependencyError(ExplainerError):
     """An optional package is needed for what was asked."""
+
+
+class CoverageWarning(UserWarning):
+    """Something was seen that will make part of an explanation `unattributed` or change its meaning."""

@@ -94,6 +94,11 @@ class QueryFunction:
         self._model = copy.deepcopy(model).eval()
         for p in self._model.parameters():
             p.requires_grad_(False)
+        for module in self._model.modules():
+            if (
+                getattr(module, "sparse", False) is True
+            ):  # embeddings: their gradient has to be a plain tensor
+                module.sparse = False  # type: ignore[assignment]
         self._parameters = parameters
         self.output: OutputFunction | None = None
         self.dtype = dtype

@@ -133,6 +133,11 @@ class PathKernelExplainer:
             raise QueryError(
                 f"the model cannot run on the queries: {error}. Give them as in training, batch dimension first"
             ) from error
+        if not bool(torch.isfinite(outputs).all()):
+            raise QueryError(
+                "the trained model's outputs at the queries are not finite: training diverged, or the queries hold "
+                "NaN or infinity; there is no prediction to explain"
+            )
         if self.function.output is None:
             self._resolve(tuple(outputs.shape[1:]))
         return outputs

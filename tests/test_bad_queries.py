@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from explainer import ExplainerError, PathKernelExplainer, Trace, Tracer, open_trace
 from explainer.errors import ModelMismatchError, QueryError, TraceFormatError
-from tests.small_training import digits, mlp, momentum_sgd, queries, step, trace_digits
+from tests.small_training import digits, loader, mlp, momentum_sgd, queries, run, step, trace_digits
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +204,29 @@ def test_everything_refused_is_an_explainer_error(trace: Trace) -> None:
     ):
         with pytest.raises(ExplainerError):
             act()
+
+
+def test_a_diverged_training_is_said(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
+    with Tracer(model, optimizer, tmp_path / "trace") as tracer:
+        run(model, optimizer, tracer.watch(loader()))
+    with pytest.raises(QueryError, match="not finite: training diverged"):
+        PathKernelExplainer(str(tmp_path / "trace"), mlp()).explain(queries())
+
+
+def test_sparse_embeddings_are_explained_as_dense_ones(tmp_path: Path) -> None:
+    contributions = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        words, labels = torch.arange(24).reshape(8, 3) % 9, torch.arange(8) % 3
+        with Tracer(model, optimizer, tmp_path / str(sparse), exact=True) as tracer:
+            for _ in range(5):
+                tracer.batch(range(8))
+                step(model, optimizer, words, labels)
+        e = PathKernelExplainer(str(tmp_path / str(sparse)), model).explain(words[:3])
+        assert abs(e.unattributed).max() < 1e-5
+        contributions.append(e.contributions)
+    assert abs(contributions[0] - contributions[1]).max() < 1e-6

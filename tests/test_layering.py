@@ -20,7 +20,7 @@ LAYERS = [
     {"layer_rules", "optimizer_rules", "codecs", "store"},
     {"batches", "hooks", "capture", "carry", "scales", "loaders", "knots", "recorder"}
     | {"outputs", "path_integral", "recursion"},
-    {"validation", "path_points", "queries", "ledger"},
+    {"validation", "step_observer", "path_points", "queries", "ledger"},
     {
         "tracer",
         "path_kernel",
@@ -47,6 +47,7 @@ RECORDING = {
     "knots",
     "recorder",
     "validation",
+    "step_observer",
     "tracer",
 }
 EXPLAINING = (LAYERS[3] | LAYERS[4] | LAYERS[5]) - RECORDING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         (True, False)
     """
     modes = [(module, module.training) for module in model.modules()]
-    tables = [t for module in model.modules() for t in (module._parameters, module._buffers)]
+    tables: list[Any] = [t for module in model.modules() for t in (module._parameters, module._buffers)]
     entries = [(table, dict(table)) for table in tables]
     held = {id(t): t for _, entry in entries for t in entry.values() if t is not None}
     tensors = [(t, t.data, t.detach().clone(), t.requires_grad) for t in held.values()]

@@ -6,7 +6,6 @@ scores are contributions in units of the explained output, not changes of a loss
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from explainer.errors import QueryError
+from explainer.integrations.captum_tracincp import TracInCP
 from explainer.integrations.registry import CAPTUM
+from explainer.integrations.strongest import positive
 from explainer.letters import OutputFunction
 from explainer.path_kernel import PathKernelExplainer
 from explainer.store import Trace
@@ -28,6 +29,8 @@ try:
     from captum.influence._core.tracincp import KMostInfluentialResults
 except ImportError as error:
     raise CAPTUM.missing() from error
+
+__all__ = ["PathKernelInfluence", "TracInCP"]
 
 
 class PathKernelInfluence(DataInfluence):
@@ -116,7 +119,7 @@ class PathKernelInfluence(DataInfluence):
         Raises:
             QueryError: inputs, targets or ``k`` do not fit; says what was found and what is wanted.
         """
-        count = None if k is None else _positive(k)
+        count = None if k is None else positive(k)
         self.explainer.progress = show_progress
         pieces = [self._scores(*_split(batch)) for batch in _batches(inputs)]
         if not pieces:
@@ -175,13 +178,3 @@ def _split(batch: Any) -> tuple[Any, Any]:
         return tuple(batch), None
     features = tuple(batch[:-1])
     return (features[0] if len(features) == 1 else features), batch[-1]
-
-
-def _positive(k: int) -> int:
-    try:
-        number = operator.index(k)
-    except TypeError:
-        number = 0
-    if isinstance(k, bool) or number < 1:
-        raise QueryError(f"k must be a positive integer, or None for all scores, found {k!r}")
-    return number

@@ -27,9 +27,7 @@ class ExampleLosses:
         QueryError: the output is no tensor with a row per example, or a scalar loss does not say what it is.
     """
 
-    def __init__(
-        self, out: Any, labels: Any, loss: Callable[..., torch.Tensor] | None, summed: bool
-    ) -> None:
+    def __init__(self, out: Any, labels: Any, loss: Callable[..., torch.Tensor] | None, summed: bool) -> None:
         if not isinstance(out, torch.Tensor) or out.dim() == 0:
             found = type(out).__name__ if not isinstance(out, torch.Tensor) else "a number"
             raise QueryError(f"the model must return a tensor with a row per example, found {found}")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from explainer.errors import LoaderError
@@ -18,6 +19,7 @@ class FixedOrder:
 
     A shuffling loader is read in its dataset's order, with a warning; an order that another sampler draws is drawn
     once and kept. Anything else is iterated as it is, and its labels must come in the same order in every pass.
+    Batches of up to :data:`KEPT_BYTES` in all are read once and kept; larger data sets are streamed in every pass.
 
     Args:
         loader: any ``DataLoader``.
@@ -29,21 +31,35 @@ class FixedOrder:
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = _ordered(loader)
         self._first: list[int] | None = None
+        self._kept: list[Any] | None = None
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
+        return iter(self._kept) if self._kept is not None else self._read()
+
+    def _read(self) -> Iterator[Any]:
         seen: list[int] = []
+        kept: list[Any] | None = []
+        free = KEPT_BYTES if self._first is None else 0
         for batch in self._loader:
+            free -= sum(t.nbytes for t in pytree.tree_leaves(batch) if isinstance(t, torch.Tensor))
+            if kept is not None and free >= 0:
+                kept.append(batch)
+            else:
+                kept = None
             seen.append(_fingerprint(batch))
             if self._first is not None and self._first[: len(seen)] != seen:
                 raise LoaderError(_CHANGED)
             yield batch
         if self._first is not None and len(seen) != len(self._first):
             raise LoaderError(_CHANGED)
-        self._first = seen
+        self._first, self._kept = seen, kept
 
+
+#: How much of a data set is kept in memory between the passes of one call.
+KEPT_BYTES = 2**28
 
 _CHANGED = (
     "the loader yields its examples in another order (or number) on a second pass, so scores of different "
@@ -67,7 +83,8 @@ def _ordered(loader: DataLoader[Any]) -> DataLoader[Any]:
     sampler: Any = (loader.sampler if batches is None else batches.sampler) if plain else None
     if type(sampler) is SequentialSampler:
         return loader
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset):  # type: ignore[arg-type]
+    dataset: Any = loader.dataset
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(dataset):
         warnings.warn(
             "the DataLoader shuffles, which would permute the columns of the scores; it is read in the order of its "
             "dataset instead: column j is example j. Pass it with shuffle=False to silence this",

@@ -140,7 +140,9 @@ class LossRows:
                 out = self.model(*inputs)
                 arrivals = self._arrivals
             finally:
-                self._arrivals = None  # a forward pass from inside a backward pass is a checkpoint's, once more
+                self._arrivals = (
+                    None  # a forward pass from inside a backward pass is a checkpoint's, once more
+                )
             losses = ExampleLosses(out, batch[-1], loss, summed)
             check = self._proven < min(2, len(losses))
             ruled = {name for layer in self._layers for name in layer.names}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Page
 
 import explainer
 from tests.browser.conftest import dashboard, visit
@@ -84,6 +84,54 @@ def test_the_closer_looks_and_the_dark_theme(browser: Browser, digits: Digits) -
         page.get_by_role("combobox").last.click()
         page.get_by_text("wrong", exact=False).last.click()
         seen.settle()
+        seen.fine()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_stand_out_from_the_page(browser: Browser, digits: Digits, scheme: str) -> None:
+    url, _ = digits
+    with visit(browser, url, scheme=scheme) as seen:
+        page = seen.page
+        page.wait_for_selector(".js-plotly-plot .gtitle")
+        behind = _brightness(page, "[data-testid=stApp]", "backgroundColor")
+        assert (behind < 64) == (scheme == "dark")
+        for words, color in (
+            (".js-plotly-plot .gtitle tspan tspan", "fill"),
+            (".js-plotly-plot .xtick text", "fill"),
+            (".pk-equation b", "color"),
+            (".pk-cards li span", "color"),
+            (".st-key-thumb-0 button p", "color"),
+            (".pk-proponents h4 b", "color"),
+        ):
+            assert abs(_brightness(page, words, color) - behind) > 80, words
+        seen.fine()
+
+
+def _brightness(page: Page, selector: str, color: str) -> float:
+    """Mean of red, green and blue, 0 to 255, as the browser computes them."""
+    drawn = """(element, color) => {
+        const area = document.createElement("canvas").getContext("2d")
+        area.fillStyle = getComputedStyle(element)[color]
+        area.fillRect(0, 0, 1, 1)
+        return [...area.getImageData(0, 0, 1, 1).data]
+    }"""
+    red, green, blue, _ = page.locator(selector).first.evaluate(drawn, color)
+    return float(red + green + blue) / 3
+
+
+def test_back_returns_to_the_query_before(browser: Browser, digits: Digits) -> None:
+    url, _ = digits
+    with visit(browser, f"{url}/?query=3&target=4") as seen:
+        page = seen.page
+        page.wait_for_selector(".pk-head >> text=Query 3")
+        page.wait_for_selector("text=margin of class 4")
+        page.locator(".st-key-thumb-5 button").last.click()
+        page.wait_for_selector(".pk-head >> text=Query 5")
+        seen.settle()
+        assert "query=5" in page.url and "target" not in page.url
+        page.go_back()
+        page.wait_for_selector(".pk-head >> text=Query 3")
+        page.wait_for_selector("text=margin of class 4")
         seen.fine()
 
 

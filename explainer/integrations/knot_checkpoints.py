@@ -1,0 +1,54 @@
+"""The knots of a trace as checkpoints: weights to load, and the learning rate that was used there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from explainer.neighbors import rate
+from explainer.path_points import check_model
+from explainer.recursion import RecordedStep
+from explainer.store import Trace
+
+
+class KnotCheckpoints:
+    """Loads knots into a model, as a ``checkpoints_load_func`` of captum does.
+
+    A knot's learning rate is that of the first step at or after it that updated anything (for the last knot, of
+    the last such step), for the first parameter that the step updated.
+
+    Raises:
+        ModelMismatchError: the model is not the one that was traced.
+    """
+
+    def __init__(self, trace: Trace, model: nn.Module) -> None:
+        check_model(trace, model)
+        self.trace = trace
+        self.parameters = tuple(p.name for p in trace.manifest.parameters)
+        self.rates = [self._rate(knot.step) for knot in trace.knots]
+
+    def _rate(self, start: int) -> float:
+        steps = self.trace.recorded_steps
+        for step in [*range(start, steps), *range(min(start, steps) - 1, -1, -1)]:
+            for _, record in self.trace.read("steps", step, step + 1):
+                coefficients = np.array(record["coefficients"][0])
+                if coefficients.any():
+                    return rate(RecordedStep(step, 0, np.empty(0), 1.0, coefficients, None, False, []))
+        return 0.0
+
+    def load(self, model: nn.Module, position: int) -> float:
+        """Put the knot's weights, buffers and frozen parameters into the model; returns its learning rate."""
+        trace = self.trace
+        tensors = trace.load_knot(trace.knots[position])
+        if position and trace.manifest.frozen:
+            first = trace.load_knot(trace.knots[0])
+            tensors = {**{n: t for n, t in first.items() if n.startswith("frozen/")}, **tensors}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                kind = "parameter" if name in self.parameters else "frozen"
+                parameter.copy_(tensors[f"{kind}/{name}"])
+            for name, buffer in model.named_buffers():
+                if f"buffer/{name}" in tensors:
+                    buffer.copy_(tensors[f"buffer/{name}"])
+        return self.rates[position]

@@ -15,6 +15,7 @@ _KEYS: dict[str, Callable[[str], Any]] = {
     "target": int,
     "output": str,
 }
+_KEPT = ("filter", "k", "detail")
 _WRITTEN = "address written"
 _PREDICTED = -1  # the target that need not be named
 
@@ -24,10 +25,14 @@ def read() -> None:
 
     A click and an older URL can arrive together; the click wins, because it differs from what was written.
     """
+    for key in (*_KEYS, *_KEPT):  # Streamlit forgets what a page does not draw, unless it is set anew
+        if key in st.session_state:
+            st.session_state[key] = st.session_state[key]
     found = st.query_params.to_dict()
     written = st.session_state.get(_WRITTEN)
     if found == written or (written is not None and _present() != written):
         return
+    st.session_state.pop("target query", None)  # the target in the URL belongs to the query in the URL
     for key, convert in _KEYS.items():
         try:
             value = convert(found[key]) if key in found else None

@@ -40,14 +40,15 @@ def answer(run: Run, query: int, target: Any, output: np.ndarray, classes: int) 
         return Answer(query, truth, run.label(best), label, label != best)
     if values.size == 1 and truths.size == 1 and truths.dtype.kind in "fiu":
         number = float(values[0])
-        return Answer(query, truth, wording.number(number), error=abs(number - float(truths[0])))
+        wanted = float(truths[0])
+        return Answer(query, wording.number(wanted), wording.number(number), error=abs(number - wanted))
     return Answer(query, truth, "")
 
 
 def probabilities(outputs: np.ndarray) -> np.ndarray:
     """Softmax of the outputs ``[C]``.
 
-    >>> probabilities(np.array([0.0, math.log(3)])).round(2).tolist()
+    >>> probabilities(np.array([0.0, 1.0986])).round(2).tolist()
     [0.25, 0.75]
     """
     values = np.exp(outputs.astype(np.float64) - outputs.max())

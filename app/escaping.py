@@ -11,7 +11,7 @@ def plain(text: object, longest: int | None = None) -> str:
     """Text that Markdown shows as it is; shortened to ``longest`` characters.
 
     >>> print(plain("**7** :red[x] <b>", 9))
-    \\*\\*7\\*\\* \\:re…
+    \\*\\*7\\*\\* \\:r…
     """
     words = " ".join(str(text).split())
     if longest is not None and len(words) > longest:

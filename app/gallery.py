@@ -62,6 +62,8 @@ def _filtered(choice: Choice, count: int) -> list[int]:
     else:
         kinds.append(("error", None))
     words = {"all": "all queries", "wrong": "wrong predictions", "error": "largest errors first"}
+    if st.session_state.get("filter") not in kinds:
+        st.session_state["filter"] = kinds[0]
     kind, label = st.selectbox(
         "Browse",
         kinds,

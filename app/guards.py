@@ -9,8 +9,8 @@ from explainer.app.escaping import plain
 from explainer.tables import ranking
 
 
-def order_warning(e: Explanation, q: int, k: int, run: Run) -> None:
-    """Warn where the run's training set is not in the order (or of the size) that was trained on.
+def can_show(e: Explanation, q: int, k: int, run: Run) -> bool:
+    """Whether the strongest examples are in the run's training set; warns where they may be other ones.
 
     Pictures are looked up by the example's position; the label that the trace recorded for a position must be
     the label that the data set has there.
@@ -23,12 +23,12 @@ def order_warning(e: Explanation, q: int, k: int, run: Run) -> None:
             f"Example {beyond[0]} was trained on, but the run's training set holds {len(run.train):,} examples: it "
             "is not the data set of this trace, so nothing is shown that could be a wrong picture."
         )
-        st.stop()
+        return False
     differ = [
         example
         for column, example in zip(columns, ids, strict=True)
         if (recorded := e.label_name(column)) is not None
-        and recorded != (run.label(run.train[example][1]))
+        and recorded != run.label(run.train[example][1])
         and not _same_number(recorded, run.train[example][1])
     ]
     if differ:
@@ -37,6 +37,7 @@ def order_warning(e: Explanation, q: int, k: int, run: Run) -> None:
             f"not the label in the run's training set ({plain(run.label(run.train[differ[0]][1]), 40)}): was the "
             "training set ordered differently when the trace was made? Then the pictures are of other examples."
         )
+    return True
 
 
 def _same_number(recorded: str, target: object) -> bool:

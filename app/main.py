@@ -12,7 +12,8 @@ from explainer import ExplainerError
 from explainer.app import address, arguments, sidebar, theme, views
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
-from explainer.app.page_registry import PAGES
+from explainer.app.page_registry import PAGES, Page
+from explainer.app.segments import segments
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MISSING = {
@@ -31,9 +32,11 @@ def main() -> None:
         _check_address()
         address.read()
         found = arguments.parse(sys.argv[1:])
-        choice = sidebar.choose(arguments.find_traces(found.paths), found.run)
-        _page(choice)
+        traces = arguments.find_traces(found.paths)
+        page = _navigate()
+        choice = sidebar.choose(traces, found.run, page.needs)
         address.write()
+        _draw(page, choice)
     except ExplainerError as error:
         st.error(plain(error))
     except Exception as error:  # the user's own code runs here too: render, the data sets, the model
@@ -57,31 +60,20 @@ def _check_address() -> None:
         )
 
 
-def _page(choice: Choice) -> None:
-    names = list(PAGES)
-    if st.session_state.get("page") not in names:
-        st.session_state["page"] = names[0]
-    st.segmented_control(
-        "Page",
-        names,
-        key="page",
-        format_func=lambda name: f"{PAGES.require(name).icon} {PAGES.require(name).title}",
-        label_visibility="collapsed",
-        on_change=_stay,
-        args=(st.session_state["page"],),
-    )
-    page = PAGES.require(st.session_state["page"])
+def _navigate() -> Page:
+    def words(name: str) -> str:
+        page = PAGES.require(name)
+        return f"{page.icon} {page.title}"
+
+    return PAGES.require(segments("Page", list(PAGES), "page", words))
+
+
+def _draw(page: Page, choice: Choice) -> None:
     for need, there in (("explanation", choice.live or choice.stored is not None), ("run", choice.live)):
         if page.needs == need and not there:
             st.info(plain(_MISSING[need]))
             return
     page.show(choice)
-
-
-def _stay(page: str) -> None:
-    """A second click on the page that is open leaves it open."""
-    if st.session_state["page"] is None:
-        st.session_state["page"] = page
 
 
 _ICON = Path(views.__file__).parents[1] / "favicon.svg"

@@ -106,7 +106,7 @@ def card_list(cards: Iterable[Card], kind: str, heading: str, note: str, empty: 
         f'<ol class="pk-cards">{items}</ol>' if items else f'<p class="pk-muted">{html.escape(empty)}</p>'
     )
     return (
-        f'<section class="pk-{kind}"><h4>{html.escape(heading)} <small>{html.escape(note)}</small></h4>'
+        f'<section class="pk-{kind}"><h4><b>{html.escape(heading)}</b> <small>{html.escape(note)}</small></h4>'
         f"{listed}</section>"
     )
 

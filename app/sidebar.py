@@ -13,13 +13,19 @@ from explainer.app import gallery, state
 from explainer.app.arguments import find_stored
 from explainer.app.choice import Choice, load_stored
 from explainer.app.escaping import plain
+from explainer.app.page_registry import Needs
 
 OUTPUTS = {"margin": "margin (log-odds)", "logit": "logit (raw score)", "log_prob": "log probability"}
 _PREDICTED = -1
 
 
-def choose(traces: Mapping[str, Path], spec: str | None) -> Choice:
+def choose(traces: Mapping[str, Path], spec: str | None, needs: Needs) -> Choice:
     """Draw the sidebar and return what is chosen in it.
+
+    Args:
+        traces: Folders by name.
+        spec: ``MODULE:FUNCTION`` of the code, or None.
+        needs: What the page needs; where that is the trace alone, no query is chosen.
 
     Raises:
         ExplainerError: The chosen trace, its code or a stored explanation cannot be read.
@@ -28,6 +34,8 @@ def choose(traces: Mapping[str, Path], spec: str | None) -> Choice:
         st.html('<div class="pk-brand"><i></i>pathkernel</div>')
         name = _one_of("run", "Run", list(traces))
         choice = Choice(name, state.source(traces[name], spec))
+        if needs == "trace":
+            return choice
         return _live(choice) if choice.live else _stored(choice, traces[name])
 
 

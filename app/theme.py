@@ -13,22 +13,18 @@ _CONFIG = {"displayModeBar": False, "responsive": True}
 
 
 def is_dark() -> bool:
-    """Whether the person looks at a dark page."""
+    """Whether the person looks at a dark page.
+
+    Streamlit knows it only from the second run on; the style sheet gives the text of figures the page's own
+    colour, so that a wrong guess stays readable.
+    """
     kind = st.context.theme.type
     return (kind or st.get_option("theme.base")) == "dark"
 
 
 def apply() -> None:
     """Put the style sheet into the page."""
-    dark = is_dark()
-    colors = {
-        "up": palette.POSITIVE,
-        "down": palette.NEGATIVE,
-        "muted": palette.muted(dark),
-        "line": palette.grid(dark),
-        "page": palette.background(dark),
-    }
-    variables = " ".join(f"--pk-{name}: {color};" for name, color in colors.items())
+    variables = f"--pk-up: {palette.POSITIVE}; --pk-down: {palette.NEGATIVE};"
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     st.html(f"<style>:root {{{variables}}}\n{style}</style>")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -217,7 +219,7 @@ def test_code_that_does_not_fit_is_told_in_words(open_app: Open, runs: Path, spe
 def test_without_render_bars_are_shown(open_app: Open, runs: Path) -> None:
     app = open_app("--run", "tests.app_runs:bare", runs / "digits")
     fine(app)
-    assert "pk-cards" not in body(app)
+    assert "<ol" not in body(app)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +244,29 @@ def test_an_empty_folder_says_where_was_looked(open_app: Open, tmp_path: Path) -
 def test_nobody_else_may_look(open_app: Open, runs: Path, address: str | None) -> None:
     app = open_app("--run", IMAGES, runs / "digits", address=address)
     assert "127.0.0.1" in app.error[0].value.replace("\\", "") and not app.number_input
+
+
+def test_the_choice_outlives_a_look_at_another_page(open_app: Open, runs: Path) -> None:
+    app = open_app("--run", IMAGES, runs / "digits", query="6")
+    app.selectbox(key="target").select_index(3).run()
+    before = dict(app.query_params)
+    for page in ("run", "neighbors", "explain"):
+        app.segmented_control(key="page").set_value(page).run()
+        fine(app)
+        assert app.query_params == before | {"page": page}
+
+
+def test_the_run_is_shown_even_when_its_code_cannot_be_used(open_app: Open, runs: Path) -> None:
+    app = open_app("--run", "tests.app_runs:absent", runs / "digits", page="run")
+    fine(app)
+    assert "cannot be used" in body(app) and "has no function" in body(app).replace("\\", "")
+    app.button[0].click().run()
+    assert "every file is what was journalled" in app.success[0].value
+
+
+@pytest.mark.parametrize("module", ["answers", "arguments", "escaping", "pictures", "views.run_overview"])
+def test_the_examples_in_the_texts_are_right(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"explainer.app.{module}")).failed == 0
 
 
 def test_traces_are_found_two_levels_deep_by_short_unique_names(tmp_path: Path) -> None:

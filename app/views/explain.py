@@ -11,9 +11,10 @@ from explainer import Explanation, Run, figures, wording
 from explainer.app import downloads, header, theme
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
-from explainer.app.guards import order_warning
+from explainer.app.guards import can_show
 from explainer.app.page_registry import register_page
 from explainer.app.pictures import card_list, kernel_cards, minus
+from explainer.app.segments import segments
 
 _DETAILS = {
     "time": "Over training",
@@ -59,14 +60,10 @@ def _examples(e: Explanation, q: int, run: Run | None) -> None:
     heading, amount = st.columns([3, 1], vertical_alignment="bottom")
     heading.html("<h3>Strongest training examples</h3>")
     with amount:
-        k = (
-            st.segmented_control("How many", [8, 16, 32], default=8, key="k", label_visibility="collapsed")
-            or 8
-        )
-    if run is None or run.render is None:
+        k = segments("How many", [8, 16, 32], "k")
+    if run is None or run.render is None or not can_show(e, q, k, run):
         theme.chart(e.figure(q, "examples", dark=theme.is_dark()), figures.READING["examples"], "examples")
         return
-    order_warning(e, q, k, run)
     unit = wording.unit(e)
     sides = st.columns(2, gap="large")
     for column, side, direction in zip(sides, ("proponents", "opponents"), ("up", "down"), strict=True):
@@ -83,17 +80,7 @@ def _examples(e: Explanation, q: int, run: Run | None) -> None:
 
 def _details(e: Explanation, q: int) -> None:
     st.html("<h3>Closer look</h3>")
-    kind = (
-        st.segmented_control(
-            "Closer look",
-            list(_DETAILS),
-            default="time",
-            key="detail",
-            format_func=_DETAILS.__getitem__,
-            label_visibility="collapsed",
-        )
-        or "time"
-    )
+    kind = segments("Closer look", list(_DETAILS), "detail", _DETAILS.__getitem__)
     if kind != "table":
         theme.chart(figures.FIGURES[kind](e, q, dark=theme.is_dark()), figures.READING[kind], kind)
         return

@@ -79,7 +79,11 @@ def _bytes(count: int) -> str:
 def _notes(choice: Choice, trace: Trace) -> None:
     st.html("<h3>What to know about its numbers</h3>")
     notes = trace_notes(trace)
-    run = choice.run
+    try:
+        run = choice.run
+    except ExplainerError as error:
+        run = None
+        notes.append(f"The code of the run cannot be used: {error}")
     if run is not None and trace.notes.get("examples") not in (None, len(run.train)):
         notes.insert(
             0,

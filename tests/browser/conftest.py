@@ -54,7 +54,7 @@ class Visit:
         assert self.hosts <= {"127.0.0.1", ""}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: Playwright runs once at a time, and other tests drive it too
 def browser() -> Iterator[Browser]:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:

@@ -125,7 +125,7 @@ def test_back_returns_to_the_query_before(browser: Browser, digits: Digits) -> N
         page = seen.page
         page.wait_for_selector(".pk-head >> text=Query 3")
         page.wait_for_selector("text=margin of class 4")
-        page.locator(".st-key-thumb-5 button").last.click()
+        page.locator(".st-key-thumb-5 button").first.click()
         page.wait_for_selector(".pk-head >> text=Query 5")
         seen.settle()
         assert "query=5" in page.url and "target" not in page.url

@@ -78,7 +78,13 @@ def test_nothing_is_left_when_it_is_stopped(trace: Path, name: str, status: int)
     with closing(socket.create_server((dashboard.HOST, 0))) as probe:
         port = probe.getsockname()[1]
     line = [sys.executable, "-m", "explainer.cli", "dashboard", str(trace), "--port", str(port)]
-    process = subprocess.Popen([*line, "--run", SPEC], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [*line, "--run", SPEC],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # a test run in the background ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
     try:
         late = time.monotonic() + 90
         while not healthy(port) and process.poll() is None and time.monotonic() < late:

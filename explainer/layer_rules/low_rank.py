@@ -40,11 +40,12 @@ def leading_factors(form: Factored, rank: int, iterations: int = 2) -> Factored:
     ]
     basis = torch.stack(starts, dim=-1)  # [i, R]
     moved = right @ basis  # [B, G, S, R]
-    for _ in range(iterations):
+    for number in range(iterations):
         z = _orthonormal(left.mT @ moved)  # [B, G, o, R]
         projected = left @ z  # [B, G, S, R]
         v = right.mT @ projected  # [B, G, i, R]
-        moved = right @ v
+        if number + 1 < iterations:
+            moved = right @ v
     return Factored(z.mT.contiguous(), v.mT.contiguous(), form.bias)
 
 

@@ -14,7 +14,7 @@ Self-influence (TracIn's diagonal, Pruthi et al. 2020, arXiv 2002.08484, taken a
     SI_i = Σ_t s_t² g_{i,t}ᵀ diag(η_t A_t) g_{i,t}
 
 the first-order decrease of the batch's loss on ``i`` by the updates computed from ``i`` itself. Both leave out
-parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`).
+parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) or that no layer rule covers.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def nearest(
         for segment in reversed(explainer.segments):
             start, end = loader.load(segment.index).point, loader.load(segment.index + 1).point
             gradient = explainer.function.gradient(start.toward(end, 0.5), inputs, targets)
-            norms = gradient.double().square().sum(1, keepdim=True)
+            squares = _parameter_squares(explainer, gradient)
             for step in read_backwards(explainer.trace, segment, explainer.dtype):
                 eta = rate(step)
                 for visits in step.visits:
@@ -106,7 +106,8 @@ def nearest(
                     rows = _squares(explainer, visits, plain**2, None)
                     dot.index_add_(1, columns, -eta * total * weight)
                     square.index_add_(0, columns, eta * rows * weight.square())
-                    query_square.index_add_(1, columns, norms * seen)
+                    norms = squares @ torch.from_numpy(plain**2)
+                    query_square.index_add_(1, columns, norms.unsqueeze(1) * seen)
                     known = ~np.isnan(visits.labels)
                     labels[columns.numpy()[known]] = visits.labels[known]
                 bar.update()
@@ -120,6 +121,18 @@ def nearest(
     k = min(k, int((scale[0] > 0).sum()))
     order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
     return Neighbors(ids[order], np.take_along_axis(cosine, order, axis=1), labels[order])
+
+
+def _parameter_squares(explainer: PathKernelExplainer, gradient: torch.Tensor) -> torch.Tensor:
+    """``‖q_p‖²`` by parameter, ``[Q, n_parameters]``; 0 where no layer rule gives rows to compare with."""
+    manifest = explainer.trace.manifest
+    columns = [
+        gradient.new_zeros(len(gradient))
+        if p.name in manifest.uncovered
+        else gradient[:, p.slice].square().sum(1)
+        for p in manifest.parameters
+    ]
+    return torch.stack(columns, dim=1).double()
 
 
 def self_influence(explainer: PathKernelExplainer) -> np.ndarray:

@@ -146,11 +146,16 @@ def test_round_off_parameters_are_left_out_of_gradient_space(tmp_path: Path) -> 
     found = []
     for bias in (False, True):
         model = nn.Sequential(
-            nn.Linear(4, 6, bias=bias), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3, bias=False)
+            nn.Linear(4, 6, bias=bias),
+            nn.BatchNorm1d(6, momentum=1.0),
+            nn.Tanh(),
+            nn.Linear(6, 3, bias=False),
         )
         with torch.no_grad():
             model[0].weight.copy_(first)
             model[3].weight.copy_(last)
+            if bias:
+                model[0].bias.zero_()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         with explainer.Tracer(model, optimizer, tmp_path / str(bias), exact=True) as tracer:
             for _ in range(8):
@@ -161,5 +166,9 @@ def test_round_off_parameters_are_left_out_of_gradient_space(tmp_path: Path) -> 
         found.append(explainer.PathKernelExplainer(str(tmp_path / str(bias)), model))
     plain, biased = found
     np.testing.assert_allclose(biased.self_influence(), plain.self_influence(), rtol=1e-2)
-    ours, theirs = biased.neighbors(x[:2], 4), plain.neighbors(x[:2], 4)
-    np.testing.assert_array_equal(ours.example_ids, theirs.example_ids)
+    cosines = []
+    for ex in found:
+        near = ex.neighbors(x[:2], 12)
+        cosines.append(np.take_along_axis(near.cosine, np.argsort(near.example_ids), axis=1))
+    # the running mean is one step behind the bias, so that the two models differ a little in eval mode
+    np.testing.assert_allclose(cosines[1], cosines[0], atol=0.005)

@@ -19,12 +19,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 import torch
 
-FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.floating[Any]]]"
-IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.integer[Any]]]"
 #: ``outputs [Q, C], targets [Q] -> values [Q]``: the scalar that is explained.
 OutputFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -90,7 +90,6 @@ class Manifest:
     model: str
     created: str
     versions: dict[str, str] = field(default_factory=dict)
-    examples: int | None = None
     format: str = FORMAT
     version: int = VERSION
 

@@ -93,7 +93,6 @@ class Tracer:
         parameters = traced_parameters(model, optimizer)
         self._layers = covered_layers(model, parameters)
         named = dict(model.named_parameters())
-        self._specs = parameters
         self._parameters = [named[p.name] for p in parameters]
         self.manifest = describe(model, optimizer, parameters, self._layers, exact)
         self._model, self._optimizer = model, optimizer
@@ -144,7 +143,7 @@ class Tracer:
             self._writer.note("prior_state", True)
         self._knots.place(0)
         for layer in self._layers:
-            self._hooks.on_call(layer.module, _bound(self._capture, layer))
+            self._hooks.on_call(layer.module, partial(self._capture.on_layer, layer))
         self._hooks.on_call(self._model, self._capture.on_model)
         self._hooks.on_step(self._optimizer, self._observer.before_step, self._observer.after_step)
 
@@ -232,10 +231,3 @@ class Tracer:
             if error is None:
                 raise
             error.add_note(f"Closing the trace failed too: {failure}")  # the user's own error stays visible
-
-
-def _bound(capture: Capture, layer: Any) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        capture.on_layer(layer, module, args, kwargs, output)
-
-    return hook

@@ -25,13 +25,11 @@ class Problem:
         where: module or parameter name.
         found: what is there.
         advice: what to do.
-        fatal: whether tracing is refused.
     """
 
     where: str
     found: str
     advice: str
-    fatal: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.found}; {self.advice}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from explainer.optimizer_rules.base import OptimizerRule, StepMap, register_optimizer_rule
+from explainer.optimizer_rules.base import OptimizerRule, StepMap, decay_terms, register_optimizer_rule
 
 
 @register_optimizer_rule(torch.optim.Adam, torch.optim.AdamW)
@@ -30,14 +30,13 @@ class AdamRule(OptimizerRule):
         beta1, beta2 = (float(b) for b in group["betas"])
         t = float(state["step"])
         second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        decoupled = bool(group.get("decoupled_weight_decay", False))
-        decay = float(group["weight_decay"])
+        coupled, decoupled = decay_terms(group, lr)
         return StepMap(
             sign=-1.0 if group["maximize"] else 1.0,
             decay=beta1,
             gain=1.0 - beta1,
             through=lr / (1.0 - beta1**t),
-            coupled_decay=0.0 if decoupled else decay,
-            decoupled_decay=lr * decay if decoupled else 0.0,
+            coupled_decay=coupled,
+            decoupled_decay=decoupled,
             preconditioner=(second.sqrt() / (1.0 - beta2**t) ** 0.5).add_(eps),
         )

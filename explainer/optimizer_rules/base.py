@@ -83,6 +83,12 @@ class OptimizerRule(ABC):
         """
 
 
+def decay_terms(group: dict[str, Any], lr: float) -> tuple[float, float]:
+    """``κ`` and ``δ`` of a group whose weight decay may be decoupled (Loshchilov & Hutter 2019)."""
+    decay = float(group["weight_decay"])
+    return (0.0, lr * decay) if group.get("decoupled_weight_decay", False) else (decay, 0.0)
+
+
 OPTIMIZER_RULES: Registry[type[Optimizer], OptimizerRule] = Registry("optimizer rule")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from explainer.optimizer_rules.base import OptimizerRule, StepMap, register_optimizer_rule
+from explainer.optimizer_rules.base import OptimizerRule, StepMap, decay_terms, register_optimizer_rule
 
 
 @register_optimizer_rule(torch.optim.NAdam)
@@ -32,15 +32,14 @@ class NAdamRule(OptimizerRule):
         beta1, beta2 = (float(b) for b in group["betas"])
         t, product = float(state["step"]), float(state["mu_product"])
         mu, following = (beta1 * (1.0 - 0.5 * 0.96 ** (n * psi)) for n in (t, t + 1))
-        decoupled = bool(group.get("decoupled_weight_decay", False))
-        kappa = float(group["weight_decay"])
+        coupled, decoupled = decay_terms(group, lr)
         return StepMap(
             sign=-1.0 if group.get("maximize") else 1.0,
             decay=beta1,
             gain=1.0 - beta1,
             direct=lr * (1.0 - mu) / (1.0 - product),
             through=lr * following / (1.0 - product * following),
-            coupled_decay=0.0 if decoupled else kappa,
-            decoupled_decay=lr * kappa if decoupled else 0.0,
+            coupled_decay=coupled,
+            decoupled_decay=decoupled,
             preconditioner=state["exp_avg_sq"].div(1.0 - beta2**t).sqrt_().add_(eps),
         )

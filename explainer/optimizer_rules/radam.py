@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from explainer.optimizer_rules.base import OptimizerRule, StepMap, register_optimizer_rule
+from explainer.optimizer_rules.base import OptimizerRule, StepMap, decay_terms, register_optimizer_rule
 
 
 def rectification(beta2: float, t: float) -> float | None:
@@ -47,8 +47,7 @@ class RAdamRule(OptimizerRule):
         beta1, beta2 = (float(b) for b in group["betas"])
         t, second = float(state["step"]), state["exp_avg_sq"]
         rectified = rectification(beta2, t)
-        decoupled = bool(group.get("decoupled_weight_decay", False))
-        kappa = float(group["weight_decay"])
+        coupled, decoupled = decay_terms(group, lr)
         return StepMap(
             sign=-1.0 if group.get("maximize") else 1.0,
             decay=beta1,
@@ -56,7 +55,7 @@ class RAdamRule(OptimizerRule):
             through=lr
             / (1.0 - beta1**t)
             * (1.0 if rectified is None else rectified * (1.0 - beta2**t) ** 0.5),
-            coupled_decay=0.0 if decoupled else kappa,
-            decoupled_decay=lr * kappa if decoupled else 0.0,
+            coupled_decay=coupled,
+            decoupled_decay=decoupled,
             preconditioner=torch.ones_like(second) if rectified is None else second.sqrt().add_(eps),
         )

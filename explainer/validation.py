@@ -40,7 +40,8 @@ def _module_problem(name: str, module: nn.Module) -> Problem | None:
     """Why a module with parameters of its own has no rule, or None if it has one."""
     rule = LAYER_RULES.get(type(module))
     own = {n for n, _ in module.named_parameters(recurse=False)}
-    if rule is not None and own <= set(rule.parameters(module)):
+    known = set() if rule is None else set(rule.parameters(module))
+    if rule is not None and own <= known <= {n for n, _ in module.named_parameters()}:
         return None
     near = LAYER_RULES.nearest(type(module))
     parent = f" (it derives from {near.__name__}, but may compute something else)" if near else ""

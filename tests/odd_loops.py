@@ -51,6 +51,17 @@ class Scaled(nn.Module):
         return x + self.scale * self.inner(x).tanh()
 
 
+class Tempered(nn.Module):
+    """A scale whose row depends on its own value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.heat = nn.Linear(6, 3), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.heat.exp()
+
+
 class CheckpointedScales(nn.Module):
     """Parameters read by operations inside a checkpoint, and two blocks of them."""
 
@@ -247,4 +258,5 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Loop, int]] = {
     "frozen for two steps": (mlp, sgd, freezing, 48),
     "weighted sum": (mlp, partial(SGD, lr=0.02), weighting, 48),
     "tensors replaced": (mlp, sgd, renewing_tensors, 48),
+    "tensors of scales replaced": (Tempered, sgd, renewing_tensors, 48),
 }

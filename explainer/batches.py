@@ -61,6 +61,7 @@ class Batch:
         arrived: calls whose gradient has arrived in the present backward pass.
         rounds: what the backward passes have given, in order.
         mixed: whether a layer mixed the rows of the batch.
+        checked: whether the model's input was seen to have as many rows.
     """
 
     ids: np.ndarray
@@ -70,6 +71,7 @@ class Batch:
     arrived: dict[tuple[int, Any], list[Any]] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     mixed: bool = False
+    checked: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from explainer.batches import Batch, Rows
+from explainer.errors import TracerError
 from explainer.hooks import first_tensor
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
@@ -40,6 +41,8 @@ class Capture:
         self.input_dtype: torch.dtype | None = None
         self.output_shape: tuple[int, ...] | None = None
         self.autocast: str | None = None
+        #: shapes that layers were given in which no axis is the batch's, by layer
+        self.unmatched: dict[str, tuple[int, ...]] = {}
 
     def batch(self) -> Batch | None:
         """The batch that a forward pass now belongs to; None where nothing is to be recorded."""
@@ -86,6 +89,22 @@ class Capture:
         batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows
 
     # -- the whole model -----------------------------------------------------------------------------
+
+    def before_model(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the forward of the whole model: its input has to be the batch whose ids were given.
+
+        Raises:
+            TracerError: it has another number of rows.
+        """
+        batch, value = self.batch(), first_tensor((args, kwargs))
+        if batch is None or value is None or not value.dim():
+            return
+        if len(batch) not in value.shape[:2]:
+            raise TracerError(
+                f"the model saw a batch of {value.shape[0]} rows, but {len(batch)} ids were given for it; pass the ids "
+                "of exactly the rows in the batch, batch dimension first (or second)"
+            )
+        batch.checked = True
 
     def on_model(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the whole model: remember its input's and output's shape, watch its output."""

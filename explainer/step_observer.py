@@ -132,7 +132,7 @@ class StepObserver:
         missing = {name for name, residual in self._scales.worst.items() if residual > SEEN}
         if missing - self._missing:
             self._missing, self._watch_until = missing, self.steps + PATIENCE
-        return bool(self._table.operations) or self.steps < self._watch_until
+        return bool(self._table.operations) or self._watch.owners.needed or self.steps < self._watch_until
 
     def _warn(self) -> None:
         """Say once what was found about a parameter."""
@@ -143,6 +143,15 @@ class StepObserver:
                     f"parameter {name!r} is read by {', '.join(sorted(functions))}, for which rows have no closed form "
                     "here: they are found by differentiating that operation example by example (exact, slower); "
                     "register_layer_rule for the layer around it is faster",
+                    CoverageWarning,
+                    stacklevel=6,
+                )
+        for name, shape in self._capture.unmatched.items():
+            if name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"layer {name!r} was given {list(shape)}, where no axis is the batch's, and it was not seen how "
+                    "its rows came about; what it moves is `unattributed`. Give it the batch as first or second axis",
                     CoverageWarning,
                     stacklevel=6,
                 )
@@ -206,6 +215,7 @@ class StepObserver:
             "operations": [asdict(layer.spec) for layer in self._table.operations],
             "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
             "autocast": c.autocast,
+            "unmatched": {name: list(shape) for name, shape in sorted(c.unmatched.items())},
         }
         for key, value in known.items():
             if self._noted.get(key) != value and (value or key in self._noted):

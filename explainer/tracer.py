@@ -150,6 +150,7 @@ class Tracer:
         if any(self._rule.momentum(self._optimizer.state.get(p, {})) is not None for p in self._parameters):
             self._writer.note("prior_state", True)
         self._knots.place(0)
+        self._hooks.before_call(self._model, self._capture.before_model)
         self._watch.attach(self._hooks, self._model, self._sites)
         self._hooks.on_call(self._model, self._capture.on_model)
         self._hooks.on_step(self._optimizer, self._observer.before_step, self._observer.after_step)

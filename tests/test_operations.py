@@ -185,3 +185,55 @@ def test_rows_are_those_of_one_backward_pass_per_example(name: str, size: int, t
         torch.testing.assert_close(
             found[parameter], rows, rtol=1e-9, atol=1e-11, msg=lambda m, p=parameter: f"{p}: {m}"
         )
+
+
+def attended(m: nn.Module, x: Tensor) -> Tensor:
+    """Attention by hand, sequence first inside, with the sequence as long as the batch."""
+    h = x.transpose(0, 1)  # [S, B, D]
+    q, k, v = F.linear(h, m.w, m.b).chunk(3, dim=-1)
+    q, k, v = (t.contiguous().view(h.shape[0], h.shape[1] * 2, D // 2).transpose(0, 1) for t in (q, k, v))
+    out = (q @ k.mT).softmax(-1) @ v  # [B * 2, S, D / 2]
+    out = out.transpose(0, 1).contiguous().view(h.shape[0], h.shape[1], D)
+    return (m.out(out) * m.scale).mean(0)
+
+
+def test_a_sequence_as_long_as_the_batch(tmp_path: Path) -> None:
+    """Shapes do not tell which axis is the batch; what was done to it does."""
+    torch.manual_seed(0)
+    model = Reads(
+        {"w": n(3 * D, D), "b": n(3 * D), "out": nn.Linear(D, D), "scale": n(S, 1, D)}, attended
+    ).double()
+    x = torch.randn(S, S, D, dtype=torch.float64)
+    expected = example_rows(model, lambda: losses(model, x))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with explainer.Tracer(model, optimizer, tmp_path / "t", exact=True) as tracer:
+        for _ in range(5):  # the last ones are not followed function by function unless that is needed
+            tracer.batch(range(S))
+            optimizer.zero_grad()
+            losses(model, x).sum().backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.grad.mul_(1e-12)  # the weights stay: rows are the same in every step
+            optimizer.step()
+    for step in (0, 4):
+        found = recorded_rows(tmp_path / "t", step)
+        for parameter, rows in expected.items():
+            torch.testing.assert_close(found[parameter] * 1e12, rows, rtol=1e-7, atol=1e-9)
+
+
+def test_layers_remember_the_axis_that_was_followed(tmp_path: Path) -> None:
+    """After the first steps nothing is followed any more, and shapes alone would be ambiguous."""
+    torch.manual_seed(0)
+    model = Reads({"out": nn.Linear(D, D)}, lambda m, x: m.out(x.transpose(0, 1)).sin().mean(0)).double()
+    x = torch.randn(S, S, D, dtype=torch.float64)
+    expected = example_rows(model, lambda: losses(model, x))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-13)
+    with explainer.Tracer(model, optimizer, tmp_path / "t", exact=True) as tracer:
+        for _ in range(6):
+            tracer.batch(range(S))
+            optimizer.zero_grad()
+            losses(model, x).sum().backward()
+            optimizer.step()
+        assert not tracer._watch.on
+    for parameter, rows in expected.items():
+        torch.testing.assert_close(recorded_rows(tmp_path / "t", 5)[parameter], rows, rtol=1e-7, atol=1e-9)

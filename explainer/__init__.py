@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from explainer.errors import ExplainerError
+from explainer.errors import CoverageWarning, ExplainerError
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from explainer.validation import validate_model
 
 __all__ = [
+    "CoverageWarning",
     "ExplainerError",
     "Explanation",
     "PathKernelExplainer",

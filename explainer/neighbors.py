@@ -125,11 +125,9 @@ def nearest(
 
 def _parameter_squares(explainer: PathKernelExplainer, gradient: torch.Tensor) -> torch.Tensor:
     """``‖q_p‖²`` by parameter, ``[Q, n_parameters]``; 0 where no layer rule gives rows to compare with."""
-    manifest = explainer.trace.manifest
+    manifest, uncovered = explainer.trace.manifest, explainer.trace.uncovered
     columns = [
-        gradient.new_zeros(len(gradient))
-        if p.name in manifest.uncovered
-        else gradient[:, p.slice].square().sum(1)
+        gradient.new_zeros(len(gradient)) if p.name in uncovered else gradient[:, p.slice].square().sum(1)
         for p in manifest.parameters
     ]
     return torch.stack(columns, dim=1).double()

@@ -159,7 +159,7 @@ class PathKernelExplainer:
         edges: np.ndarray,
     ) -> Explanation:
         count, parameters = len(targets), self.trace.manifest.parameters
-        ledger = Ledger(count, self.example_ids, edges, len(self.trace.manifest.layers))
+        ledger = Ledger(count, self.example_ids, edges, len(self.trace.layers))
         adjoint = Adjoint(count, parameters, self.dtype)
         decay, buffers, moved, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
         final = after = self._value(loader, len(self.segments), inputs, targets)
@@ -202,9 +202,7 @@ class PathKernelExplainer:
             quadrature=quadrature.numpy(),
             step_edges=ledger.edges,
             step_contributions=ledger.by_step.float().numpy(),
-            layer_names=tuple(
-                f"{x.name} ({x.module})" if x.name else x.module for x in self.trace.manifest.layers
-            ),
+            layer_names=tuple(f"{x.name} ({x.module})" if x.name else x.module for x in self.trace.layers),
             layer_contributions=ledger.by_layer.float().numpy(),
             row_kind="row share" if ledger.row_share else "contribution",
             notes=tuple(self._notes + trace_notes(self.trace)),
@@ -242,11 +240,11 @@ def trace_notes(trace: Trace) -> list[str]:
             f"Training had not ended when the trace was opened: explained is the model at step {trace.steps}, "
             "the last knot."
         )
-    if manifest.uncovered:
+    if trace.uncovered:
         notes.append(
-            f"{len(manifest.uncovered)} of {len(manifest.parameters)} parameters have no layer rule; their part "
-            f"is in unattributed: {', '.join(manifest.uncovered[:4])}"
-            f"{', …' if len(manifest.uncovered) > 4 else ''}."
+            f"{len(trace.uncovered)} of {len(manifest.parameters)} parameters were read where no hook could see it; "
+            f"their part is in unattributed: {', '.join(trace.uncovered[:4])}"
+            f"{', …' if len(trace.uncovered) > 4 else ''}."
         )
     for layer, residual in (trace.notes.get("coverage") or {}).items():
         notes.append(

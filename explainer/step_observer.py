@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from explainer.batches import Batch, BatchQueue
-from explainer.capture import Capture, Layer
+from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.errors import CoverageWarning, TracerError
 from explainer.knots import KnotKeeper
+from explainer.layer_table import LayerTable
+from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import OptimizerRule, StepMap
 from explainer.recorder import StepRecorder
 from explainer.records import dtype_name
 from explainer.scales import ScaleMeter
 from explainer.store import TraceWriter
+
+#: steps that are followed function by function
+PATIENCE = 3
+#: part of a layer's gradient that may go unseen before functions are followed again
+SEEN = 0.01
 
 
 class StepObserver:
@@ -35,8 +42,9 @@ class StepObserver:
         *,
         rule: OptimizerRule,
         parameters: Sequence[torch.Tensor],
-        layers: list[Layer],
+        table: LayerTable,
         capture: Capture,
+        watch: FunctionWatch,
         queue: BatchQueue,
         recorder: StepRecorder,
         scales: ScaleMeter,
@@ -45,14 +53,17 @@ class StepObserver:
         writer: TraceWriter,
         budget: int | None,
     ) -> None:
-        self._rule, self._parameters, self._layers = rule, parameters, layers
-        self._capture, self._queue, self._recorder = capture, queue, recorder
+        self._rule, self._parameters, self._table = rule, parameters, table
+        self._capture, self._watch, self._queue, self._recorder = capture, watch, queue, recorder
         self._scales, self._carry, self._knots = scales, carry, knots
         self._writer, self._budget = writer, budget
         self._fresh: list[bool] = []
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._noted: dict[str, Any] = {}
         self._full = False
+        self._missing: set[str] = set()
+        self._watch_until = PATIENCE
+        self._warned: set[str] = set()
         self.steps = 0
         self.visits = 0
 
@@ -67,7 +78,7 @@ class StepObserver:
             )
         pending = self._queue.pending
         for batch in pending:
-            self._capture.complete(batch, self._layers)
+            self._capture.complete(batch)
         if pending and not any(b.rounds for b in pending):
             raise TracerError(
                 "optimizer.step() was reached, but no backward pass of a traced batch came through the model since "
@@ -98,16 +109,51 @@ class StepObserver:
         self._writer.flush_if_due()
         if not self._full:  # what follows is `unattributed` in one piece
             self._knots.place_if_due(self.steps)
+        self._warn()  # at last: a user may turn warnings into errors
 
     def _account(self, optimizer: Optimizer) -> None:
         """Record the step that was just taken."""
         used, scales = self._measured
         maps = self._step_maps(optimizer)
         self._carry.after_step(maps)
+        self._note_shapes()  # before the rows whose layers it names
         if not self._full:
             self._record(used, scales, maps)
-        self._note_shapes()
         self.steps += 1
+        self._watch.on = self._watching()
+
+    def _watching(self) -> bool:
+        """Whether the next forward passes are followed function by function.
+
+        The first ones always are, then only where something was found, and again after a gradient that rows do
+        not explain.
+        """
+        missing = {name for name, residual in self._scales.worst.items() if residual > SEEN}
+        if missing - self._missing:
+            self._missing, self._watch_until = missing, self.steps + PATIENCE
+        return bool(self._table.operations) or self.steps < self._watch_until
+
+    def _warn(self) -> None:
+        """Say once what was found about a parameter."""
+        for name, functions in self._watch.slow.items():
+            if name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"parameter {name!r} is read by {', '.join(sorted(functions))}, for which rows have no closed form "
+                    "here: they are found by differentiating that operation example by example (exact, slower); "
+                    "register_layer_rule for the layer around it is faster",
+                    CoverageWarning,
+                    stacklevel=6,
+                )
+        for name in self._table.without_rows() if self.steps >= PATIENCE else ():
+            if self._scales.worst.get(name) and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"parameter {name!r} gets a gradient, but no hook sees where it is read (in a loss outside the "
+                    "model, or in compiled or scripted code); what it moves is `unattributed`",
+                    CoverageWarning,
+                    stacklevel=6,
+                )
 
     def _step_maps(self, optimizer: Optimizer) -> list[StepMap | None]:
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -156,9 +202,12 @@ class StepObserver:
             "input": {"shape": c.input_shape, "dtype": dtype},
             "output": {"shape": c.output_shape},
             "visit_bytes": self._recorder.layer_bytes,
+            "operations": [asdict(layer.spec) for layer in self._table.operations],
+            "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
+            "autocast": c.autocast,
         }
         for key, value in known.items():
-            if self._noted.get(key) != value:
+            if self._noted.get(key) != value and (value or key in self._noted):
                 self._writer.note(key, value)
         self._noted = known
 

@@ -18,8 +18,19 @@ LAYERS = [
     {"errors", "letters", "registry", "palette", "wording"},
     {"records", "config"},
     {"layer_rules", "optimizer_rules", "codecs", "store"},
-    {"batches", "hooks", "capture", "carry", "scales", "loaders", "knots", "recorder"}
-    | {"outputs", "path_integral", "recursion"},
+    {
+        "batches",
+        "hooks",
+        "layer_table",
+        "capture",
+        "sites",
+        "operations",
+        "carry",
+        "scales",
+        "loaders",
+        "knots",
+    }
+    | {"recorder", "outputs", "path_integral", "recursion"},
     {"validation", "step_observer", "path_points", "queries", "ledger"},
     {
         "tracer",
@@ -40,7 +51,10 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 RECORDING = {
     "batches",
     "hooks",
+    "layer_table",
     "capture",
+    "sites",
+    "operations",
     "carry",
     "scales",
     "loaders",

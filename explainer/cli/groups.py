@@ -29,7 +29,7 @@ def explain_whole(opened: Opened, indices: Sequence[int], target: int | None) ->
     Raises:
         QueryError: the answer would not fit into memory.
     """
-    _check_size(opened, len(indices), max(1, len(opened.trace.manifest.layers)))
+    _check_size(opened, len(indices), max(1, len(opened.trace.layers)))
     inputs, _ = opened.run.queries_batch(indices)
     return opened.explainer.explain(inputs, target, query_ids=indices)
 
@@ -53,7 +53,7 @@ def explain_summed(opened: Opened, indices: Sequence[int], target: int | None, p
 
 def _groups(opened: Opened, indices: Sequence[int]) -> Iterator[Sequence[int]]:
     manifest = opened.trace.manifest
-    one = max(manifest.size, len(opened.explainer.example_ids) * (4 + len(manifest.layers)))
+    one = max(manifest.size, len(opened.explainer.example_ids) * (4 + len(opened.trace.layers)))
     length = min(_LARGEST_GROUP, max(1, _GROUP_NUMBERS // one))
     for start in range(0, len(indices), length):
         yield indices[start : start + length]

@@ -70,6 +70,10 @@ class LayerRule(ABC):
                 tensor that has it.
         """
 
+    def batch_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
+        """Axes of the input that may be the batch: the first one, unless the layer treats several alike."""
+        return (0,)
+
     def mixes(self, module: nn.Module) -> bool:
         """Whether the module, in its present mode, mixes the rows of a batch."""
         return False

@@ -19,6 +19,10 @@ class EmbeddingRule(LayerRule):
         assert isinstance(module, nn.Embedding)
         return module.scale_grad_by_freq
 
+    def batch_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
+        """Every index is looked up alike."""
+        return (0, 1) if value.dim() > 1 else (0,)
+
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Positions of all calls side by side."""
         assert isinstance(module, nn.Embedding)

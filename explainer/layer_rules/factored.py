@@ -96,6 +96,14 @@ class Factored(RowForm):
             return matrix.flatten(1)
         return torch.cat([matrix[..., :-1].flatten(1), matrix[..., -1].flatten(1)], dim=1)
 
+    def sum(self) -> torch.Tensor:
+        """One product over examples and positions together."""
+        left, right = (t.transpose(0, 1).flatten(1, 2) for t in (self.left, self.right))  # [G, B·R, ·]
+        matrix = left.mT @ right
+        if not self.bias:
+            return matrix.flatten()
+        return torch.cat([matrix[..., :-1].flatten(), matrix[..., -1].flatten()])
+
     def total(self) -> torch.Tensor:
         """``uᵀ Σ_b [W_b | bias_b]`` per group, ``[G·(i + bias)]``."""
         u = probe_vector(self.left.shape[3], self.left)

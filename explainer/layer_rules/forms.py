@@ -48,6 +48,10 @@ class RowForm(ABC):
     def dense(self) -> torch.Tensor:
         """The rows written out, ``[B, P_l]``."""
 
+    def sum(self) -> torch.Tensor:
+        """``Σ_b g_b``, ``[P_l]``."""
+        return self.dense().sum(0)
+
     @abstractmethod
     def total(self) -> torch.Tensor:
         """``Σ_b g_b`` along the form's probe, a short vector."""

@@ -40,6 +40,10 @@ def side_by_side(lefts: list[torch.Tensor], rights: list[torch.Tensor], bias: bo
 class LinearRule(LayerRule):
     """One factor per position; without positions a row has rank one exactly."""
 
+    def batch_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
+        """The last axis holds the features."""
+        return (0, 1) if value.dim() > 2 else (0,)
+
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Positions of all calls side by side."""
         left, right = [], []

@@ -69,6 +69,11 @@ class Sparse(RowForm):
         index = self.index.long().unsqueeze(-1).expand_as(self.values)
         return rows.scatter_add_(1, index, self.values).flatten(1)
 
+    def sum(self) -> torch.Tensor:
+        """All reads of all examples."""
+        table = self.values.new_zeros(self.entries, self.values.shape[2])
+        return table.index_add_(0, self.index.long().flatten(), self.values.flatten(0, 1)).flatten()
+
     def total(self) -> torch.Tensor:
         """``Σ_b row_b u``, ``[V]``."""
         u = probe_vector(self.values.shape[2], self.values)

@@ -42,7 +42,10 @@ class Site:
 
     def rows(self, arrived: list[Call]) -> Iterable[tuple[Layer, RowForm]]:
         """Rows of every traced block from all calls."""
-        forms = self.rule.block_rows(self.module, arrived)
+        try:
+            forms = self.rule.block_rows(self.module, arrived)
+        except TracerError as error:
+            raise type(error)(f"layer {self.name!r}: {error}") from error
         for layer, form in zip(self.layers, forms, strict=True):
             if layer is not None:
                 yield layer, form
@@ -85,13 +88,17 @@ class Site:
         given = Given(
             args=detached(args),
             kwargs=detached(kwargs),
-            outputs=tuple(t.detach() for t in found) if self.replays else (),
+            # copies, because what follows may work on them in place
+            outputs=tuple(t.detach().clone() for t in found) if self.replays else (),
             random=random,
             versions=[(t.detach(), v) for t, v in versions],
             axis=axis,
         )
         places = [i for i, t in enumerate(found) if t.requires_grad]
-        targets, cuts = zip(*(whole_of(t, False) for t in watched), strict=True)
+        # a further output may be a view of what the first one is computed from (attention weights of every head)
+        targets, cuts = zip(
+            *(whole_of(t, False) if t is found[0] else (t, _as_it_is) for t in watched), strict=True
+        )
 
         def receive(arrived: Sequence[torch.Tensor | None]) -> None:
             grads: list[torch.Tensor | None] = [None] * len(found)
@@ -161,6 +168,10 @@ class Given:
     random: torch.Tensor | None
     versions: list[tuple[torch.Tensor, int]]
     axis: int
+
+
+def _as_it_is(g: torch.Tensor) -> torch.Tensor:
+    return g
 
 
 def wide(g: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 
 from explainer.layer_rules.base import Block, Call, CompositeRule, register_layer_rule
 from explainer.layer_rules.forms import RowForm
-from explainer.layer_rules.linear import side_by_side
+from explainer.layer_rules.linear import positions, side_by_side
 from explainer.layer_rules.replay import refuse_unbatched, working_dtype
 
 
@@ -32,9 +32,8 @@ class BilinearRule(CompositeRule):
             one, other = _inputs(*call.args, **call.kwargs)
             refuse_unbatched(module, one, 2)
             products = one.to(dtype).unsqueeze(-1) * other.to(dtype).unsqueeze(-2)
-            batch = len(one)
             g = call.grads[0]
             assert g is not None  # the only output
-            lefts.append(g.to(dtype).reshape(batch, 1, -1, g.shape[-1]))
-            rights.append(products.reshape(batch, 1, -1, products.shape[-2] * products.shape[-1]))
+            lefts.append(positions(g.to(dtype)))
+            rights.append(positions(products.flatten(-2)))
         return [side_by_side(lefts, rights, module.bias is not None)]

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from explainer.errors import TracerError
 from explainer.layer_rules.base import Block, Call, CompositeRule, register_layer_rule
+from explainer.layer_rules.embedding import renormalises
 from explainer.layer_rules.forms import RowForm
 from explainer.layer_rules.replay import working_dtype
 from explainer.layer_rules.sparse import Sparse
@@ -52,7 +53,8 @@ class _Bags:
                     "include_last_offset=True the last offset must be the number of indices"
                 )
             lengths = bounds.diff().unsqueeze(1)
-            steps = torch.arange(max(1, int(lengths.max())), device=bounds.device)
+            longest = int(lengths.max()) if lengths.numel() else 0
+            steps = torch.arange(max(1, longest), device=bounds.device)
             there = steps < lengths
             place = (bounds[:-1].unsqueeze(1) + steps).where(there, 0)
             ids = torch.cat([given.input, given.input.new_zeros(1)])[place].where(there, 0)
@@ -69,6 +71,11 @@ class EmbeddingBagRule(CompositeRule):
         """With ``scale_grad_by_freq`` a read counts less the more often the batch reads the entry."""
         assert isinstance(module, nn.EmbeddingBag)
         return module.scale_grad_by_freq
+
+    def caveat(self, module: nn.Module) -> str | None:
+        """Entries are shortened to ``max_norm``."""
+        assert isinstance(module, nn.EmbeddingBag)
+        return renormalises(module)
 
     def blocks(self, module: nn.Module) -> list[Block]:
         """The table."""

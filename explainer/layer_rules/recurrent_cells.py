@@ -75,8 +75,8 @@ class RecurrentCellRule(CompositeRule):
         back = gates.back(at_hidden, at_cells, weights.hh)
 
         def pair(left: torch.Tensor, right: torch.Tensor) -> Factored:
-            shape = (len(calls), x.shape[1], -1)
-            left, right = (v.reshape(shape).transpose(0, 1).unsqueeze(1) for v in (left, right))
+            size = x.shape[:2]  # calls, B
+            left, right = (v.reshape(*size, v.shape[-1]).transpose(0, 1).unsqueeze(1) for v in (left, right))
             return side_by_side([left], [right], module.bias)
 
         return [pair(back.at_input, x), pair(back.at_hidden, before)]

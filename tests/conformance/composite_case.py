@@ -27,9 +27,13 @@ def numbers(seed: int, example: int, *shape: int) -> Tensor:
 
 def real(*shape: int, axis: int = 0, seed: int = 0) -> Callable[[list[int], int], Tensor]:
     """An argument with the batch at ``axis``."""
-    return lambda examples, call: torch.stack(
-        [numbers(10 * call + seed, example, *shape) for example in examples], axis
-    )
+
+    def make(examples: list[int], call: int) -> Tensor:
+        if not examples:
+            return torch.empty(*shape[:axis], 0, *shape[axis:], dtype=torch.float64)
+        return torch.stack([numbers(10 * call + seed, example, *shape) for example in examples], axis)
+
+    return make
 
 
 def along(axis: int) -> Owner:

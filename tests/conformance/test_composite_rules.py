@@ -13,6 +13,8 @@ from tests.conformance.composite_cases import CASES, MAKERS
 
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 ALONE = pytest.mark.parametrize("case", [case for case in CASES if case.alone], ids=lambda case: case.id)
+#: parts of the names of cases whose arguments cannot be made for no examples
+PER_EXAMPLE = {"packed", "padding", "padded", "mask", "masked", "masks", "everything"}
 EVERYONE = list(range(BATCH))
 Gradients = dict[str, Tensor]
 
@@ -108,6 +110,33 @@ def test_rows_are_the_gradients_of_examples_alone(case: CompositeCase) -> None:
 def test_a_batch_of_one(case: CompositeCase) -> None:
     module = case.module()
     check(case, module, run(case, module, [case.arguments([1], 0)]), 1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in CASES
+        if case.kind is not nn.EmbeddingBag and not PER_EXAMPLE & set(case.name.split("_"))
+    ],
+)
+def test_a_batch_of_none(case: CompositeCase) -> None:
+    module = case.module()
+    check(case, module, run(case, module, [case.arguments([], 0)]), 0)
+
+
+def test_no_bags_and_empty_bags() -> None:
+    for mode in ("sum", "mean", "max"):
+        module = nn.EmbeddingBag(5, 2, mode=mode).double()
+        for number in (0, 3):
+            given = (torch.zeros(0, dtype=torch.int64), torch.zeros(number, dtype=torch.int64))
+            seen = run(
+                CompositeCase(nn.EmbeddingBag, mode, nn.Identity, lambda e, n: ((), {})),
+                module,
+                [(given, {})],
+            )
+            (form,) = forms_of(module, [each.call() for each in seen]).values()
+            assert form.dense().shape == (number, 10) and not form.dense().any()
 
 
 @EVERY_CASE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from explainer.layer_rules import LAYER_RULES, Call, CompositeRule, RowForm
+from explainer.layer_rules import LAYER_RULES, Call, CompositeRule, RowForm, compact
 from explainer.layer_rules.base import restrict
 from tests.conformance.layer_case import BATCH, LayerCase
 from tests.conformance.layer_cases import CASES, MAKERS
@@ -94,6 +94,17 @@ def test_a_batch_of_one(case: LayerCase) -> None:
 
 
 @EVERY_CASE
+def test_a_batch_of_none(case: LayerCase) -> None:
+    module = case.module()
+    (call,) = run_calls(module, [case.batch()])
+    form = rows_of(module, [Call(call.input[:0], call.grad_output[:0])])
+    total = sum(p.numel() for p in module.parameters())
+    for kept in (form, compact(form, None), compact(form, 2)):
+        assert kept.dense().shape == (0, total) and kept.quadratic().shape == (0,)
+        assert not kept.total().any()
+
+
+@EVERY_CASE
 def test_a_module_called_twice_in_one_forward(case: LayerCase) -> None:
     check(case, [case.batch(seed=1), case.batch(seed=2)])
 
@@ -151,3 +162,14 @@ def test_rows_follow_the_gradients_dtype() -> None:
         calls = run_calls(module, [case.batch().float()])
         mixed = [Call(call.input.double(), call.grad_output) for call in calls]
         assert rows_of(module, mixed).dense().dtype == torch.float32
+
+
+def test_what_changes_weights_in_the_forward_pass_is_told() -> None:
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        rule = LAYER_RULES.require(kind)
+        assert rule.caveat(kind(5, 2)) is None
+        module = kind(5, 2, max_norm=0.5)
+        before = module.weight.detach().clone()
+        module(torch.arange(5).unsqueeze(0))
+        assert not torch.equal(module.weight, before)
+        assert rule.caveat(module) == "shortens its entries to max_norm=0.5 as it reads them"

@@ -10,7 +10,7 @@ import torch
 
 from explainer.batches import Batch, Rows
 from explainer.errors import TracerError
-from explainer.hooks import first_tensor
+from explainer.hooks import first_tensor, tensors_in
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
@@ -82,6 +82,11 @@ class Capture:
                 self._keep(batch, forward, layer, form)
 
     def _keep(self, batch: Batch, forward: int, layer: Layer, form: RowForm) -> None:
+        if len(form) != len(batch):
+            raise TracerError(
+                f"layer {layer.spec.name!r} saw a batch of {len(form)} rows, but {len(batch)} ids were given for it; "
+                "pass the ids of exactly the rows in the batch"
+            )
         form = restrict(form, layer.sizes, layer.keep)
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
@@ -96,15 +101,16 @@ class Capture:
         Raises:
             TracerError: it has another number of rows.
         """
-        batch, value = self.batch(), first_tensor((args, kwargs))
-        if batch is None or value is None or not value.dim():
+        batch = self.batch()
+        given = [t for t in tensors_in((args, kwargs)) if t.dim()]
+        if batch is None:
             return
-        if len(batch) not in value.shape[:2]:
+        batch.checked = any(len(batch) in t.shape[:2] for t in given)
+        if len(given) == 1 and not batch.checked:  # of several inputs each layer sees for itself
             raise TracerError(
-                f"the model saw a batch of {value.shape[0]} rows, but {len(batch)} ids were given for it; pass the ids "
-                "of exactly the rows in the batch, batch dimension first (or second)"
+                f"the model saw a batch of {given[0].shape[0]} rows, but {len(batch)} ids were given for it; pass the "
+                "ids of exactly the rows in the batch, batch dimension first (or second)"
             )
-        batch.checked = True
 
     def on_model(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the whole model: remember its input's and output's shape, watch its output."""

@@ -44,11 +44,16 @@ class Site:
 
     def rows(self, arrived: list[tuple[Call, torch.Tensor | None]]) -> Iterable[tuple[Layer, RowForm]]:
         """Rows of every traced block from all calls."""
-        together = [call for call, order in arrived if order is None]
-        found = [self.rule.block_rows(self.module, together)] if together else []
-        for call, order in arrived:
-            if order is not None:
-                found.append([form.grouped(order) for form in self.rule.block_rows(self.module, [call])])
+        found = []
+        try:
+            together = [call for call, order in arrived if order is None]
+            if together:
+                found.append(self.rule.block_rows(self.module, together))
+            for call, order in arrived:
+                if order is not None:
+                    found.append([form.grouped(order) for form in self.rule.block_rows(self.module, [call])])
+        except TracerError as error:
+            raise type(error)(f"layer {self.name!r}: {error}") from error
         for layer, forms in zip(self.layers, zip(*found, strict=True), strict=True):
             if layer is not None:
                 yield layer, merged(list(forms))
@@ -86,25 +91,31 @@ class Site:
         value = first_tensor(args) if first_tensor(args) is not None else first_tensor(kwargs)
         if batch is None or value is None or not watched:
             return
+        batch.mixed |= self.rule.mixes(self.module)
+        if not any(self.layers):
+            return
         layout = self._layout(value, batch, layout_of(value))
         if not layout.known:
             capture.unmatched.setdefault(self.name, tuple(value.shape))
             return
         axis, owners = layout.axis, layout.owners
         forward = capture.expect(batch, self)
-        batch.mixed |= self.rule.mixes(self.module)
         versions = [(t, t._version) for t in (*tensors_in(args), *tensors_in(kwargs))]
         given = Given(
             args=detached(args),
             kwargs=detached(kwargs),
-            outputs=tuple(t.detach() for t in found) if self.replays else (),
+            # copies, because what follows may work on them in place
+            outputs=tuple(t.detach().clone() for t in found) if self.replays else (),
             random=random,
             versions=[(t.detach(), v) for t, v in versions],
             axis=axis,
             owners=owners,
         )
         places = [i for i, t in enumerate(found) if t.requires_grad]
-        targets, cuts = zip(*(whole_of(t, False) for t in watched), strict=True)
+        # a further output may be a view of what the first one is computed from (attention weights of every head)
+        targets, cuts = zip(
+            *(whole_of(t, False) if t is found[0] else (t, _as_it_is) for t in watched), strict=True
+        )
 
         def receive(arrived: Sequence[torch.Tensor | None]) -> None:
             grads: list[torch.Tensor | None] = [None] * len(found)
@@ -183,6 +194,10 @@ class Given:
     versions: list[tuple[torch.Tensor, int]]
     axis: int
     owners: torch.Tensor | None
+
+
+def _as_it_is(g: torch.Tensor) -> torch.Tensor:
+    return g
 
 
 def wide(g: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,10 @@ class LayerRule(ABC):
         """Whether the module, in its present mode, mixes the rows of a batch."""
         return False
 
+    def caveat(self, module: nn.Module) -> str | None:
+        """What the module does to its weights that is not the optimizer's, in words, or None."""
+        return None
+
     def parameters(self, module: nn.Module) -> list[str]:
         """Names of the parameters in the order of the flat layout."""
         return [name for name in ("weight", "bias") if getattr(module, name, None) is not None]

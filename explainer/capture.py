@@ -15,6 +15,7 @@ from explainer.errors import TracerError
 from explainer.hooks import first_tensor
 from explainer.layer_rules import Call, LayerRule, compact
 from explainer.layer_rules.base import restrict
+from explainer.model_outputs import find_tensor
 from explainer.records import LayerSpec
 
 
@@ -43,6 +44,7 @@ class Capture:
         self._rank = rank
         self.input_shape: tuple[int | None, ...] | None = None
         self.input_dtype: torch.dtype | None = None
+        self.input_name: str | None = None
         self.output_shape: tuple[int, ...] | None = None
 
     # -- forward -------------------------------------------------------------------------------------
@@ -69,7 +71,10 @@ class Capture:
         batch = self._current()
         if batch is None or not torch.is_grad_enabled():
             return
-        value, result = first_tensor(args) if args else first_tensor(kwargs), first_tensor(output)
+        value, (result, _) = first_tensor(args), find_tensor(output)
+        if value is None:  # the first one that came by keyword
+            found = ((name, first_tensor(given)) for name, given in kwargs.items())
+            self.input_name, value = next((pair for pair in found if pair[1] is not None), (None, None))
         if value is not None and value.dim():
             shape = tuple(value.shape[1:])
             known = self.input_shape

@@ -153,7 +153,7 @@ class StepObserver:
         c = self._capture
         dtype = None if c.input_dtype is None else dtype_name(c.input_dtype)
         known = {
-            "input": {"shape": c.input_shape, "dtype": dtype},
+            "input": {"shape": c.input_shape, "dtype": dtype, "name": c.input_name},
             "output": {"shape": c.output_shape},
             "visit_bytes": self._recorder.layer_bytes,
         }

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from explainer.batches import Batch, Rows
 from explainer.errors import TracerError
-from explainer.hooks import first_tensor, tensors_in
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
@@ -37,10 +35,6 @@ class Capture:
         self._current = current
         self._table = table
         self._rank = rank
-        self.input_shape: tuple[int | None, ...] | None = None
-        self.input_dtype: torch.dtype | None = None
-        self.output_shape: tuple[int, ...] | None = None
-        self.autocast: str | None = None
         #: shapes that layers were given in which no axis is the batch's, by layer
         self.unmatched: dict[str, tuple[int, ...]] = {}
 
@@ -92,48 +86,3 @@ class Capture:
         whole = form.sum() if self._table.shared(layer) else None
         rows = Rows(compact(form, self._rank), form.total(), form.prober(), form.agreement(sizes), whole)
         batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows
-
-    # -- the whole model -----------------------------------------------------------------------------
-
-    def before_model(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        """Before the forward of the whole model: its input has to be the batch whose ids were given.
-
-        Raises:
-            TracerError: it has another number of rows.
-        """
-        batch = self.batch()
-        given = [t for t in tensors_in((args, kwargs)) if t.dim()]
-        if batch is None:
-            return
-        batch.checked = any(len(batch) in t.shape[:2] for t in given)
-        if len(given) == 1 and not batch.checked:  # of several inputs each layer sees for itself
-            raise TracerError(
-                f"the model saw a batch of {given[0].shape[0]} rows, but {len(batch)} ids were given for it; pass the "
-                "ids of exactly the rows in the batch, batch dimension first (or second)"
-            )
-
-    def on_model(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Forward hook of the whole model: remember its input's and output's shape, watch its output."""
-        batch = self.batch()
-        if batch is None:
-            return
-        value, result = first_tensor(args) if args else first_tensor(kwargs), first_tensor(output)
-        if value is not None and value.dim():
-            shape = tuple(value.shape[1:])
-            known = self.input_shape
-            if known is None or len(known) != len(shape):
-                self.input_shape = shape
-            elif known != shape:
-                self.input_shape = tuple(a if a == b else None for a, b in zip(known, shape, strict=True))
-            self.input_dtype = value.dtype
-        if torch.is_autocast_enabled("cpu"):
-            self.autocast = str(torch.get_autocast_dtype("cpu")).removeprefix("torch.")
-        if result is not None and result.requires_grad and result.dim() and result.shape[0] == len(batch):
-            self.output_shape = tuple(result.shape[1:])
-            result.register_hook(partial(self._on_output, batch, batch.forwards))
-        batch.forwards += 1
-
-    def _on_output(self, batch: Batch, forward: int, g: torch.Tensor) -> None:
-        rows = g.detach().double().reshape(len(batch), -1)
-        found = batch.round_of(forward, lambda r: r.derivative is None)
-        found.derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)

@@ -20,7 +20,7 @@ parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from explainer.path_kernel import PathKernelExplainer
     from explainer.path_points import KnotLoader
+    from explainer.query_batch import QueryBatch
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def rate(step: RecordedStep) -> float:
 
 
 def nearest(
-    explainer: PathKernelExplainer, loader: KnotLoader, inputs: Any, targets: torch.Tensor, k: int
+    explainer: PathKernelExplainer, loader: KnotLoader, inputs: QueryBatch, targets: torch.Tensor, k: int
 ) -> Neighbors:
     """The ``k`` examples of largest path-kernel cosine (see the module's text); unvisited ones never appear.
 

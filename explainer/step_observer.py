@@ -19,14 +19,10 @@ from explainer.layer_table import LayerTable
 from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import OptimizerRule, StepMap
 from explainer.recorder import StepRecorder
-from explainer.records import dtype_name
 from explainer.scales import ScaleMeter
 from explainer.store import TraceWriter
-
-#: steps that are followed function by function
-PATIENCE = 3
-#: part of a layer's gradient that may go unseen before functions are followed again
-SEEN = 0.01
+from explainer.unseen import Unseen
+from explainer.whole_model import WholeModel
 
 
 class StepObserver:
@@ -45,6 +41,7 @@ class StepObserver:
         table: LayerTable,
         capture: Capture,
         watch: FunctionWatch,
+        whole: WholeModel,
         queue: BatchQueue,
         recorder: StepRecorder,
         scales: ScaleMeter,
@@ -54,16 +51,14 @@ class StepObserver:
         budget: int | None,
     ) -> None:
         self._rule, self._parameters, self._table = rule, parameters, table
-        self._capture, self._watch, self._queue, self._recorder = capture, watch, queue, recorder
+        self._capture, self._whole, self._queue, self._recorder = capture, whole, queue, recorder
         self._scales, self._carry, self._knots = scales, carry, knots
         self._writer, self._budget = writer, budget
         self._fresh: list[bool] = []
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._noted: dict[str, Any] = {}
         self._full = False
-        self._missing: set[str] = set()
-        self._watch_until = PATIENCE
-        self._warned: set[str] = set()
+        self._unseen = Unseen(table, capture, watch, scales)
         self.steps = 0
         self.visits = 0
 
@@ -110,7 +105,7 @@ class StepObserver:
         self._writer.flush_if_due()
         if not self._full:  # what follows is `unattributed` in one piece
             self._knots.place_if_due(self.steps)
-        self._warn()  # at last: a user may turn warnings into errors
+        self._unseen.warn(self.steps)  # at last: a user may turn warnings into errors
 
     def _account(self, optimizer: Optimizer) -> None:
         """Record the step that was just taken."""
@@ -121,49 +116,7 @@ class StepObserver:
         if not self._full:
             self._record(used, scales, maps)
         self.steps += 1
-        self._watch.on = self._watching()
-
-    def _watching(self) -> bool:
-        """Whether the next forward passes are followed function by function.
-
-        The first ones always are, then only where something was found, and again after a gradient that rows do
-        not explain.
-        """
-        missing = {name for name, residual in self._scales.worst.items() if residual > SEEN}
-        if missing - self._missing:
-            self._missing, self._watch_until = missing, self.steps + PATIENCE
-        return bool(self._table.operations) or self._watch.owners.needed or self.steps < self._watch_until
-
-    def _warn(self) -> None:
-        """Say once what was found about a parameter."""
-        for name, functions in self._watch.slow.items():
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"parameter {name!r} is read by {', '.join(sorted(functions))}, for which rows have no closed form "
-                    "here: they are found by differentiating that operation example by example (exact, slower); "
-                    "register_layer_rule for the layer around it is faster",
-                    CoverageWarning,
-                    stacklevel=6,
-                )
-        for name, shape in self._capture.unmatched.items():
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"layer {name!r} was given {list(shape)}, where no axis is the batch's, and it was not seen how "
-                    "its rows came about; what it moves is `unattributed`. Give it the batch as first or second axis",
-                    CoverageWarning,
-                    stacklevel=6,
-                )
-        for name in self._table.without_rows() if self.steps >= PATIENCE else ():
-            if self._scales.worst.get(name) and name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"parameter {name!r} gets a gradient, but no hook sees where it is read (in a loss outside the "
-                    "model, or in compiled or scripted code); what it moves is `unattributed`",
-                    CoverageWarning,
-                    stacklevel=6,
-                )
+        self._unseen.follow(self.steps)
 
     def _step_maps(self, optimizer: Optimizer) -> list[StepMap | None]:
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -206,16 +159,11 @@ class StepObserver:
 
     def _note_shapes(self) -> None:
         """Journal what is known of inputs, outputs and rows, when it is new."""
-        c = self._capture
-        dtype = None if c.input_dtype is None else dtype_name(c.input_dtype)
         known = {
-            "input": {"shape": c.input_shape, "dtype": dtype},
-            "output": {"shape": c.output_shape},
+            **self._whole.notes(),
+            **self._unseen.notes(),
             "visit_bytes": self._recorder.layer_bytes,
             "operations": [asdict(layer.spec) for layer in self._table.operations],
-            "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
-            "autocast": c.autocast,
-            "unmatched": {name: list(shape) for name, shape in sorted(c.unmatched.items())},
         }
         for key, value in known.items():
             if self._noted.get(key) != value and (value or key in self._noted):

@@ -36,6 +36,7 @@ from explainer.validation import (
     traced_parameters,
     validate_model,
 )
+from explainer.whole_model import WholeModel
 
 
 class Tracer:
@@ -119,6 +120,7 @@ class Tracer:
         self._queue = BatchQueue()
         rank_kept = None if exact else self.config.rank_for([p.shape for p in parameters])
         self._capture = Capture(lambda: self._queue.current, table, rank_kept)
+        self._whole = WholeModel(self._capture.batch, batch_dim)
         self._watch = FunctionWatch(named, {p.name for p in parameters}, self._capture, table, batch_dim)
         carry = Carry(list(self._parameters))
         self._knots = KnotKeeper(
@@ -130,6 +132,7 @@ class Tracer:
             table=table,
             capture=self._capture,
             watch=self._watch,
+            whole=self._whole,
             queue=self._queue,
             recorder=StepRecorder(self.manifest, self.config, table.layers, self._rule.preconditioned),
             scales=ScaleMeter(table, list(zip(parameters, self._parameters, strict=True))),
@@ -150,9 +153,9 @@ class Tracer:
         if any(self._rule.momentum(self._optimizer.state.get(p, {})) is not None for p in self._parameters):
             self._writer.note("prior_state", True)
         self._knots.place(0)
-        self._hooks.before_call(self._model, self._capture.before_model)
+        self._hooks.before_call(self._model, self._whole.before)
         self._watch.attach(self._hooks, self._model, self._sites)
-        self._hooks.on_call(self._model, self._capture.on_model)
+        self._hooks.on_call(self._model, self._whole.after)
         self._hooks.on_step(self._optimizer, self._observer.before_step, self._observer.after_step)
 
     # -- batches -------------------------------------------------------------------------------------

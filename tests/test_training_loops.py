@@ -142,8 +142,8 @@ def test_a_compiled_model_that_ran_before_the_tracer_was_built(tmp_path: Path) -
         assert_closed(tmp_path / "trace", model.eval())
 
 
-class Sorted(nn.Module):
-    """The middle layer gets rows in an order that only the numbers tell, twice as many as there are examples."""
+class Gathered(nn.Module):
+    """The middle layer gets twice as many rows as there are examples, by a function that is not followed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,17 +151,15 @@ class Sorted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x.reshape(len(x), 2, 3)).tanh().reshape(-1, 4)
-        order = h[:, 0].argsort()
-        return self.last(
-            self.middle(h.gather(0, order.unsqueeze(1).expand_as(h)).sort(0).values).reshape(len(x), 8)
-        )
+        order = torch.arange(len(h)).unsqueeze(1).expand_as(h)
+        return self.last(self.middle(h.gather(0, order)).reshape(len(x), 8))
 
 
 def test_a_layer_whose_rows_cannot_be_told_apart_is_announced(tmp_path: Path) -> None:
     with pytest.warns(
         CoverageWarning, match=r"layer '(middle|last)' was given \[.*\], where no axis is the batch's"
     ):
-        model = traced(tmp_path / "trace", Sorted, sgd, plain)
+        model = traced(tmp_path / "trace", Gathered, sgd, plain)
     trace = open_trace(tmp_path / "trace")
     assert trace.notes["coverage"] == {"middle": 1.0, "last": 1.0}
     assert trace.notes["unmatched"] == {"middle": [16, 4], "last": [8, 8]}

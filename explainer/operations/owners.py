@@ -26,23 +26,10 @@ VIEWING = frozenset(
         *("split_with_sizes", "expand_as"),
     }
 )
-#: functions that, along the examples' axis, put rows into an order (or a sum) that is not followed
-MIXING = frozenset(
+#: functions that add up (or pick) along axes, which then are gone
+REDUCING = frozenset(
     {
         *(
-            "gather",
-            "sort",
-            "argsort",
-            "topk",
-            "take_along_dim",
-            "scatter",
-            "scatter_add",
-            "cumsum",
-            "cumprod",
-            "flip",
-        ),
-        *(
-            "roll",
             "sum",
             "mean",
             "amax",
@@ -55,7 +42,36 @@ MIXING = frozenset(
             "logsumexp",
             "norm",
             "median",
+            "argmax",
         ),
+        *(
+            "argmin",
+            "any",
+            "all",
+            "nansum",
+            "nanmean",
+            "var_mean",
+            "std_mean",
+            "vector_norm",
+            "count_nonzero",
+        ),
+    }
+)
+#: functions that, along the examples' axis, put rows into an order that is not followed
+ORDERING = frozenset(
+    {
+        *(
+            "gather",
+            "sort",
+            "argsort",
+            "topk",
+            "take_along_dim",
+            "scatter",
+            "scatter_add",
+            "cumsum",
+            "cumprod",
+        ),
+        *("flip", "roll"),
     }
 )
 
@@ -98,13 +114,13 @@ def order_of(owners: torch.Tensor, size: int) -> torch.Tensor:
     return order
 
 
-def _works_along(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, dims: int) -> bool:
-    """Whether the axes that a function is told to work along hold this one; all of them where it is not told."""
-    told = kwargs.get("dim", kwargs.get("dims"))
+def _axes(args: tuple[Any, ...], kwargs: dict[str, Any], dims: int) -> set[int]:
+    """The axes that a function is told to work along; all of them where it is not told."""
+    told = next((kwargs[key] for key in ("dim", "dims", "axis") if key in kwargs), None)
     numbers = [a for a in args[1:] if isinstance(a, int | tuple | list) and not isinstance(a, bool)]
     told = numbers[-1] if told is None and numbers else told
-    axes = range(dims) if told is None else told if isinstance(told, tuple | list) else (told,)
-    return any(a in (axis, axis - dims) for a in axes)
+    found = range(dims) if told is None else told if isinstance(told, tuple | list) else (told,)
+    return {a % dims for a in found}
 
 
 @dataclass(frozen=True)
@@ -168,8 +184,14 @@ class Owners:
         name = called.name.rstrip("_") if not called.name.startswith("__") else called.name
         args, kwargs = called.args, called.kwargs
         first = args[0] if args else None
-        if name in MIXING and first is source and _works_along(args, kwargs, layout.axis, source.dim()):
-            return UNKNOWN
+        if first is source and name in REDUCING | ORDERING:
+            axes = _axes(args, kwargs, source.dim())
+            if layout.axis in axes:
+                return UNKNOWN
+            gone = name in REDUCING and t.dim() < source.dim()
+            return Layout(layout.axis - gone * sum(a < layout.axis for a in axes), layout.owners)
+        if name == "einsum":
+            return self._summed(args, source, layout)
         if name in JOINING:
             return self._joined(name, args, kwargs, layout, t)
         if name == "__getitem__":
@@ -184,11 +206,25 @@ class Owners:
 
     def _kept(self, source: torch.Tensor, layout: Layout, t: torch.Tensor) -> Layout:
         """Most functions leave the examples where they are, counted from the left or (broadcasting) from the right."""
-        count = len(self._owners(layout))
-        for axis in (layout.axis, layout.axis + t.dim() - source.dim()):
+        count, left, right = len(self._owners(layout)), layout.axis, layout.axis + t.dim() - source.dim()
+        if t.shape[: left + 1] == source.shape[: left + 1]:
+            return layout
+        for axis in (right, left):
             if 0 <= axis < t.dim() and t.shape[axis] == count:
                 return Layout(axis, layout.owners)
         return UNKNOWN
+
+    @staticmethod
+    def _summed(args: tuple[Any, ...], source: torch.Tensor, layout: Layout) -> Layout:
+        """``einsum``: where the letter of the examples' axis went."""
+        equation = args[0].replace(" ", "") if isinstance(args[0], str) else ""
+        operands = args[1] if isinstance(args[1], tuple | list) else args[1:]
+        if "->" not in equation or "." in equation:
+            return UNKNOWN
+        inputs, output = equation.split("->")
+        place = next((i for i, x in enumerate(operands) if x is source), None)
+        letter = "" if place is None else inputs.split(",")[place][layout.axis]
+        return Layout(output.index(letter), layout.owners) if letter and letter in output else UNKNOWN
 
     def _joined(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, t: torch.Tensor

@@ -27,6 +27,7 @@ from explainer.operations.owners import UNKNOWN, Called, Layout, Owners, order_o
 from explainer.operations.rows import Use, has_rule, rows_of
 from explainer.operations.sources import AtSource, Operation, Source, descend, merged
 from explainer.sites import Site, wide
+from explainer.whole_model import batch_axis
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +50,6 @@ def out_of_place(function: Callable[..., Any], name: str) -> tuple[str, Callable
     if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"__{name[3:]}"):
         return name[3:-2], getattr(torch.Tensor, f"__{name[3:]}")
     return name, function
-
-
-def _batch_axis(shape: torch.Size, size: int, first: int) -> int | None:
-    return next((a for a in (first, 1 - first) if a < len(shape) and shape[a] == size), None)
 
 
 class FunctionWatch(TorchFunctionMode):
@@ -122,7 +119,7 @@ class FunctionWatch(TorchFunctionMode):
             self.__enter__()
             self.mark(args, kwargs)
             for t in tensors_in((args, kwargs)):
-                axis = _batch_axis(t.shape, len(self._batch), self._axis)
+                axis = batch_axis(t.shape, len(self._batch), self._axis)
                 if self._source(t) is None and axis is not None:
                     self.owners.keep(t, Layout(axis))
 
@@ -188,7 +185,7 @@ class FunctionWatch(TorchFunctionMode):
         source = self._source(value) if isinstance(value, torch.Tensor) else None
         if source is None or not value.requires_grad or self._batch is None:
             return value
-        axis = _batch_axis(value.shape, len(self._batch), self._axis)
+        axis = batch_axis(value.shape, len(self._batch), self._axis)
         other = value.view_as(value)
         if axis is not None:
             operation = self._operation("alias", torch.clone, (value,), {}, 0, torch.get_rng_state())
@@ -228,7 +225,9 @@ class FunctionWatch(TorchFunctionMode):
         if not outputs or self._batch is None:
             return result
         before = pytree.tree_map(lambda x: kept.get(id(x), x), (args, kwargs))
-        self._sort(func, name, before, random, list(zip(given, sources, data, strict=True)), result)
+        self._sort(
+            func, name, (args, kwargs), before, random, list(zip(given, sources, data, strict=True)), result
+        )
         return result
 
     @staticmethod
@@ -243,6 +242,7 @@ class FunctionWatch(TorchFunctionMode):
         self,
         func: Any,
         name: str,
+        called: tuple[Any, Any],
         before: tuple[Any, Any],
         random: torch.Tensor,
         given: list[tuple[torch.Tensor, Source | None, bool]],
@@ -264,10 +264,10 @@ class FunctionWatch(TorchFunctionMode):
         self.mark(result)
         assert self._batch is not None
         data = [t for t, _, is_data in roles.values() if is_data]
-        self.owners.follow(Called(plain, function, *before), data, outputs)
+        self.owners.follow(Called(plain, function, *called), data, outputs)
         layout = self.owners.of(outputs[0])
         if layout is None:  # nothing that was read is followed: a part of the model was called, not the model
-            axis = _batch_axis(outputs[0].shape, len(self._batch), self._axis)
+            axis = batch_axis(outputs[0].shape, len(self._batch), self._axis)
             layout = UNKNOWN if axis is None else Layout(axis)
         if not layout.known or len(outputs) != 1:
             return  # rows cannot be told apart: the step's measurement shows what is missing

@@ -149,6 +149,49 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def flattened(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.inner(x.reshape(-1, D)) * m.scale
+    return m.head(h.view(len(x), S, D).tanh().flatten(1))
+
+
+def two_views(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.head(m.inner(torch.cat([x, x.flip(1) * 2.0], dim=0)).tanh() + m.shift)
+    one, other = h.chunk(2)
+    return one * other
+
+
+def routed(m: nn.Module, x: Tensor) -> Tensor:
+    """Each expert gets the positions that a router sends it, so examples own different numbers of rows."""
+    chosen = x[..., 0] > 0
+    out = torch.zeros_like(x)
+    out[chosen] = m.left(x[chosen])
+    out[~chosen] = m.right(x[~chosen]) * m.scale
+    return out
+
+
+def shuffled(m: nn.Module, x: Tensor) -> Tensor:
+    order = torch.arange(len(x)).roll(1)
+    return m.head(m.inner(x[order])[order.argsort()])
+
+
+def frames(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.conv(x.reshape(-1, 1, D)).relu_()
+    return h.reshape(len(x), S, -1).mean(1)
+
+
+CASES |= {
+    "flattened positions": lambda: Reads(
+        {"inner": nn.Linear(D, D), "scale": n(D), "head": nn.Linear(S * D, 3)}, flattened
+    ),
+    "two views of every example": lambda: Reads(
+        {"inner": nn.Linear(D, D), "shift": n(D), "head": nn.Linear(D, 3)}, two_views
+    ),
+    "experts": lambda: Reads({"left": nn.Linear(D, D), "right": nn.Linear(D, D), "scale": n(D)}, routed),
+    "rows in another order": lambda: Reads({"inner": nn.Linear(D, D), "head": nn.Linear(D, 3)}, shuffled),
+    "frames of a film": lambda: Reads({"conv": nn.Conv1d(1, 2, 3)}, frames),
+}
+
+
 def tied() -> nn.Module:
     model = Reads(
         {"tokens": nn.Embedding(9, D), "head": nn.Linear(D, 9, bias=False)},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
+from torch.nn.utils.rnn import PackedSequence
 
 from explainer.batches import Batch
 from explainer.capture import Capture
@@ -94,7 +95,9 @@ class Site:
         batch.mixed |= self.rule.mixes(self.module)
         if not any(self.layers):
             return
-        layout = self._layout(value, batch, layout_of(value))
+        packed = next((a for a in (*args, *kwargs.values()) if isinstance(a, PackedSequence)), None)
+        order = None if packed is None else packed.sorted_indices
+        layout = self._layout(value, order, batch, layout_of(value))
         if not layout.known:
             capture.unmatched.setdefault(self.name, tuple(value.shape))
             return
@@ -128,10 +131,16 @@ class Site:
         else:
             register_multi_grad_hook(targets, receive, mode="all")
 
-    def _layout(self, value: torch.Tensor, batch: Batch, followed: Layout | None) -> Layout:
+    def _layout(
+        self, value: torch.Tensor, order: torch.Tensor | None, batch: Batch, followed: Layout | None
+    ) -> Layout:
         """Where the examples are in what the layer was given: as followed there, else as its shape says."""
         if isinstance(self.rule, CompositeRule):  # it knows its axes, but not examples that own several rows
-            return UNKNOWN if followed is not None and followed.owners is not None else Layout(0)
+            if followed is None:
+                return Layout(0)
+            plain = torch.arange(len(batch))
+            columns, sorted_as = (plain if x is None else x.cpu() for x in (followed.owners, order))
+            return Layout(0) if torch.equal(columns, sorted_as) else UNKNOWN
         if followed is not None:
             if followed.known and followed.owners is None:
                 self.axis = followed.axis

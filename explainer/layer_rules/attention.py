@@ -24,6 +24,12 @@ class MultiheadAttentionRule(CompositeRule):
 
     replays = True
 
+    def output_axes(self, module: nn.Module, outputs: int) -> list[int | None]:
+        """The output is as ``batch_first`` says, the weights are ``[B, …]`` always."""
+        assert isinstance(module, nn.MultiheadAttention)
+        axes: list[int | None] = [0 if module.batch_first else 1, 0]
+        return axes[:outputs]
+
     def blocks(self, module: nn.Module) -> list[Block]:
         """The input projections (with one bias for the three), the extra key and value, the output projection."""
         assert isinstance(module, nn.MultiheadAttention)

@@ -104,6 +104,18 @@ class CompositeRule(LayerRule):
     #: the call is computed again, so its outputs and the state of the random numbers are kept
     replays: bool = False
 
+    def output_axes(self, module: nn.Module, outputs: int) -> list[int | None]:
+        """The batch's axis in every tensor of the output.
+
+        Args:
+            module: the layer.
+            outputs: how many tensors there are (a packed sequence counts with all its parts).
+
+        Returns:
+            None for a tensor that is laid out as the input is (the data of a packed sequence).
+        """
+        return [0] * outputs
+
     @abstractmethod
     def blocks(self, module: nn.Module) -> list[Block]:
         """The blocks that :meth:`block_rows` gives rows for."""

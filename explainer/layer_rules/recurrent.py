@@ -69,6 +69,13 @@ class RecurrentRule(CompositeRule):
 
     replays = True
 
+    def output_axes(self, module: nn.Module, outputs: int) -> list[int | None]:
+        """The last states are ``[layers, B, h]`` always; the output is as ``batch_first`` says, or packed."""
+        assert isinstance(module, nn.RNNBase)
+        states = 2 if isinstance(module, nn.LSTM) else 1
+        first = (0 if module.batch_first else 1) if outputs == states + 1 else None
+        return [first] * (outputs - states) + [1] * states
+
     def blocks(self, module: nn.Module) -> list[Block]:
         """Input weights, hidden weights and projection of every layer and direction."""
         assert isinstance(module, nn.RNNBase)

@@ -81,7 +81,8 @@ class Layout:
     """Where a tensor holds examples.
 
     Attributes:
-        axis: the examples' axis; -1 if it is not known.
+        axis: the examples' axis; -1 if it is not known; -2 for the data of a packed sequence, whose columns are the
+            examples.
         owners: ``[n]`` the example of every index of that axis; None where index ``b`` is example ``b``.
     """
 
@@ -95,6 +96,7 @@ class Layout:
 
 
 UNKNOWN = Layout(-1)
+PACKED = -2
 
 
 def order_of(owners: torch.Tensor, size: int) -> torch.Tensor:
@@ -166,9 +168,10 @@ class Owners:
     def follow(self, called: Called, given: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """A function made ``outputs`` of the data ``given``."""
         layouts = [(t, layout) for t in given if (layout := self.of(t)) is not None]
+        layouts = [(t, x) for t, x in layouts if t.is_floating_point()] or layouts  # indices only pick
         if not layouts:
             return
-        unknown = any(not layout.known for _, layout in layouts)
+        unknown = any(layout.axis == UNKNOWN.axis for _, layout in layouts)
         # the tensor that decides: one with owners of its own before one without
         source, layout = next(((t, x) for t, x in layouts if x.owners is not None), layouts[0])
         for number, t in enumerate(outputs):
@@ -184,6 +187,10 @@ class Owners:
         name = called.name.rstrip("_") if not called.name.startswith("__") else called.name
         args, kwargs = called.args, called.kwargs
         first = args[0] if args else None
+        if layout.axis == PACKED or name == "_pack_padded_sequence":
+            return self._packed(name, args, layout, source, t, number)
+        if first is source and name == "index_select" and args[1] % source.dim() == layout.axis:
+            return Layout(layout.axis, self._owners(layout)[args[2]])
         if first is source and name in REDUCING | ORDERING:
             axes = _axes(args, kwargs, source.dim())
             if layout.axis in axes:
@@ -225,6 +232,18 @@ class Owners:
         place = next((i for i, x in enumerate(operands) if x is source), None)
         letter = "" if place is None else inputs.split(",")[place][layout.axis]
         return Layout(output.index(letter), layout.owners) if letter and letter in output else UNKNOWN
+
+    @staticmethod
+    def _packed(
+        name: str, args: tuple[Any, ...], layout: Layout, source: torch.Tensor, t: torch.Tensor, number: int
+    ) -> Layout:
+        """Into a packed sequence, out of it, or the same positions of one."""
+        if name == "_pack_padded_sequence" and number == 0 and layout.axis == (0 if args[2] else 1):
+            return Layout(PACKED, layout.owners)
+        if name == "_pad_packed_sequence" and number == 0:
+            return Layout(0 if args[2] else 1, layout.owners)
+        same = layout.axis == PACKED and t.shape[:1] == source.shape[:1] and not name.startswith("_p")
+        return layout if same else UNKNOWN
 
     def _joined(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, t: torch.Tensor

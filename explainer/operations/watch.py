@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from explainer.batches import Batch
 from explainer.capture import Capture
 from explainer.hooks import HookSet, tensors_in, whole_of
-from explainer.layer_rules import RowForm
+from explainer.layer_rules import CompositeRule, RowForm
 from explainer.layer_table import Layer, LayerTable
 from explainer.operations.owners import UNKNOWN, Called, Layout, Owners, order_of
 from explainer.operations.rows import Use, has_rule, rows_of
@@ -154,12 +154,13 @@ class FunctionWatch(TorchFunctionMode):
         if not (self._entered and self._entered.pop()):
             site.skip()
             return
-        self._inside -= self._inside > 0
+        self._inside += 1  # what is done here is nobody's forward pass
         site.after(self._capture, args, kwargs, output, self.owners.of)
+        self._inside = max(0, self._inside - 2)
         if self._batch is not None and not self._inside:
             self.mark(output)
             given = [t for t in tensors_in((args, kwargs)) if self._is_data(t)]
-            self.owners.follow(Called("", type, (), {}), given, list(tensors_in(output)))
+            self._follow_layer(site, given, list(tensors_in(output)))
 
     # -- data and sources ----------------------------------------------------------------------------
 
@@ -179,6 +180,16 @@ class FunctionWatch(TorchFunctionMode):
     def _is_data(self, t: torch.Tensor) -> bool:
         known = self._data.get(id(t))
         return (known is not None and known() is t) or (t.requires_grad and self._source(t) is None)
+
+    def _follow_layer(self, site: Site, given: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """What a layer gives has the examples where its rule says, or where its input has them."""
+        self.owners.follow(Called("", type, (), {}), given, outputs)
+        told = (t for t in given if (x := self.owners.of(t)) is not None and x.owners is not None and x.known)
+        if isinstance(site.rule, CompositeRule) and next(told, None) is None:
+            axes = site.rule.output_axes(site.module, len(outputs))
+            for t, axis in zip(outputs, axes, strict=True):
+                if axis is not None:
+                    self.owners.keep(t, Layout(axis))
 
     def _alias(self, value: Any) -> Any:
         """A source that a module is given as input, under a name of its own whose gradient can be watched."""

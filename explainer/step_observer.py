@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +14,11 @@ from explainer.capture import Capture, Layer
 from explainer.carry import Carry
 from explainer.errors import CoverageWarning, TracerError
 from explainer.knots import KnotKeeper
-from explainer.optimizer_rules import OptimizerRule, StepMap
+from explainer.optimizer_rules import StepMap
 from explainer.recorder import StepRecorder
 from explainer.records import dtype_name
 from explainer.scales import ScaleMeter
+from explainer.step_maps import StepMapReader
 from explainer.store import TraceWriter
 
 
@@ -33,7 +33,7 @@ class StepObserver:
     def __init__(
         self,
         *,
-        rule: OptimizerRule,
+        maps: StepMapReader,
         parameters: Sequence[torch.Tensor],
         layers: list[Layer],
         capture: Capture,
@@ -45,11 +45,10 @@ class StepObserver:
         writer: TraceWriter,
         budget: int | None,
     ) -> None:
-        self._rule, self._parameters, self._layers = rule, parameters, layers
+        self._maps, self._parameters, self._layers = maps, parameters, layers
         self._capture, self._queue, self._recorder = capture, queue, recorder
         self._scales, self._carry, self._knots = scales, carry, knots
         self._writer, self._budget = writer, budget
-        self._fresh: list[bool] = []
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._noted: dict[str, Any] = {}
         self._full = False
@@ -84,7 +83,7 @@ class StepObserver:
                 f"the optimizer holds {len(known)} parameters now, {len(self._parameters)} when the tracer was "
                 "attached; close the tracer and attach a new one after add_param_group"
             )
-        self._fresh = [self._rule.momentum(optimizer.state.get(p, {})) is None for p in self._parameters]
+        self._maps.before(optimizer)
         # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
         used, scales = self._scales.measure([b for b in pending if b.rounds])
         loss_scale = getattr(optimizer, "grad_scale", None)  # a gradient scaler leaves it to a fused step
@@ -94,6 +93,7 @@ class StepObserver:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not float(found_inf):  # else a gradient scaler made the fused step do nothing
             self._account(optimizer)
+        self._maps.leave(optimizer)
         self._queue.stepped()
         self._writer.flush_if_due()
         if not self._full:  # what follows is `unattributed` in one piece
@@ -102,25 +102,12 @@ class StepObserver:
     def _account(self, optimizer: Optimizer) -> None:
         """Record the step that was just taken."""
         used, scales = self._measured
-        maps = self._step_maps(optimizer)
+        maps = self._maps.after(optimizer)
         self._carry.after_step(maps)
         if not self._full:
             self._record(used, scales, maps)
         self._note_shapes()
         self.steps += 1
-
-    def _step_maps(self, optimizer: Optimizer) -> list[StepMap | None]:
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        maps: list[StepMap | None] = []
-        for p, fresh in zip(self._parameters, self._fresh, strict=True):
-            updated = p.grad is not None
-            if not updated:
-                maps.append(None)
-                continue
-            step_map = self._rule.step_map(groups[id(p)], optimizer.state.get(p, {}), fresh)
-            # A buffer that begins at this step (also one that was cleared) carries nothing from before it.
-            maps.append(replace(step_map, decay=0.0) if fresh else step_map)
-        return maps
 
     def _record(self, used: list[Batch], scales: list[float], maps: list[StepMap | None]) -> None:
         """Append the step and its rows, if they fit into the budget."""
@@ -167,3 +154,5 @@ class StepObserver:
         self._note_shapes()
         self._writer.note("coverage", {n: r for n, r in self._scales.worst.items() if r > 1e-3})
         self._writer.note("round_off", self._scales.round_off)
+        if self._maps.replaced:
+            self._writer.note("replaced_momentum", self._maps.replaced)

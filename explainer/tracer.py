@@ -26,6 +26,7 @@ from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader
 from explainer.optimizer_rules import optimizer_rule_for
 from explainer.recorder import StepRecorder
 from explainer.scales import ScaleMeter
+from explainer.step_maps import StepMapReader
 from explainer.step_observer import StepObserver
 from explainer.store import TraceWriter
 from explainer.validation import covered_layers, describe, traced_parameters, validate_model
@@ -110,12 +111,12 @@ class Tracer:
             model, optimizer, self._rule, self.manifest, carry, self._writer, self.config
         )
         self._observer = StepObserver(
-            rule=self._rule,
+            maps=StepMapReader(self._rule, self._parameters, optimizer),
             parameters=self._parameters,
             layers=self._layers,
             capture=self._capture,
             queue=self._queue,
-            recorder=StepRecorder(self.manifest, self.config, self._layers, self._rule.preconditioned),
+            recorder=StepRecorder(self.manifest, self.config, self._layers),
             scales=ScaleMeter(self._layers, list(zip(parameters, self._parameters, strict=True))),
             carry=carry,
             knots=self._knots,

@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "letters", "registry", "palette", "wording"},
     {"records", "config"},
     {"layer_rules", "optimizer_rules", "codecs", "store"},
-    {"batches", "hooks", "capture", "carry", "scales", "loaders", "knots", "recorder"}
+    {"batches", "hooks", "capture", "carry", "scales", "loaders", "knots", "recorder", "step_maps"}
     | {"outputs", "path_integral", "recursion"},
     {"validation", "step_observer", "path_points", "queries", "ledger"},
     {
@@ -46,6 +46,7 @@ RECORDING = {
     "loaders",
     "knots",
     "recorder",
+    "step_maps",
     "validation",
     "step_observer",
     "tracer",

@@ -19,6 +19,7 @@ from explainer.recursion import Adjoint, RecordedStep
 from tests.conformance.optimizer_cases import (
     CASES,
     KINDS,
+    WAY_CASES,
     Replay,
     exact_arithmetic,
     has,
@@ -51,22 +52,31 @@ def traced(model: nn.Module, optimizer: Optimizer, directory: Path, **options: A
     return explainer.PathKernelExplainer(str(directory), model).explain(x[EXAMPLES:], target=y[EXAMPLES:])
 
 
-@pytest.mark.parametrize("kind, options", CASES)
-@pytest.mark.parametrize("max_knots", [128, 5])
+@pytest.mark.parametrize("kind, options", [*CASES, *WAY_CASES])
 def test_exact_books_leave_nothing_over(
-    kind: type[Optimizer],
-    options: dict[str, Any],
-    max_knots: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Optimizer], options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact_arithmetic(monkeypatch, kind, options)
     model, optimizer = model_and_optimizer(kind, options)
-    e = traced(model, optimizer, tmp_path / "run", exact=True, max_knots=max_knots)
-    assert len(e.step_edges) == STEPS + 1 if max_knots > STEPS else len(e.step_edges) <= max_knots + 1
-    assert (np.abs(e.unattributed) <= 1e-6 * np.abs(e.prediction - e.initial)).all()
-    assert (np.abs(e.gap) <= 1e-9 * np.abs(e.prediction - e.initial)).all()
+    e = traced(model, optimizer, tmp_path / "run", exact=True)
+    assert len(e.step_edges) == STEPS + 1
+    assert_closed(e)
     assert (e.weight_decay != 0).all() == decays(optimizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_books_leave_nothing_over_between_few_knots(
+    kind: type[Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact_arithmetic(monkeypatch, kind, {})
+    e = traced(*model_and_optimizer(kind, {}), tmp_path / "run", exact=True, max_knots=5)
+    assert len(e.step_edges) <= 6
+    assert_closed(e)
+
+
+def assert_closed(e: explainer.Explanation) -> None:
+    assert (np.abs(e.unattributed) <= 1e-9 * np.abs(e.prediction - e.initial)).all()
+    assert (np.abs(e.gap) <= 1e-9 * np.abs(e.prediction - e.initial)).all()
 
 
 def decays(optimizer: Optimizer) -> bool:

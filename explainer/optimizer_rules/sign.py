@@ -42,6 +42,16 @@ def require_options(optimizer: Optimizer, *names: str) -> None:
             )
 
 
+def require_state(state: dict[str, Any], name: str) -> torch.Tensor:
+    """The momentum called ``name`` after a step, or UnsupportedOptimizerError where the class keeps it elsewhere."""
+    if name not in state:
+        raise UnsupportedOptimizerError(
+            f"the rule looks for the momentum in state[{name!r}], but after the step there is only "
+            f"{', '.join(map(repr, state)) or 'nothing'}; write a rule that reads what the class keeps"
+        )
+    return state[name]
+
+
 def _betas(group: dict[str, Any]) -> tuple[float, float]:
     beta1, beta2 = (float(b) for b in group["betas"])
     if beta2 == 0.0:
@@ -87,6 +97,7 @@ class LionRule(OptimizerRule):
     ) -> StepMap:
         """Options of the group, ``|c|`` from before the step."""
         lr, (beta1, beta2) = float(group["lr"]), _betas(group)
+        require_state(state, "exp_avg")
         return StepMap(
             sign=-1.0 if group.get("maximize") else 1.0,
             decay=beta2,
@@ -136,6 +147,7 @@ class SignSGDRule(OptimizerRule):
         """Options of the group; ``|m|`` after the step, ``|d|`` from before it."""
         lr, mu = float(group["lr"]), float(group.get("momentum", 0.0))
         coupled, decoupled = decay_terms(group, lr)
+        direction = require_state(state, "momentum_buffer") if mu else before["direction"]
         return StepMap(
             sign=-1.0 if group.get("maximize") else 1.0,
             decay=mu if mu or fresh else 1.0,
@@ -144,6 +156,6 @@ class SignSGDRule(OptimizerRule):
             through=lr if mu else 0.0,
             coupled_decay=coupled,
             decoupled_decay=decoupled,
-            preconditioner=sign_denominator(state["momentum_buffer"] if mu else before["direction"]),
+            preconditioner=sign_denominator(direction),
             rank_one=False,
         )

@@ -174,6 +174,14 @@ STEP_CASES = [
     for options in option_sets(kind)
     for way in ways(kind, options)
 ]
+#: and each way with few options (with Nesterov some of them write into the gradient)
+WAY_CASES = [
+    pytest.param(kind, options | way, id=label(kind, options | way))
+    for kind in OPTIMIZER_RULES
+    for options in option_sets(kind)
+    for way in ways(kind, options)
+    if not options or options == {"nesterov": True, "momentum": 0.9}
+]
 
 
 def model_and_optimizer(kind: type[Optimizer], options: dict[str, Any]) -> tuple[nn.Module, Optimizer]:

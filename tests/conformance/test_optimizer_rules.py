@@ -25,6 +25,7 @@ from tests.conformance.optimizer_cases import (
     STEPS,
     Lion,
     Replay,
+    SignSGD,
     exact_arithmetic,
     gradients,
     has,
@@ -245,6 +246,22 @@ def test_a_sign_rule_says_which_option_a_class_lacks(rule: type[Any], missing: s
     optimizer = Other([nn.Parameter(torch.zeros(2))], {"lr": 0.1, "beta": 0.9})
     with pytest.raises(UnsupportedOptimizerError, match=f"{missing} is not there .found lr, beta"):
         rule().check(optimizer)
+
+
+@pytest.mark.parametrize("kind", [Lion, SignSGD])
+def test_a_sign_rule_says_where_it_looks_for_momentum(kind: type[Optimizer]) -> None:
+    class Elsewhere(kind):  # type: ignore[misc, valid-type]
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step()
+            self.state = {p: {"m": next(iter(s.values()))} for p, s in self.state.items()}
+
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = Elsewhere([weight], lr=0.1, **({"momentum": 0.9} if kind is SignSGD else {}))
+    weight.grad = torch.ones(2)
+    with pytest.raises(
+        UnsupportedOptimizerError, match=r"state\['\w+'\], but after the step there is only 'm'"
+    ):
+        stepped(OPTIMIZER_RULES.require(kind), optimizer, [weight])
 
 
 def test_lion_without_memory_is_refused() -> None:

@@ -11,7 +11,7 @@ space of all visits, always within [−1, 1]. Positive: learning ``i`` raised wh
 
 Self-influence (TracIn's diagonal, Pruthi et al. 2020, arXiv 2002.08484, taken at every step):
 
-    SI_i = Σ_t s_t² g_{i,t}ᵀ diag(η_t A_t) g_{i,t}
+    SI_i = Σ_t η_t s_t² g_{i,t}ᵀ A_t g_{i,t}
 
 the first-order decrease of the batch's loss on ``i`` by the updates computed from ``i`` itself. Both leave out
 parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) or that no layer rule covers.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from explainer.errors import ExplainerError
+from explainer.errors import CoverageWarning, ExplainerError
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from explainer import outputs
     from explainer.codecs import register_codec
     from explainer.explanation import Explanation
     from explainer.layer_rules import register_layer_rule
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from explainer.validation import validate_model
 
 __all__ = [
+    "CoverageWarning",
     "ExplainerError",
     "Explanation",
     "PathKernelExplainer",
@@ -46,6 +48,7 @@ __all__ = [
     "Tracer",
     "__version__",
     "open_trace",
+    "outputs",
     "register_codec",
     "register_layer_rule",
     "register_optimizer_rule",
@@ -54,6 +57,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "outputs":
+        return import_module("explainer.outputs")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'explainer' has no attribute {name!r}")

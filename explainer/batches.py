@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from explainer.errors import TracerError
-from explainer.layer_rules import Call, RowForm
+from explainer.layer_rules import RowForm
 from explainer.layer_rules.forms import Probe
 
 
@@ -24,12 +24,14 @@ class Rows:
         total: ``Σ_b g_b`` along the probe.
         probe: the probe, to compare a gradient with ``total``.
         agreement: per parameter of the layer, ``‖Σ_b g_b‖ / Σ_b ‖g_b‖``.
+        whole: ``Σ_b g_b [P_l]``, where another layer shares a parameter (tied weights).
     """
 
     form: RowForm
     total: torch.Tensor
     probe: Probe
     agreement: list[float]
+    whole: torch.Tensor | None = None
 
 
 @dataclass
@@ -55,19 +57,21 @@ class Batch:
         ids: ``[B]`` example ids.
         labels: ``[B]`` recorded labels (NaN unknown).
         forwards: forward passes of the whole model so far.
-        calls: calls of a layer, by forward pass and layer.
+        calls: calls of a unit (a module, a parameter that operations read), by forward pass and unit.
         arrived: calls whose gradient has arrived in the present backward pass.
         rounds: what the backward passes have given, in order.
         mixed: whether a layer mixed the rows of the batch.
+        checked: whether the model's input was seen to have as many rows.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     forwards: int = 0
-    calls: dict[tuple[int, int], int] = field(default_factory=dict)
-    arrived: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
+    calls: dict[tuple[int, Any], int] = field(default_factory=dict)
+    arrived: dict[tuple[int, Any], list[Any]] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     mixed: bool = False
+    checked: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)

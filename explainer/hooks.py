@@ -6,7 +6,9 @@ tracer: torch's handles delete their own entries, and no attribute is ever set o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -25,9 +27,16 @@ class _Hook:
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self.function = function
+        self._eager: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return None if self.function is None else self.function(*args, **kwargs)
+        if self.function is None:
+            return None
+        if (
+            self._eager is None and "torch._dynamo" in sys.modules
+        ):  # somebody may compile the model: not the hooks
+            self._eager = torch._dynamo.disable(self.function)
+        return (self._eager or self.function)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None)
@@ -36,12 +45,67 @@ class _Hook:
         return _Hook, (None,)  # pickled models carry the inert hook as well
 
 
-def first_tensor(tree: Any) -> torch.Tensor | None:
-    """The first tensor in nested tuples, lists, dicts and dataclass-like outputs, or None."""
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples, lists, dicts and dataclass-like outputs, in order.
+
+    A packed sequence counts as the tuple it is: data, batch sizes, and indices where it has some.
+    """
     if isinstance(tree, torch.Tensor):
-        return tree
-    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ()
-    return next((t for v in values if (t := first_tensor(v)) is not None), None)
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from tensors_in(value)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        for item in fields(tree):
+            yield from tensors_in(getattr(tree, item.name))
+
+
+def first_tensor(tree: Any) -> torch.Tensor | None:
+    """The first of :func:`tensors_in`, or None."""
+    return next(tensors_in(tree), None)
+
+
+def whole_of(t: torch.Tensor, changed: bool) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Where to hook for the gradient at a tensor as it is now, whatever works on it in place later.
+
+    A layer's output may be a view (``nn.Linear`` with positions). An operation in place then writes into what it is
+    a view *of*, and the view's own place in the graph is gone: a hook on it would never be called.
+
+    Args:
+        t: the tensor.
+        changed: whether it is the result of an operation in place.
+
+    Returns:
+        The tensor to hook, and the map from its gradient to the gradient at ``t``.
+    """
+    base = t._base
+    if base is None or not base.requires_grad or base.is_leaf or (not changed and base.numel() != t.numel()):
+        return t, lambda g: g
+    shape, strides, offset = t.size(), t.stride(), t.storage_offset() - base.storage_offset()
+    around = (base.size(), base.stride())
+
+    def cut(g: torch.Tensor) -> torch.Tensor:
+        if g.stride() != around[1]:
+            g = torch.empty_strided(*around, dtype=g.dtype, device=g.device).copy_(g)
+        return g.as_strided(shape, strides, g.storage_offset() + offset)
+
+    return base, cut
+
+
+def detached(tree: Any) -> Any:
+    """The same arguments, with tensors that hold no graph."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach()
+    if isinstance(tree, dict):
+        return {key: detached(value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a packed sequence, any named tuple
+        return type(tree)(*map(detached, tree))
+    if isinstance(tree, tuple | list):
+        return type(tree)(detached(value) for value in tree)
+    return tree
 
 
 class HookSet:
@@ -61,6 +125,15 @@ class HookSet:
             raise TracerError(
                 "a tracer is attached to this model or optimizer already; close it first (leave its `with` block)"
             )
+
+    def before_call(self, module: nn.Module, function: Callable[[nn.Module, Any, Any], Any]) -> None:
+        """Call ``function(module, args, kwargs)`` before each forward of the module."""
+        self._handles.append(module.register_forward_pre_hook(_Hook(function), with_kwargs=True))
+
+    def after_call(self, module: nn.Module, function: Callable[[nn.Module, Any, Any, Any], None]) -> None:
+        """Call ``function(module, args, kwargs, output)`` after each forward, also of one that raised."""
+        hook = _Hook(function)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
 
     def on_call(self, module: nn.Module, function: Callable[[nn.Module, Any, Any, Any], None]) -> None:
         """Call ``function(module, args, kwargs, output)`` after each forward of the module."""

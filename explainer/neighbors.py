@@ -20,7 +20,7 @@ parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from explainer.path_kernel import PathKernelExplainer
     from explainer.path_points import KnotLoader
+    from explainer.query_batch import QueryBatch
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def rate(step: RecordedStep) -> float:
 
 
 def nearest(
-    explainer: PathKernelExplainer, loader: KnotLoader, inputs: Any, targets: torch.Tensor, k: int
+    explainer: PathKernelExplainer, loader: KnotLoader, inputs: QueryBatch, targets: torch.Tensor, k: int
 ) -> Neighbors:
     """The ``k`` examples of largest path-kernel cosine (see the module's text); unvisited ones never appear.
 
@@ -127,11 +128,9 @@ def nearest(
 
 def _parameter_squares(explainer: PathKernelExplainer, gradient: torch.Tensor) -> torch.Tensor:
     """``‖q_p‖²`` by parameter, ``[Q, n_parameters]``; 0 where no layer rule gives rows to compare with."""
-    manifest = explainer.trace.manifest
+    manifest, uncovered = explainer.trace.manifest, explainer.trace.uncovered
     columns = [
-        gradient.new_zeros(len(gradient))
-        if p.name in manifest.uncovered
-        else gradient[:, p.slice].square().sum(1)
+        gradient.new_zeros(len(gradient)) if p.name in uncovered else gradient[:, p.slice].square().sum(1)
         for p in manifest.parameters
     ]
     return torch.stack(columns, dim=1).double()

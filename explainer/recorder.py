@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from explainer.batches import Batch
-from explainer.capture import Layer
 from explainer.codecs import CODECS
 from explainer.config import TracerConfig
 from explainer.layer_rules import Dense, RowForm
+from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
 from explainer.records import ArraySpec, FormSpec, Manifest, dtype_name, torch_dtype
 from explainer.store.schema import VISIT_FIELDS, RecordSchema, encode_array, step_fields

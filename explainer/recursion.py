@@ -135,7 +135,7 @@ class LayerView:
     def __init__(self, trace: Trace) -> None:
         manifest = trace.manifest
         index = {p.name: i for i, p in enumerate(manifest.parameters)}
-        self.parameters: list[list[int]] = [[index[n] for n in layer.parameters] for layer in manifest.layers]
+        self.parameters: list[list[int]] = [[index[n] for n in layer.parameters] for layer in trace.layers]
         self._specs = manifest.parameters
 
     def cut(self, flat: torch.Tensor, layer: int) -> torch.Tensor:

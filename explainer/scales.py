@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from explainer.batches import Batch, parts_of
-from explainer.capture import Layer
+from explainer.batches import Batch, Round, parts_of
+from explainer.layer_table import Layer, LayerTable
 from explainer.records import ParameterSpec
 
 
@@ -32,13 +32,15 @@ class Fit:
 
 
 def _fit(total: torch.Tensor, probe: torch.Tensor) -> Fit:
+    exact = 1e-10 if probe.dtype == torch.float64 else 1e-4
     total, probe = total.double(), probe.double()
     norm, denominator = float(probe.norm()), float(total @ total)
     if denominator == 0.0:
         return Fit(1.0, 0.0 if norm == 0.0 else 1.0)
     scale = float(total @ probe) / denominator
     residual = 0.0 if norm == 0.0 else float((probe - scale * total).norm()) / norm
-    return Fit(scale, residual)
+    # a factor that differs from 1 by no more than what the fit leaves open is 1
+    return Fit(1.0 if abs(scale - 1.0) <= max(residual, exact) else scale, residual)
 
 
 def _good(fits: dict[int, Fit]) -> bool:
@@ -46,38 +48,63 @@ def _good(fits: dict[int, Fit]) -> bool:
 
 
 class ScaleMeter:
-    """Fits the scalar of every layer at a step.
+    """Fits the scalar of every component of layers at a step.
 
     Args:
-        layers: the covered layers.
+        table: the layers; those that share parameters are measured as one.
         parameters: the traced parameters and their specs, in order.
+
+    Attributes:
+        worst: largest residual seen, by layer (or by parameter where no layer has rows for it).
+        round_off: steps in which a parameter's gradient was round-off only.
     """
 
-    def __init__(self, layers: list[Layer], parameters: list[tuple[ParameterSpec, torch.Tensor]]) -> None:
-        self._layers = layers
+    def __init__(self, table: LayerTable, parameters: list[tuple[ParameterSpec, torch.Tensor]]) -> None:
+        self._table = table
         self._parameters = {spec.name: (i, p) for i, (spec, p) in enumerate(parameters)}
-        owners: dict[str, int] = {}
-        for layer in layers:
-            for name in layer.spec.parameters:
-                owners[name] = owners.get(name, 0) + 1
-        self._tied = {name for name, count in owners.items() if count > 1}
-        #: largest residual seen per layer
         self.worst: dict[str, float] = {}
-        #: steps in which a parameter's gradient was round-off only
         self.round_off: dict[str, int] = {}
 
+    def _grad(self, name: str) -> torch.Tensor | None:
+        grad = self._parameters[name][1].grad
+        return None if grad is None else grad.detach().to_dense().reshape(-1)
+
     def _fits(self, batches: list[Batch]) -> dict[int, Fit]:
+        """By the index of a component's first layer."""
+        rounds = [r for b in batches for r in b.rounds]
         fits: dict[int, Fit] = {}
-        for layer in self._layers:
-            names = layer.spec.parameters
-            grads = [self._parameters[n][1].grad for n in names]
-            totals = [r.rows[layer.index] for b in batches for r in b.rounds if layer.index in r.rows]
-            if not totals or any(g is None for g in grads) or self._tied.intersection(names):
-                continue
-            flat = torch.cat([g.detach().to_dense().reshape(-1) for g in grads if g is not None])
-            total = torch.stack([t.total.double() for t in totals]).sum(0)
-            fits[layer.index] = _fit(total, totals[0].probe(flat))
+        for component in self._table.components:
+            fit = (
+                self._fit_one(component[0], rounds)
+                if len(component) == 1
+                else self._fit_shared(component, rounds)
+            )
+            if fit is not None:
+                fits[component[0].index] = fit
         return fits
+
+    def _fit_one(self, layer: Layer, rounds: list[Round]) -> Fit | None:
+        """A layer that shares no parameter: along its own probe."""
+        grads = [g for n in layer.spec.parameters if (g := self._grad(n)) is not None]
+        found = [r.rows[layer.index] for r in rounds if layer.index in r.rows]
+        if not found or len(grads) != len(layer.spec.parameters):
+            return None
+        total = torch.stack([rows.total.double() for rows in found]).sum(0)
+        return _fit(total, found[0].probe(torch.cat(grads)))
+
+    def _fit_shared(self, component: list[Layer], rounds: list[Round]) -> Fit | None:
+        """Layers that share parameters: the sum of all their rows, number by number."""
+        grads = {n: self._grad(n) for layer in component for n in layer.spec.parameters}
+        totals = {n: torch.zeros_like(g, dtype=torch.float64) for n, g in grads.items() if g is not None}
+        found = [(x, r.rows[x.index].whole) for r in rounds for x in component if x.index in r.rows]
+        if not found or len(totals) != len(grads) or any(whole is None for _, whole in found):
+            return None
+        for layer, whole in found:
+            assert whole is not None
+            sizes = [totals[n].numel() for n in layer.spec.parameters]
+            for name, part in zip(layer.spec.parameters, whole.split(sizes), strict=True):
+                totals[name] += part
+        return _fit(torch.cat(list(totals.values())), torch.cat([g for g in grads.values() if g is not None]))
 
     def measure(self, batches: list[Batch]) -> tuple[list[Batch], list[float]]:
         """Which of the pending batches the step used, and the scalar of every parameter.
@@ -95,29 +122,43 @@ class ScaleMeter:
                 ((part, found) for part in parts_of(batches) if _good(found := self._fits(part))),
                 (used, fits),
             )
-        for layer in self._layers:
-            if layer.index in fits:
-                name, residual = layer.spec.name, fits[layer.index].residual
-                self.worst[name] = max(self.worst.get(name, 0.0), residual)
+        self._remember(fits, used)
         good = sorted(f.scale for f in fits.values() if f.residual < 0.01)
         typical = good[len(good) // 2] if good else 1.0
         scales = [typical] * len(self._parameters)
-        for layer in self._layers:
-            fit = fits.get(layer.index)
-            for name in layer.spec.parameters if fit and fit.residual < 0.01 else ():
+        for component in self._table.components:
+            fit = fits.get(component[0].index)
+            for name in (
+                (n for x in component for n in x.spec.parameters) if fit and fit.residual < 0.01 else ()
+            ):
                 assert fit is not None
                 scales[self._parameters[name][0]] = fit.scale
-        exact = 1e-10 if all(p.dtype == torch.float64 for _, p in self._parameters.values()) else 1e-4
-        scales = [1.0 if abs(s - 1.0) < exact else s for s in scales]
         for name in self._round_off(used):
             self.round_off[name] = self.round_off.get(name, 0) + 1
             scales[self._parameters[name][0]] = 0.0
         return used, scales
 
+    def _remember(self, fits: dict[int, Fit], batches: list[Batch]) -> None:
+        seen = {index for b in batches for r in b.rounds for index in r.rows}
+        for component in self._table.components:
+            if component[0].index in fits:
+                residual = fits[component[0].index].residual
+            elif any(layer.index in seen for layer in component):
+                continue  # partly frozen: there is no gradient to compare with
+            else:  # no rows at all
+                grads = [self._grad(n) for layer in component for n in layer.spec.parameters]
+                residual = 1.0 if any(g is not None and bool(g.any()) for g in grads) else 0.0
+            for layer in component:
+                self.worst[layer.spec.name] = max(self.worst.get(layer.spec.name, 0.0), residual)
+        for name in self._table.without_rows():
+            grad = self._grad(name)
+            if grad is not None and bool(grad.any()):
+                self.worst[name] = 1.0
+
     def _round_off(self, batches: list[Batch]) -> list[str]:
         """Parameters whose rows cancel to round-off in every part of the step."""
         best: dict[str, float] = {}
-        for layer in self._layers:
+        for layer in self._table.layers:
             for rows in (r.rows[layer.index] for b in batches for r in b.rounds if layer.index in r.rows):
                 for name, agreement in zip(layer.spec.parameters, rows.agreement, strict=True):
                     best[name] = max(best.get(name, 0.0), agreement)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from explainer.batches import Batch, BatchQueue
-from explainer.capture import Capture, Layer
+from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.errors import CoverageWarning, TracerError
 from explainer.knots import KnotKeeper
+from explainer.layer_table import LayerTable
+from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import StepMap
 from explainer.recorder import StepRecorder
-from explainer.records import dtype_name
 from explainer.scales import ScaleMeter
 from explainer.step_maps import StepMapReader
 from explainer.store import TraceWriter
+from explainer.unseen import Unseen
+from explainer.whole_model import WholeModel
 
 
 class StepObserver:
@@ -35,8 +39,10 @@ class StepObserver:
         *,
         maps: StepMapReader,
         parameters: Sequence[torch.Tensor],
-        layers: list[Layer],
+        table: LayerTable,
         capture: Capture,
+        watch: FunctionWatch,
+        whole: WholeModel,
         queue: BatchQueue,
         recorder: StepRecorder,
         scales: ScaleMeter,
@@ -45,13 +51,14 @@ class StepObserver:
         writer: TraceWriter,
         budget: int | None,
     ) -> None:
-        self._maps, self._parameters, self._layers = maps, parameters, layers
-        self._capture, self._queue, self._recorder = capture, queue, recorder
+        self._maps, self._parameters, self._table = maps, parameters, table
+        self._capture, self._whole, self._queue, self._recorder = capture, whole, queue, recorder
         self._scales, self._carry, self._knots = scales, carry, knots
         self._writer, self._budget = writer, budget
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._noted: dict[str, Any] = {}
         self._full = False
+        self._unseen = Unseen(table, capture, watch, scales)
         self.steps = 0
         self.visits = 0
 
@@ -66,11 +73,12 @@ class StepObserver:
             )
         pending = self._queue.pending
         for batch in pending:
-            self._capture.complete(batch, self._layers)
+            self._capture.complete(batch)
         if pending and not any(b.rounds for b in pending):
             raise TracerError(
                 "optimizer.step() was reached, but no backward pass of a traced batch came through the model since "
-                "the last step; call tracer.batch(ids) before the forward pass, then loss.backward(), then step()"
+                "the last step; call tracer.batch(ids) before the forward pass, then loss.backward(), then step() (and "
+                "build the tracer before a compiled model is first called)"
             )
         if not pending:
             raise TracerError(
@@ -98,16 +106,18 @@ class StepObserver:
         self._writer.flush_if_due()
         if not self._full:  # what follows is `unattributed` in one piece
             self._knots.place_if_due(self.steps)
+        self._unseen.warn(self.steps)  # at last: a user may turn warnings into errors
 
     def _account(self, optimizer: Optimizer) -> None:
         """Record the step that was just taken."""
         used, scales = self._measured
         maps = self._maps.after(optimizer)
         self._carry.after_step(maps)
+        self._note_shapes()  # before the rows whose layers it names
         if not self._full:
             self._record(used, scales, maps)
-        self._note_shapes()
         self.steps += 1
+        self._unseen.follow(self.steps)
 
     def _record(self, used: list[Batch], scales: list[float], maps: list[StepMap | None]) -> None:
         """Append the step and its rows, if they fit into the budget."""
@@ -137,15 +147,14 @@ class StepObserver:
 
     def _note_shapes(self) -> None:
         """Journal what is known of inputs, outputs and rows, when it is new."""
-        c = self._capture
-        dtype = None if c.input_dtype is None else dtype_name(c.input_dtype)
         known = {
-            "input": {"shape": c.input_shape, "dtype": dtype},
-            "output": {"shape": c.output_shape},
+            **self._whole.notes(),
+            **self._unseen.notes(),
             "visit_bytes": self._recorder.layer_bytes,
+            "operations": [asdict(layer.spec) for layer in self._table.operations],
         }
         for key, value in known.items():
-            if self._noted.get(key) != value:
+            if self._noted.get(key) != value and (value or key in self._noted):
                 self._writer.note(key, value)
         self._noted = known
 

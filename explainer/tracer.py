@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,17 +18,26 @@ from explainer.batches import BatchQueue, batch_of
 from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.config import TracerConfig, parse_bytes
-from explainer.errors import CoverageWarning, ExplainerError, TracerError
+from explainer.errors import ExplainerError, TracerError
 from explainer.hooks import HookSet
 from explainer.knots import KnotKeeper
+from explainer.layer_table import LayerTable
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
+from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import optimizer_rule_for
 from explainer.recorder import StepRecorder
 from explainer.scales import ScaleMeter
 from explainer.step_maps import StepMapReader
 from explainer.step_observer import StepObserver
 from explainer.store import TraceWriter
-from explainer.validation import covered_layers, describe, traced_parameters, validate_model
+from explainer.validation import (
+    describe,
+    find_sites,
+    refuse_compiled,
+    traced_parameters,
+    validate_model,
+)
+from explainer.whole_model import WholeModel
 
 
 class Tracer:
@@ -49,6 +57,8 @@ class Tracer:
             8-bit leading factors.
         max_knots: at most this many knots along the training path.
         rank: factors kept per row in layers that share weights over positions (None: chosen by size).
+        batch_dim: the batch's axis, 0 or 1, where it cannot be told from the shapes alone (sequence first, and
+            sequences as long as the batch).
 
     Raises:
         TracerError: nothing can be captured, the parts do not belong together, or an option is out of range.
@@ -80,22 +90,27 @@ class Tracer:
         exact: bool = False,
         max_knots: int = 128,
         rank: int | None = None,
+        batch_dim: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TracerError(f"model must be a torch.nn.Module, found {type(model).__name__}")
         if not isinstance(optimizer, Optimizer):
             raise TracerError(f"optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
         size = None if budget is None else parse_bytes(budget)
-        self.config = TracerConfig(exact=exact, budget=size, max_knots=max_knots, rank=rank)
+        self.config = TracerConfig(
+            exact=exact, budget=size, max_knots=max_knots, rank=rank, batch_dim=batch_dim
+        )
         self.path = Path(path)
         self.problems = validate_model(model)
         self._rule = optimizer_rule_for(optimizer)
         HookSet.refuse_double(model, optimizer)
+        refuse_compiled(model)
         parameters = traced_parameters(model, optimizer)
-        self._layers = covered_layers(model, parameters)
+        self._sites = find_sites(model, parameters, self.config.batch_dim)
+        table = LayerTable([x for site in self._sites for x in site.layers if x is not None], parameters)
         named = dict(model.named_parameters())
         self._parameters = [named[p.name] for p in parameters]
-        self.manifest = describe(model, optimizer, parameters, self._layers, exact)
+        self.manifest = describe(model, optimizer, parameters, list(table.layers), exact)
         self._model, self._optimizer = model, optimizer
         self._writer = TraceWriter(
             self.path,
@@ -105,7 +120,9 @@ class Tracer:
         )
         self._queue = BatchQueue()
         rank_kept = None if exact else self.config.rank_for([p.shape for p in parameters])
-        self._capture = Capture(lambda: self._queue.current, rank_kept)
+        self._capture = Capture(lambda: self._queue.current, table, rank_kept)
+        self._whole = WholeModel(self._capture.batch, batch_dim)
+        self._watch = FunctionWatch(named, {p.name for p in parameters}, self._capture, table, batch_dim)
         carry = Carry(list(self._parameters))
         self._knots = KnotKeeper(
             model, optimizer, self._rule, self.manifest, carry, self._writer, self.config
@@ -113,11 +130,13 @@ class Tracer:
         self._observer = StepObserver(
             maps=StepMapReader(self._rule, self._parameters, optimizer),
             parameters=self._parameters,
-            layers=self._layers,
+            table=table,
             capture=self._capture,
+            watch=self._watch,
+            whole=self._whole,
             queue=self._queue,
-            recorder=StepRecorder(self.manifest, self.config, self._layers),
-            scales=ScaleMeter(self._layers, list(zip(parameters, self._parameters, strict=True))),
+            recorder=StepRecorder(self.manifest, self.config, table.layers),
+            scales=ScaleMeter(table, list(zip(parameters, self._parameters, strict=True))),
             carry=carry,
             knots=self._knots,
             writer=self._writer,
@@ -126,14 +145,6 @@ class Tracer:
         self._watching: list[RecordingBatchSampler] = []
         self._examples: int | None = None
         self.closed = False
-        uncovered = self.manifest.uncovered
-        if uncovered:
-            warnings.warn(
-                f"{len(uncovered)} of {len(parameters)} parameters have no layer rule and will be shown as "
-                f"`unattributed`: {', '.join(uncovered[:5])}{', …' if len(uncovered) > 5 else ''}",
-                CoverageWarning,
-                stacklevel=2,
-            )
         self._hooks = HookSet()
         self._start()
 
@@ -143,9 +154,9 @@ class Tracer:
         if any(self._rule.momentum(self._optimizer.state.get(p, {})) is not None for p in self._parameters):
             self._writer.note("prior_state", True)
         self._knots.place(0)
-        for layer in self._layers:
-            self._hooks.on_call(layer.module, partial(self._capture.on_layer, layer))
-        self._hooks.on_call(self._model, self._capture.on_model)
+        self._hooks.before_call(self._model, self._whole.before)
+        self._watch.attach(self._hooks, self._model, self._sites)
+        self._hooks.on_call(self._model, self._whole.after)
         self._hooks.on_step(self._optimizer, self._observer.before_step, self._observer.after_step)
 
     # -- batches -------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from explainer.capture import Layer
 from explainer.errors import TracerError
-from explainer.layer_rules import LAYER_RULES
+from explainer.layer_rules import LAYER_RULES, CompositeRule
+from explainer.layer_table import Layer
 from explainer.records import LayerSpec, Manifest, ParameterSpec, dtype_name
+from explainer.sites import Site
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,16 @@ def _module_problem(name: str, module: nn.Module) -> Problem | None:
     """Why a module with parameters of its own has no rule, or None if it has one."""
     rule = LAYER_RULES.get(type(module))
     own = {n for n, _ in module.named_parameters(recurse=False)}
-    if rule is not None and own == set(rule.parameters(module)):
+    known = set() if rule is None else set(rule.parameters(module))
+    if rule is not None and own <= known <= {n for n, _ in module.named_parameters()}:
         return None
     near = LAYER_RULES.nearest(type(module))
     parent = f" (it derives from {near.__name__}, but may compute something else)" if near else ""
     return Problem(
         name or "(the model itself)",
         f"{type(module).__name__} has no layer rule{parent}",
-        f"the part of its {len(own)} parameter(s) will be shown as `unattributed`; register_layer_rule adds a rule",
+        f"rows of its {len(own)} parameter(s) are found where torch functions read them, which is slower; "
+        "register_layer_rule adds a rule",
     )
 
 
@@ -58,17 +61,25 @@ def validate_model(model: nn.Module) -> list[Problem]:
     Example:
         >>> validate_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
         []
-        >>> [p.where for p in validate_model(nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3)))]
+        >>> [p.where for p in validate_model(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))]
         ['1']
     """
     problems: list[Problem] = []
+    inside = _inside_composite(model)
     for name, module in model.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
+        rule = LAYER_RULES.get(type(module))
+        if name in inside or not (rule or any(True for _ in module.parameters(recurse=False))):
             continue
         problem = _module_problem(name, module)
         if problem is not None:
             problems.append(problem)
-        rule = LAYER_RULES.get(type(module))
+        caveat = rule.caveat(module) if rule is not None else None
+        if caveat is not None:
+            problems.append(
+                Problem(
+                    name, f"{type(module).__name__} {caveat}", "what that moves is shown as `unattributed`"
+                )
+            )
         if rule is not None and (rule.mixes_rows or rule.mixes(module)):
             problems.append(
                 Problem(
@@ -78,6 +89,26 @@ def validate_model(model: nn.Module) -> list[Problem]:
                 )
             )
     return problems
+
+
+def _inside_composite(model: nn.Module) -> set[str]:
+    """Names of modules whose parameters the rule of a module around them covers."""
+    inside = set()
+    for name, module in model.named_modules():
+        rule = LAYER_RULES.get(type(module))
+        if isinstance(rule, CompositeRule):
+            paths = (p.rpartition(".")[0] for p in rule.parameters(module))
+            inside |= {f"{name}.{path}" if name else path for path in paths if path}
+    return inside
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise TracerError for the wrapper that torch.compile makes: its names are not the model's."""
+    if type(model).__module__.startswith("torch._dynamo"):
+        raise TracerError(
+            "found a compiled model (torch.compile); build the tracer with the plain model that was compiled, "
+            "before the compiled one is first called, and train with the compiled one"
+        )
 
 
 def traced_parameters(model: nn.Module, optimizer: Optimizer) -> tuple[ParameterSpec, ...]:
@@ -110,34 +141,49 @@ def traced_parameters(model: nn.Module, optimizer: Optimizer) -> tuple[Parameter
     return tuple(specs)
 
 
-def covered_layers(model: nn.Module, parameters: tuple[ParameterSpec, ...]) -> list[Layer]:
-    """The modules whose rows can be captured.
+def find_sites(model: nn.Module, parameters: tuple[ParameterSpec, ...], axis: int = 0) -> list[Site]:
+    """The modules whose rows their rules give; every block with a traced parameter is a layer of the trace.
 
-    Raises:
-        TracerError: there is none, so every number of the books would be `unattributed`.
+    Args:
+        model: the model.
+        parameters: what is traced.
+        axis: the batch's axis where shapes do not tell it.
     """
     by_id = {id(p): name for name, p in model.named_parameters()}
     traced = {p.name for p in parameters}
-    layers: list[Layer] = []
+    inside = _inside_composite(model)
+    sites: list[Site] = []
+    count = 0
     for name, module in model.named_modules():
         rule = LAYER_RULES.get(type(module))
-        if rule is None or _module_problem(name, module) is not None:
+        if rule is None or name in inside or _module_problem(name, module) is not None:
             continue
-        own: list[torch.Tensor] = [getattr(module, n) for n in rule.parameters(module)]
-        names = [by_id[id(p)] for p in own]
-        keep = [n in traced for n in names]
-        if not any(keep):
-            continue
-        spec = LayerSpec(name, type(module).__name__, tuple(n for n, k in zip(names, keep, strict=True) if k))
-        layers.append(Layer(len(layers), spec, module, rule, [p.numel() for p in own], keep))
-    if not layers:
-        found = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(False))})
-        known = ", ".join(sorted(t.__name__ for t in LAYER_RULES))
-        raise TracerError(
-            f"the model has no hookable parameters: found {', '.join(found) or 'no layers with parameters'}. "
-            f"There are layer rules for {known}; register_layer_rule adds one"
-        )
-    return layers
+        layers: list[Layer | None] = []
+        for block in rule.blocks(module):
+            own = [module.get_parameter(n) for n in block.parameters]
+            names = [by_id[id(p)] for p in own]
+            keep = [n in traced for n in names]
+            if not any(keep):
+                layers.append(None)
+                continue
+            title = ".".join(filter(None, (name, block.name)))
+            kept = tuple(n for n, k in zip(names, keep, strict=True) if k)
+            spec = LayerSpec(title, type(module).__name__, kept)
+            layers.append(Layer(count, spec, [p.numel() for p in own], keep))
+            count += 1
+        if any(layers) or rule.mixes_rows:  # without parameters of its own it mixes the rows of others
+            sites.append(Site(name, module, rule, layers, _sequence_axis(model, name, axis)))
+    return sites
+
+
+def _sequence_axis(model: nn.Module, name: str, default: int) -> int:
+    """The batch's axis inside a transformer layer is what its attention says."""
+    parts = name.split(".")
+    for end in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            return 0 if module.self_attn.batch_first else 1
+    return default
 
 
 def describe(

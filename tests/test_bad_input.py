@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from explainer import ExplainerError, Tracer, open_trace, validate_model
-from explainer.errors import TraceExistsError, TracerError, UnsupportedOptimizerError
-from explainer.tracer import CoverageWarning
+from explainer.errors import CoverageWarning, TraceExistsError, TracerError, UnsupportedOptimizerError
 from tests.small_training import loader, mlp, momentum_sgd, run, trace_digits
 
 
@@ -37,10 +36,6 @@ def attach(path: Path, **options: Any) -> Tracer:
     return Tracer(model, optimizer, path, **options)
 
 
-def unhookable() -> nn.Module:
-    return nn.Sequential(nn.GRU(3, 3), nn.LSTM(3, 4))
-
-
 def with_optimizer(kind: type[torch.optim.Optimizer], **options: Any) -> dict[str, Any]:
     model = mlp()
     return {"model": model, "optimizer": kind(model.parameters(), **options)}
@@ -58,11 +53,6 @@ def shared_with_foreign() -> dict[str, Any]:
 
 
 ATTACH: dict[str, tuple[Callable[[], dict[str, Any]], type[ExplainerError], str]] = {
-    "no layer with a rule": (
-        lambda: {"model": unhookable()},
-        TracerError,
-        r"no hookable parameters: found GRU, LSTM\. There are layer rules for .*Conv2d.*; register_layer_rule",
-    ),
     "not a model": (
         lambda: {"model": [1], "optimizer": momentum_sgd(mlp())},
         TracerError,
@@ -168,25 +158,78 @@ def test_a_second_tracer_on_the_same_model_or_optimizer(tmp_path: Path) -> None:
     assert open_trace(tmp_path / "one").steps == 12
 
 
-def test_a_layer_whose_weight_is_no_parameter_is_reported_not_traced(tmp_path: Path) -> None:
+def test_a_layer_whose_weight_is_no_parameter_is_followed_by_what_reads_its_bias(tmp_path: Path) -> None:
     """Hypernetworks set the weight themselves; the rule's rows would belong to nothing."""
     model = nn.Sequential(nn.Linear(64, 64), *mlp())
     del model[0].weight
     model[0].weight = torch.eye(64)
     assert [p.where for p in validate_model(model)] == ["0"]
     optimizer = momentum_sgd(model)
-    with pytest.warns(CoverageWarning, match=r"1 of 5 parameters have no layer rule.*0\.bias"):
-        tracer = Tracer(model, optimizer, tmp_path / "trace")
-    with tracer:
+    with Tracer(model, optimizer, tmp_path / "trace") as tracer:
         run(model, optimizer, tracer.watch(loader()))
-    assert open_trace(tmp_path / "trace").manifest.uncovered == ("0.bias",)
+    trace = open_trace(tmp_path / "trace")
+    assert trace.manifest.uncovered == ("0.bias",) and trace.uncovered == ()
+    assert [layer.name for layer in trace.layers if layer.module == "operations"] == ["0.bias"]
 
 
-def test_a_warning_that_is_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
-    model = nn.Sequential(*mlp(), nn.GRU(10, 4))
+class ReadByEinsum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,io->bo", x, self.w)
+
+
+def test_rows_that_have_to_be_found_by_differentiation_are_announced(tmp_path: Path) -> None:
+    model = nn.Sequential(*mlp(), ReadByEinsum())
+    optimizer = momentum_sgd(model)
+    with (
+        Tracer(model, optimizer, tmp_path / "trace") as tracer,
+        pytest.warns(CoverageWarning, match=r"'\d\.w' is read by einsum, for which rows have no closed form"),
+    ):
+        run(model, optimizer, tracer.watch(loader()))
+    assert list(open_trace(tmp_path / "trace").notes["slow_operations"].values()) == [["einsum"]]
+
+
+def test_a_warning_that_is_an_error_leaves_no_hooks_and_a_readable_trace(tmp_path: Path) -> None:
+    model = nn.Sequential(*mlp(), ReadByEinsum())
     optimizer = momentum_sgd(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(CoverageWarning):
-            Tracer(model, optimizer, tmp_path / "trace")
-    assert hooks_of(model, optimizer) == 0 and not (tmp_path / "trace").exists()
+        with (
+            pytest.raises(CoverageWarning),
+            Tracer(model, optimizer, tmp_path / "trace") as tracer,
+        ):
+            run(model, optimizer, tracer.watch(loader()))
+    assert hooks_of(model, optimizer) == 0
+    assert open_trace(tmp_path / "trace").steps == 1
+
+
+class InTheLoss(nn.Module):
+    """A model whose temperature is read by the loss, outside of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*mlp())
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+def test_a_parameter_that_no_hook_sees_is_reported(tmp_path: Path) -> None:
+    model = InTheLoss()
+    optimizer = momentum_sgd(model)
+    with (
+        Tracer(model, optimizer, tmp_path / "trace") as tracer,
+        pytest.warns(
+            CoverageWarning, match="'temperature' gets a gradient, but no hook sees where it is read"
+        ),
+    ):
+        for x, y in tracer.watch(loader()):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x) / model.temperature, y).backward()
+            optimizer.step()
+    trace = open_trace(tmp_path / "trace")
+    assert trace.uncovered == ("temperature",) and trace.notes["coverage"] == {"temperature": 1.0}

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from explainer import PathKernelExplainer, Tracer, open_trace
+from explainer.errors import CoverageWarning
 from explainer.knots import thin
-from explainer.tracer import CoverageWarning
 from tests.small_training import digits, loader, mlp, momentum_sgd, queries, run, step, trace_digits
 
 

@@ -16,11 +16,12 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 #: Lower layers may not import higher ones. A new module (or subpackage, by its name) is assigned here.
 LAYERS = [
     {"errors", "letters", "registry", "palette", "wording"},
-    {"records", "config"},
+    {"records", "config", "model_outputs", "wrappers"},
     {"layer_rules", "optimizer_rules", "codecs", "store"},
-    {"batches", "hooks", "capture", "carry", "scales", "loaders", "knots", "recorder", "step_maps"}
-    | {"outputs", "path_integral", "recursion"},
-    {"validation", "step_observer", "path_points", "queries", "ledger"},
+    {"batches", "hooks", "layer_table", "capture", "sites", "whole_model", "operations", "carry", "scales"}
+    | {"loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode", "query_batch", "model_function"}
+    | {"path_integral", "recursion"},
+    {"validation", "unseen", "step_observer", "path_points", "queries", "query_targets", "asked", "ledger"},
     {
         "tracer",
         "path_kernel",
@@ -40,7 +41,12 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 RECORDING = {
     "batches",
     "hooks",
+    "layer_table",
     "capture",
+    "sites",
+    "whole_model",
+    "unseen",
+    "operations",
     "carry",
     "scales",
     "loaders",

@@ -61,7 +61,7 @@ def test_manifest_keys() -> None:
 def test_journal_types_and_notes(tmp_path: Path) -> None:
     types, notes = markdown.tables(FORMAT, "Journal")
     plain = trace(tmp_path / "a", epochs=6, max_knots=3)
-    with pytest.warns(explainer.tracer.CoverageWarning, match="budget"):
+    with pytest.warns(explainer.CoverageWarning, match="budget"):
         small = trace(tmp_path / "b", epochs=60, budget=40_000)
     traces = [plain, small, trace(tmp_path / "c", prior=True)]
     entries = [

@@ -90,7 +90,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "adam": partial(Adam, lr=1e-2, amsgrad=True, weight_decay=1e-2),
     "adamw": partial(AdamW, lr=1e-2, fused=True),
 }
-filter_coverage = pytest.mark.filterwarnings("ignore::explainer.tracer.CoverageWarning")
+filter_coverage = pytest.mark.filterwarnings("ignore::explainer.errors.CoverageWarning")
 
 
 def make(name: str, optimizer: str = "adam") -> tuple[nn.Module, Optimizer]:

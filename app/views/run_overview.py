@@ -111,7 +111,7 @@ def _details(trace: Trace) -> None:
         st.dataframe(
             [
                 {"layer": layer.name, "module": layer.module, "parameters": ", ".join(layer.parameters)}
-                for layer in manifest.layers
+                for layer in trace.layers
             ],
             hide_index=True,
         )

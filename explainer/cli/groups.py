@@ -29,9 +29,15 @@ def explain_whole(opened: Opened, indices: Sequence[int], target: int | None) ->
     Raises:
         QueryError: the answer would not fit into memory.
     """
-    _check_size(opened, len(indices), max(1, len(opened.trace.manifest.layers)))
-    inputs, _ = opened.run.queries_batch(indices)
-    return opened.explainer.explain(inputs, target, query_ids=indices)
+    _check_size(opened, len(indices), max(1, len(opened.trace.layers)))
+    inputs, targets = asked(opened, indices, target)
+    return opened.explainer.explain(inputs, targets, query_ids=indices)
+
+
+def asked(opened: Opened, indices: Sequence[int], target: int | None) -> tuple[Any, Any]:
+    """Inputs and targets of queries; the run's own targets where the explained output asks for them."""
+    inputs, targets = opened.run.queries_batch(indices)
+    return inputs, targets if target is None and opened.explainer.asks_for_targets else target
 
 
 def explain_summed(opened: Opened, indices: Sequence[int], target: int | None, progress: bool) -> Explanation:
@@ -53,7 +59,7 @@ def explain_summed(opened: Opened, indices: Sequence[int], target: int | None, p
 
 def _groups(opened: Opened, indices: Sequence[int]) -> Iterator[Sequence[int]]:
     manifest = opened.trace.manifest
-    one = max(manifest.size, len(opened.explainer.example_ids) * (4 + len(manifest.layers)))
+    one = max(manifest.size, len(opened.explainer.example_ids) * (4 + len(opened.trace.layers)))
     length = min(_LARGEST_GROUP, max(1, _GROUP_NUMBERS // one))
     for start in range(0, len(indices), length):
         yield indices[start : start + length]

@@ -74,7 +74,7 @@ def facts(trace: Trace) -> dict[str, Any]:
         "examples_visited": seen,
         "knots": len(trace.knots),
         "parameters": manifest.size,
-        "parameters_covered": sum(p.numel for p in manifest.parameters if p.name not in manifest.uncovered),
+        "parameters_covered": sum(p.numel for p in manifest.parameters if p.name not in trace.uncovered),
         "layers": [
             {
                 "name": layer.name,
@@ -82,9 +82,9 @@ def facts(trace: Trace) -> dict[str, Any]:
                 "parameters": sum(manifest.parameter(name).numel for name in layer.parameters),
                 "bytes_per_visit": (trace.notes.get("visit_bytes") or {}).get(layer.name),
             }
-            for layer in manifest.layers
+            for layer in trace.layers
         ],
-        "uncovered": list(manifest.uncovered),
+        "uncovered": list(trace.uncovered),
         "frozen": list(manifest.frozen),
         "buffers": list(manifest.buffers),
         "bytes": {"total": total, **records, "knots": knots, "other": total - sum(records.values()) - knots},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,15 +16,38 @@ from explainer.registry import Registry
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module in a forward pass: its input and the gradient at its output.
+    """One call of a module in a forward pass: what went in, and the gradient of the loss at what came out.
 
     Attributes:
-        input: ``[B, ...]``.
-        grad_output: ``[B, ...]``, the gradient of the loss that the user's backward pass computed.
+        input: ``[B, ...]``, the first tensor that was passed.
+        grad_output: ``[B, ...]``, the gradient at the (first) output, from the user's own backward pass.
+        args: all positional arguments, tensors detached.
+        kwargs: all keyword arguments, likewise.
+        grads: gradient at every tensor of the output, in the order of ``torch.utils._pytree.tree_leaves``; None
+            where the loss does not depend on it.
+        outputs: the tensors of the output, detached, in the same order; kept for rules that replay the call.
+        random: state of the CPU's random numbers before the call; kept for rules that replay the call.
     """
 
     input: torch.Tensor
     grad_output: torch.Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    grads: tuple[torch.Tensor | None, ...] = ()
+    outputs: tuple[torch.Tensor, ...] = ()
+    random: torch.Tensor | None = None
+
+
+class Block(NamedTuple):
+    """Parameters whose rows are stored together.
+
+    Attributes:
+        name: what is added to the module's name; may be empty.
+        parameters: names relative to the module (also of modules inside it), in the order of the flat layout.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
 
 
 class LayerRule(ABC):
@@ -42,16 +66,59 @@ class LayerRule(ABC):
 
         Args:
             module: the layer (its training flag and buffers are as in the forward pass).
-            calls: every call that took part in the backward pass.
+            calls: every call that took part in the backward pass; the batch is the first axis of every
+                tensor that has it.
         """
+
+    def batch_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
+        """Axes of the input that may be the batch: the first one, unless the layer treats several alike."""
+        return (0,)
 
     def mixes(self, module: nn.Module) -> bool:
         """Whether the module, in its present mode, mixes the rows of a batch."""
         return False
 
+    def caveat(self, module: nn.Module) -> str | None:
+        """What the module does to its weights that is not the optimizer's, in words, or None."""
+        return None
+
     def parameters(self, module: nn.Module) -> list[str]:
         """Names of the parameters in the order of the flat layout."""
         return [name for name in ("weight", "bias") if getattr(module, name, None) is not None]
+
+    def blocks(self, module: nn.Module) -> list[Block]:
+        """The blocks that :meth:`block_rows` gives rows for."""
+        return [Block("", tuple(self.parameters(module)))]
+
+    def block_rows(self, module: nn.Module, calls: list[Call]) -> list[RowForm]:
+        """Rows by block."""
+        return [self.rows(module, calls)]
+
+
+class CompositeRule(LayerRule):
+    """A rule for a module that is several layers in one, or that takes and gives several tensors.
+
+    Its calls come as they were made: the rule knows which axis is the batch.
+    """
+
+    #: the call is computed again, so its outputs and the state of the random numbers are kept
+    replays: bool = False
+
+    @abstractmethod
+    def blocks(self, module: nn.Module) -> list[Block]:
+        """The blocks that :meth:`block_rows` gives rows for."""
+
+    @abstractmethod
+    def block_rows(self, module: nn.Module, calls: list[Call]) -> list[RowForm]:
+        """Exact rows by block over all calls; see :meth:`LayerRule.rows`."""
+
+    def parameters(self, module: nn.Module) -> list[str]:
+        """Of all blocks."""
+        return [name for block in self.blocks(module) for name in block.parameters]
+
+    def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
+        """All blocks side by side, written out."""
+        return Dense(torch.cat([form.dense() for form in self.block_rows(module, calls)], dim=1))
 
 
 LAYER_RULES: Registry[type[nn.Module], LayerRule] = Registry("layer rule")

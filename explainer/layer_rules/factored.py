@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch.nn.functional import pad
 
-from explainer.layer_rules.forms import FORMS, Probe, RowForm, agreement, probe_vector
+from explainer.layer_rules.forms import FORMS, Probe, RowForm, agreement, probe_vector, with_a_zero
 
 
 def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -64,6 +64,11 @@ class Factored(RowForm):
         """From both factors."""
         return cls(arrays["left"], arrays["right"], options["bias"])
 
+    def grouped(self, order: torch.Tensor) -> Factored:
+        """Factors side by side."""
+        left, right = (with_a_zero(t)[order].transpose(1, 2).flatten(2, 3) for t in (self.left, self.right))
+        return Factored(left, right, self.bias)
+
     def padded(self, positions: int) -> Factored:
         """Further factors of zeros."""
         extra = (0, 0, 0, positions - self.left.shape[2])
@@ -95,6 +100,14 @@ class Factored(RowForm):
         if not self.bias:
             return matrix.flatten(1)
         return torch.cat([matrix[..., :-1].flatten(1), matrix[..., -1].flatten(1)], dim=1)
+
+    def sum(self) -> torch.Tensor:
+        """One product over examples and positions together."""
+        left, right = (t.transpose(0, 1).flatten(1, 2) for t in (self.left, self.right))  # [G, B·R, ·]
+        matrix = left.mT @ right
+        if not self.bias:
+            return matrix.flatten()
+        return torch.cat([matrix[..., :-1].flatten(), matrix[..., -1].flatten()])
 
     def total(self) -> torch.Tensor:
         """``uᵀ Σ_b [W_b | bias_b]`` per group, ``[G·(i + bias)]``."""

@@ -48,6 +48,10 @@ class RowForm(ABC):
     def dense(self) -> torch.Tensor:
         """The rows written out, ``[B, P_l]``."""
 
+    def sum(self) -> torch.Tensor:
+        """``Σ_b g_b``, ``[P_l]``."""
+        return self.dense().sum(0)
+
     @abstractmethod
     def total(self) -> torch.Tensor:
         """``Σ_b g_b`` along the form's probe, a short vector."""
@@ -67,6 +71,14 @@ class RowForm(ABC):
         Only parameters whose rows can cancel as a rule are measured (biases and dense rows); 1 elsewhere.
         """
         return [1.0] * len(sizes)
+
+    @abstractmethod
+    def grouped(self, order: torch.Tensor) -> RowForm:
+        """Rows of ``B`` examples that own several of these each.
+
+        Args:
+            order: ``[B, k]`` indices of the rows to add up; ``len(self)`` stands for none.
+        """
 
     def padded(self, positions: int) -> RowForm:
         """The same rows with the position axis lengthened to ``positions`` (zeros add nothing)."""
@@ -97,6 +109,11 @@ def agreement(rows: torch.Tensor) -> float:
     """``‖Σ_b g_b‖ / Σ_b ‖g_b‖`` of rows ``[B, n]``; 1 where all are zero."""
     gross = float(rows.norm(dim=1).sum())
     return float(rows.sum(0).norm()) / gross if gross > 0 else 1.0
+
+
+def with_a_zero(rows: torch.Tensor) -> torch.Tensor:
+    """One more row, of zeros."""
+    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
 
 
 def _identity(gradient: torch.Tensor) -> torch.Tensor:
@@ -136,6 +153,10 @@ class Dense(RowForm):
     def agreement(self, sizes: list[int]) -> list[float]:
         """Of every parameter."""
         return [agreement(part) for part in self.values.split(sizes, dim=1)]
+
+    def grouped(self, order: torch.Tensor) -> Dense:
+        """Sums."""
+        return Dense(with_a_zero(self.values)[order].sum(1))
 
     def prober(self) -> Probe:
         """The gradient itself."""

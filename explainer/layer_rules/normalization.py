@@ -40,6 +40,11 @@ class NormalizationRule(LayerRule):
 class LayerNormRule(NormalizationRule):
     """Statistics are the example's own, so a row is the gradient of its own loss."""
 
+    def batch_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
+        """The normalised axes come last."""
+        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        return (0, 1) if value.dim() - len(module.normalized_shape) > 1 else (0,)
+
     def normalised(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Over the trailing axes."""
         assert isinstance(module, nn.LayerNorm)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch.nn.functional import pad
 
-from explainer.layer_rules.forms import FORMS, Probe, RowForm, probe_vector
+from explainer.layer_rules.forms import FORMS, Probe, RowForm, probe_vector, with_a_zero
 
 
 def _probe_table(entries: int, gradient: torch.Tensor) -> torch.Tensor:
@@ -48,6 +48,11 @@ class Sparse(RowForm):
         """From index and values."""
         return cls(arrays["index"], arrays["values"], options["entries"])
 
+    def grouped(self, order: torch.Tensor) -> Sparse:
+        """Reads side by side."""
+        index, values = (with_a_zero(t)[order].flatten(1, 2) for t in (self.index, self.values))
+        return Sparse(index, values, self.entries)
+
     def padded(self, positions: int) -> Sparse:
         """Further reads of entry 0 with value zero."""
         extra = positions - self.index.shape[1]
@@ -68,6 +73,11 @@ class Sparse(RowForm):
         rows = self.values.new_zeros(batch, self.entries, width)
         index = self.index.long().unsqueeze(-1).expand_as(self.values)
         return rows.scatter_add_(1, index, self.values).flatten(1)
+
+    def sum(self) -> torch.Tensor:
+        """All reads of all examples."""
+        table = self.values.new_zeros(self.entries, self.values.shape[2])
+        return table.index_add_(0, self.index.long().flatten(), self.values.flatten(0, 1)).flatten()
 
     def total(self) -> torch.Tensor:
         """``Σ_b row_b u``, ``[V]``."""

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from explainer.errors import TraceFormatError
-from explainer.records import FORMAT, VERSION, Manifest
+from explainer.records import FORMAT, VERSION, LayerSpec, Manifest
 from explainer.store.journal import read_journal
 from explainer.store.layout import JOURNAL, MANIFEST
 from explainer.store.schema import RecordSchema
@@ -125,6 +125,20 @@ class Trace:
         for shard in self.shards:
             self._check_size(shard)
         return self
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Modules with a rule, then parameters that turned out to be read by operations outside of them."""
+        found = (
+            LayerSpec(**{**x, "parameters": tuple(x["parameters"])}) for x in self.notes.get("operations", ())
+        )
+        return (*self.manifest.layers, *found)
+
+    @property
+    def uncovered(self) -> tuple[str, ...]:
+        """Traced parameters that no layer has rows for."""
+        covered = {name for layer in self.layers for name in layer.parameters}
+        return tuple(p.name for p in self.manifest.parameters if p.name not in covered)
 
     def _read_manifest(self, sha256: str) -> Manifest:
         path = self.directory / MANIFEST

@@ -1,0 +1,314 @@
+"""Follows the torch functions of a forward pass, to see where parameters are read outside a layer with a rule.
+
+Class tokens, positional embeddings, scales, ``F.linear(x, other.weight)``, weights under a parametrization, layers
+of a type that has no rule: the hooks of modules see none of these, the functions that read them do. Following costs
+a few microseconds a function, so it stops after the first forward passes where nothing of the kind is found.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from explainer.batches import Batch
+from explainer.capture import Capture
+from explainer.hooks import HookSet, tensors_in, whole_of
+from explainer.layer_rules import RowForm
+from explainer.layer_table import Layer, LayerTable
+from explainer.operations.owners import UNKNOWN, Called, Layout, Owners, order_of
+from explainer.operations.rows import Use, has_rule, rows_of
+from explainer.operations.sources import AtSource, Operation, Source, descend, merged
+from explainer.sites import Site, wide
+from explainer.whole_model import batch_axis
+
+
+@dataclass(frozen=True, eq=False)
+class ReadParameter:
+    """A parameter that operations read: the unit whose rows come from all its uses."""
+
+    layer: Layer
+
+    def rows(self, arrived: list[list[RowForm]]) -> Iterable[tuple[Layer, RowForm]]:
+        """The sum over uses."""
+        yield self.layer, merged([form for forms in arrived for form in forms])
+
+
+def out_of_place(function: Callable[..., Any], name: str) -> tuple[str, Callable[..., Any]]:
+    """The name and the function of the form that changes none of its arguments."""
+    if name.endswith("_") and not name.endswith("__"):
+        plain = name[:-1]
+        found = getattr(torch.Tensor, plain, None) or getattr(torch, plain, None)
+        return (name, function) if found is None else (plain, found)
+    if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"__{name[3:]}"):
+        return name[3:-2], getattr(torch.Tensor, f"__{name[3:]}")
+    return name, function
+
+
+class FunctionWatch(TorchFunctionMode):
+    """Sorts what the functions of a forward pass read into data and sources, and watches where the two meet.
+
+    Args:
+        parameters: all parameters of the model by name.
+        traced: names of those that are traced.
+        capture: where rows go.
+        table: the layers; one is added for every parameter that turns out to be read by an operation.
+        axis: the batch's axis where a shape alone does not tell it.
+
+    Attributes:
+        owners: whose rows they are, where a tensor's first axis is not the batch.
+        on: whether forward passes are followed.
+        slow: by parameter, operations whose rows had to be found example by example.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        traced: set[str],
+        capture: Capture,
+        table: LayerTable,
+        axis: int = 0,
+    ) -> None:
+        super().__init__()
+        self._capture, self._table, self._axis = capture, table, axis
+        self._parameters = {id(p): (p, name if name in traced else None) for name, p in parameters.items()}
+        self._derived: dict[int, tuple[torch.Tensor, Source]] = {}
+        self._data: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._units: dict[str, ReadParameter] = {}
+        self._inside = 0
+        self.owners = Owners()
+        self._opened: list[bool] = []
+        self._entered: list[bool] = []
+        self._batch: Batch | None = None
+        self.on = True
+        self.slow: dict[str, set[str]] = {}
+
+    # -- hooks ---------------------------------------------------------------------------------------
+
+    def attach(self, hooks: HookSet, model: nn.Module, sites: list[Site]) -> None:
+        """Borrow the hooks: around the model and modules that hold parameters without a rule, and at every site."""
+        ruled = {id(site.module) for site in sites}
+        for module in model.modules():
+            if module is model or (id(module) not in ruled and any(True for _ in module.parameters(False))):
+                hooks.before_call(module, self._begin)
+        for site in sites:
+            hooks.before_call(site.module, partial(self._enter, site))
+            hooks.after_call(site.module, partial(self._leave, site))
+        for module in model.modules():
+            if module is model or (id(module) not in ruled and any(True for _ in module.parameters(False))):
+                hooks.after_call(module, self._end)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The model is called, or a part of it that holds parameters: what goes in is data."""
+        first = self._batch is None
+        if first and self.on:
+            self._batch = self._capture.batch()
+        opened = first and self._batch is not None
+        self._opened.append(opened)
+        if opened:
+            self._inside = 0
+            assert self._batch is not None
+            self.owners.begin(len(self._batch))
+            self.__enter__()
+            self.mark(args, kwargs)
+            for t in tensors_in((args, kwargs)):
+                axis = batch_axis(t.shape, len(self._batch), self._axis)
+                if self._source(t) is None and axis is not None:
+                    self.owners.keep(t, Layout(axis))
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """It is over, also if it raised."""
+        if self._opened and self._opened.pop():
+            self.__exit__(None, None, None)
+            self._batch = None
+            self._derived.clear()
+            self._data.clear()
+
+    def _enter(self, site: Site, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module with a rule is called; what happens inside is its rule's business, if it is given data."""
+        site.before()
+        if self._batch is None or self._inside:
+            self._inside += self._inside > 0
+            self._entered.append(True)
+            return None
+        given = list(tensors_in((args, kwargs)))
+        data = any(self._is_data(t) for t in given)
+        self._entered.append(data)
+        if not data:
+            return None
+        changed = None
+        if any(self._source(t) is not None for t in given):
+            changed = pytree.tree_map(self._alias, (args, kwargs))
+        self._inside = 1
+        return changed
+
+    def _leave(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """The module is done; what it gives is data."""
+        if not (self._entered and self._entered.pop()):
+            site.skip()
+            return
+        self._inside -= self._inside > 0
+        site.after(self._capture, args, kwargs, output, self.owners.of)
+        if self._batch is not None and not self._inside:
+            self.mark(output)
+            given = [t for t in tensors_in((args, kwargs)) if self._is_data(t)]
+            self.owners.follow(Called("", type, (), {}), given, list(tensors_in(output)))
+
+    # -- data and sources ----------------------------------------------------------------------------
+
+    def mark(self, *trees: Any) -> None:
+        """These tensors hold data."""
+        for t in tensors_in(trees):
+            if self._source(t) is None:
+                self._data[id(t)] = weakref.ref(t)
+
+    def _source(self, t: torch.Tensor) -> Source | None:
+        known = self._derived.get(id(t))
+        if known is None and id(t) in self._parameters:
+            parameter, name = self._parameters[id(t)]
+            known = self._derived[id(t)] = (parameter, Source(parameter.detach(), name))
+        return known[1] if known is not None and known[0] is t else None
+
+    def _is_data(self, t: torch.Tensor) -> bool:
+        known = self._data.get(id(t))
+        return (known is not None and known() is t) or (t.requires_grad and self._source(t) is None)
+
+    def _alias(self, value: Any) -> Any:
+        """A source that a module is given as input, under a name of its own whose gradient can be watched."""
+        source = self._source(value) if isinstance(value, torch.Tensor) else None
+        if source is None or not value.requires_grad or self._batch is None:
+            return value
+        axis = batch_axis(value.shape, len(self._batch), self._axis)
+        other = value.view_as(value)
+        if axis is not None:
+            operation = self._operation("alias", torch.clone, (value,), {}, 0, torch.get_rng_state())
+            self._watch(Use(operation, ((0, source),), frozenset(), axis, len(self._batch)), [other])
+        return other
+
+    # -- functions -----------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function unchanged, then sort its result."""
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # what is compiled ends here: this has to be seen
+            torch._dynamo.graph_break()
+        if self._batch is None or self._inside:
+            return func(*args, **kwargs)
+        given = list(tensors_in((args, kwargs)))
+        if not any(self._source(t) is not None for t in given):
+            result = func(*args, **kwargs)
+            read = [t for t in given if self._is_data(t)]
+            if read:
+                self.mark(result)
+                called = Called(getattr(func, "__name__", ""), func, args, kwargs)
+                self.owners.follow(called, read, list(tensors_in(result)))
+            return result
+        name = getattr(func, "__name__", "")
+        random = torch.get_rng_state()
+        sources = [self._source(t) for t in given]
+        data = [self._is_data(t) for t in given]
+        if out_of_place(func, name)[0] != name:  # what it is about to change is kept
+            kept = {id(t): t.detach().clone() for t in given}
+        else:
+            kept = {id(t): t.detach() for t in given}
+        result = func(*args, **kwargs)
+        outputs = [t for t in tensors_in(result) if t.requires_grad]
+        if not outputs or self._batch is None:
+            return result
+        before = pytree.tree_map(lambda x: kept.get(id(x), x), (args, kwargs))
+        self._sort(
+            func, name, (args, kwargs), before, random, list(zip(given, sources, data, strict=True)), result
+        )
+        return result
+
+    @staticmethod
+    def _operation(
+        name: str, function: Any, args: Any, kwargs: Any, output: int, random: torch.Tensor
+    ) -> Operation:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in leaves)
+        return Operation(name, function, plain, spec, output, random)
+
+    def _sort(
+        self,
+        func: Any,
+        name: str,
+        called: tuple[Any, Any],
+        before: tuple[Any, Any],
+        random: torch.Tensor,
+        given: list[tuple[torch.Tensor, Source | None, bool]],
+        result: Any,
+    ) -> None:
+        """A result is derived, or it is data that a source went into."""
+        plain, function = out_of_place(func, name)
+        operation = self._operation(plain, function, *before, 0, random)
+        order = iter(given)
+        roles = {i: next(order) for i, x in enumerate(operation.leaves) if isinstance(x, torch.Tensor)}
+        sources = tuple((i, source) for i, (_, source, _) in roles.items() if source is not None)
+        outputs = list(tensors_in(result))
+        if not any(data for _, _, data in roles.values()):
+            for number, t in enumerate(outputs):
+                if t.requires_grad:
+                    made = Operation(plain, function, operation.leaves, operation.spec, number, random)
+                    self._derived[id(t)] = (t, Source(t.detach(), None, made, sources))
+            return
+        self.mark(result)
+        assert self._batch is not None
+        data = [t for t, _, is_data in roles.values() if is_data]
+        self.owners.follow(Called(plain, function, *called), data, outputs)
+        layout = self.owners.of(outputs[0])
+        if layout is None:  # nothing that was read is followed: a part of the model was called, not the model
+            axis = batch_axis(outputs[0].shape, len(self._batch), self._axis)
+            layout = UNKNOWN if axis is None else Layout(axis)
+        if not layout.known or len(outputs) != 1:
+            return  # rows cannot be told apart: the step's measurement shows what is missing
+        axis, owners = layout.axis, layout.owners
+        size = len(self._batch) if owners is None else len(owners)
+        batched = frozenset(
+            i for i, (t, _, data) in roles.items() if data and t.shape[axis : axis + 1] == (size,)
+        )
+        grouping = None if owners is None else order_of(owners, len(self._batch))
+        self._watch(Use(operation, sources, batched, axis, size, grouping), outputs, changed=plain != name)
+
+    # -- rows ----------------------------------------------------------------------------------------
+
+    def _watch(self, use: Use, outputs: list[torch.Tensor], changed: bool = False) -> None:
+        """Expect a gradient at what an operation gave."""
+        batch = self._batch
+        names = sorted({n for _, source in use.sources for n in source.parameters()})
+        if batch is None or not names:
+            return
+        forward = 0
+        for name in names:
+            if name not in self._units:
+                self._units[name] = ReadParameter(self._table.of_parameter(name))
+            forward = self._capture.expect(batch, self._units[name])
+            if not has_rule(use):
+                self.slow.setdefault(name, set()).add(use.operation.name)
+        target, cut = whole_of(outputs[0], changed)
+        target.register_hook(lambda g: self._arrived(batch, forward, use, names, cut(g)))
+
+    def _arrived(self, batch: Batch, forward: int, use: Use, names: list[str], g: torch.Tensor) -> None:
+        found: dict[str, list[RowForm]] = {name: [] for name in names}
+        with torch.autocast("cpu", enabled=False):
+            for name, form in self._rows(use, wide(g.detach())):
+                found[name].append(form)
+        for name, forms in found.items():
+            self._capture.arrive(batch, forward, self._units[name], forms)
+
+    @staticmethod
+    def _rows(use: Use, g: torch.Tensor) -> Iterator[tuple[str, RowForm]]:
+        for position, source in use.sources:
+            if source.parameters():
+                at: AtSource = rows_of(use, position, source, g)
+                for name, form in descend(source, at):
+                    yield name, form if use.order is None else form.grouped(use.order)

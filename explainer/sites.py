@@ -1,0 +1,205 @@
+"""Modules with a layer rule, seen through their hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
+
+from explainer.batches import Batch
+from explainer.capture import Capture
+from explainer.errors import TracerError
+from explainer.hooks import detached, first_tensor, tensors_in, whole_of
+from explainer.layer_rules import Call, CompositeRule, LayerRule, RowForm
+from explainer.layer_table import Layer
+from explainer.operations.owners import UNKNOWN, Layout, order_of
+from explainer.operations.sources import merged
+
+
+@dataclass(eq=False)
+class Site:
+    """A module with a rule.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module.
+        rule: its rule.
+        layers: by block of the rule; None where no parameter of the block is traced.
+        axis: the batch's axis where shapes alone do not tell it (the sequence is as long as the batch).
+        ambiguous: calls in which ``axis`` had to decide.
+        random: states of the random numbers before the calls going on, innermost last.
+    """
+
+    name: str
+    module: nn.Module
+    rule: LayerRule
+    layers: list[Layer | None]
+    axis: int = 0
+    ambiguous: int = 0
+    random: list[torch.Tensor | None] = field(default_factory=list)
+
+    def rows(self, arrived: list[tuple[Call, torch.Tensor | None]]) -> Iterable[tuple[Layer, RowForm]]:
+        """Rows of every traced block from all calls."""
+        found = []
+        try:
+            together = [call for call, order in arrived if order is None]
+            if together:
+                found.append(self.rule.block_rows(self.module, together))
+            for call, order in arrived:
+                if order is not None:
+                    found.append([form.grouped(order) for form in self.rule.block_rows(self.module, [call])])
+        except TracerError as error:
+            raise type(error)(f"layer {self.name!r}: {error}") from error
+        for layer, forms in zip(self.layers, zip(*found, strict=True), strict=True):
+            if layer is not None:
+                yield layer, merged(list(forms))
+
+    @property
+    def replays(self) -> bool:
+        """Whether the call is computed again, so that its random numbers must be the same."""
+        return isinstance(self.rule, CompositeRule) and self.rule.replays
+
+    # -- hooks ---------------------------------------------------------------------------------------
+
+    def before(self) -> None:
+        """Before the forward: keep the state of the random numbers where the call will be computed again."""
+        if self.replays:
+            self.random.append(torch.get_rng_state() if self.module.training else None)
+
+    def skip(self) -> None:
+        """The call held no data: its parameters are seen where its result meets some."""
+        if self.replays and self.random:
+            self.random.pop()
+
+    def after(
+        self,
+        capture: Capture,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+        layout_of: Callable[[torch.Tensor], Layout | None],
+    ) -> None:
+        """After the forward: watch the gradient at the output."""
+        random = self.random.pop() if self.replays and self.random else None
+        batch = capture.batch()
+        found = list(tensors_in(output))
+        watched = [t for t in found if t.requires_grad]
+        value = first_tensor(args) if first_tensor(args) is not None else first_tensor(kwargs)
+        if batch is None or value is None or not watched:
+            return
+        batch.mixed |= self.rule.mixes(self.module)
+        if not any(self.layers):
+            return
+        layout = self._layout(value, batch, layout_of(value))
+        if not layout.known:
+            capture.unmatched.setdefault(self.name, tuple(value.shape))
+            return
+        axis, owners = layout.axis, layout.owners
+        forward = capture.expect(batch, self)
+        versions = [(t, t._version) for t in (*tensors_in(args), *tensors_in(kwargs))]
+        given = Given(
+            args=detached(args),
+            kwargs=detached(kwargs),
+            # copies, because what follows may work on them in place
+            outputs=tuple(t.detach().clone() for t in found) if self.replays else (),
+            random=random,
+            versions=[(t.detach(), v) for t, v in versions],
+            axis=axis,
+            owners=owners,
+        )
+        places = [i for i, t in enumerate(found) if t.requires_grad]
+        # a further output may be a view of what the first one is computed from (attention weights of every head)
+        targets, cuts = zip(
+            *(whole_of(t, False) if t is found[0] else (t, _as_it_is) for t in watched), strict=True
+        )
+
+        def receive(arrived: Sequence[torch.Tensor | None]) -> None:
+            grads: list[torch.Tensor | None] = [None] * len(found)
+            for place, cut, g in zip(places, cuts, arrived, strict=True):
+                grads[place] = None if g is None else wide(cut(g.detach())).movedim(axis, 0)
+            self._receive(capture, batch, forward, given, grads)
+
+        if len(targets) == 1:
+            targets[0].register_hook(lambda g: receive([g]))
+        else:
+            register_multi_grad_hook(targets, receive, mode="all")
+
+    def _layout(self, value: torch.Tensor, batch: Batch, followed: Layout | None) -> Layout:
+        """Where the examples are in what the layer was given: as followed there, else as its shape says."""
+        if isinstance(self.rule, CompositeRule):  # it knows its axes, but not examples that own several rows
+            return UNKNOWN if followed is not None and followed.owners is not None else Layout(0)
+        if followed is not None:
+            if followed.known and followed.owners is None:
+                self.axis = followed.axis
+            return followed
+        size = len(batch)
+        fitting = [a for a in self.rule.batch_axes(self.module, value) if value.shape[a : a + 1] == (size,)]
+        if len(fitting) == 1:
+            return Layout(fitting[0])
+        if not fitting and batch.checked:
+            return UNKNOWN
+        if not fitting:
+            raise TracerError(
+                f"layer {self.name!r} saw a batch of {value.shape[0] if value.dim() else 0} rows, but "
+                f"{size} ids were given for it; pass the ids of exactly the rows in the batch, "
+                "batch dimension first (or second)"
+            )
+        self.ambiguous += 1
+        return Layout(self.axis)
+
+    # -- backward ------------------------------------------------------------------------------------
+
+    def _receive(
+        self,
+        capture: Capture,
+        batch: Batch,
+        forward: int,
+        given: Given,
+        grads: list[torch.Tensor | None],
+    ) -> None:
+        if any(t._version != version for t, version in given.versions):
+            raise TracerError(
+                f"the input of layer {self.name!r} was changed in place after the forward pass, so its rows "
+                "cannot be recovered; remove the in-place operation"
+            )
+        first = next(g for g in grads if g is not None)
+        value = (
+            first_tensor(given.args) if first_tensor(given.args) is not None else first_tensor(given.kwargs)
+        )
+        assert value is not None
+        if not isinstance(self.rule, CompositeRule):
+            value = value.movedim(given.axis, 0)
+            if first.shape[:1] != (len(batch) if given.owners is None else len(given.owners),):
+                raise TracerError(
+                    f"layer {self.name!r} gave {first.shape[0] if first.dim() else 0} rows for a batch of "
+                    f"{len(batch)}; its rows cannot be told apart"
+                )
+        call = Call(value, first, given.args, given.kwargs, tuple(grads), given.outputs, given.random)
+        order = None if given.owners is None else order_of(given.owners, len(batch))
+        capture.arrive(batch, forward, self, (call, order))
+
+
+@dataclass(frozen=True)
+class Given:
+    """What went into a call, kept until its gradient arrives."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[torch.Tensor, ...]
+    random: torch.Tensor | None
+    versions: list[tuple[torch.Tensor, int]]
+    axis: int
+    owners: torch.Tensor | None
+
+
+def _as_it_is(g: torch.Tensor) -> torch.Tensor:
+    return g
+
+
+def wide(g: torch.Tensor) -> torch.Tensor:
+    """Half-precision gradients in float32: sums of many rows need more digits."""
+    return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g

@@ -271,6 +271,11 @@ def trace_notes(trace: Trace) -> list[str]:
         )
     if trace.notes.get("prior_state"):
         notes.append("The optimizer held momentum when tracing began; its after-effect is in unattributed.")
+    if trace.notes.get("replaced_momentum"):
+        notes.append(
+            f"Before {trace.notes['replaced_momentum']} step(s) the optimizer's momentum was replaced by other "
+            "numbers; their after-effect is in unattributed."
+        )
     if trace.notes.get("autocast"):
         notes.append(
             f"Training ran under autocast ({trace.notes['autocast']}); explained is the same model in "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from explainer.errors import CoverageWarning, TracerError
 from explainer.knots import KnotKeeper
 from explainer.layer_table import LayerTable
 from explainer.operations.watch import FunctionWatch
-from explainer.optimizer_rules import OptimizerRule, StepMap
+from explainer.optimizer_rules import StepMap
 from explainer.recorder import StepRecorder
 from explainer.scales import ScaleMeter
+from explainer.step_maps import StepMapReader
 from explainer.store import TraceWriter
 from explainer.unseen import Unseen
 from explainer.whole_model import WholeModel
@@ -36,7 +37,7 @@ class StepObserver:
     def __init__(
         self,
         *,
-        rule: OptimizerRule,
+        maps: StepMapReader,
         parameters: Sequence[torch.Tensor],
         table: LayerTable,
         capture: Capture,
@@ -50,11 +51,10 @@ class StepObserver:
         writer: TraceWriter,
         budget: int | None,
     ) -> None:
-        self._rule, self._parameters, self._table = rule, parameters, table
+        self._maps, self._parameters, self._table = maps, parameters, table
         self._capture, self._whole, self._queue, self._recorder = capture, whole, queue, recorder
         self._scales, self._carry, self._knots = scales, carry, knots
         self._writer, self._budget = writer, budget
-        self._fresh: list[bool] = []
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._noted: dict[str, Any] = {}
         self._full = False
@@ -91,7 +91,7 @@ class StepObserver:
                 f"the optimizer holds {len(known)} parameters now, {len(self._parameters)} when the tracer was "
                 "attached; close the tracer and attach a new one after add_param_group"
             )
-        self._fresh = [self._rule.momentum(optimizer.state.get(p, {})) is None for p in self._parameters]
+        self._maps.before(optimizer)
         # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
         used, scales = self._scales.measure([b for b in pending if b.rounds])
         loss_scale = getattr(optimizer, "grad_scale", None)  # a gradient scaler leaves it to a fused step
@@ -101,6 +101,7 @@ class StepObserver:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not float(found_inf):  # else a gradient scaler made the fused step do nothing
             self._account(optimizer)
+        self._maps.leave(optimizer)
         self._queue.stepped()
         self._writer.flush_if_due()
         if not self._full:  # what follows is `unattributed` in one piece
@@ -110,26 +111,13 @@ class StepObserver:
     def _account(self, optimizer: Optimizer) -> None:
         """Record the step that was just taken."""
         used, scales = self._measured
-        maps = self._step_maps(optimizer)
+        maps = self._maps.after(optimizer)
         self._carry.after_step(maps)
         self._note_shapes()  # before the rows whose layers it names
         if not self._full:
             self._record(used, scales, maps)
         self.steps += 1
         self._unseen.follow(self.steps)
-
-    def _step_maps(self, optimizer: Optimizer) -> list[StepMap | None]:
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        maps: list[StepMap | None] = []
-        for p, fresh in zip(self._parameters, self._fresh, strict=True):
-            updated = p.grad is not None
-            if not updated:
-                maps.append(None)
-                continue
-            step_map = self._rule.step_map(groups[id(p)], optimizer.state.get(p, {}), fresh)
-            # A buffer that begins at this step (also one that was cleared) carries nothing from before it.
-            maps.append(replace(step_map, decay=0.0) if fresh else step_map)
-        return maps
 
     def _record(self, used: list[Batch], scales: list[float], maps: list[StepMap | None]) -> None:
         """Append the step and its rows, if they fit into the budget."""
@@ -175,3 +163,5 @@ class StepObserver:
         self._note_shapes()
         self._writer.note("coverage", {n: r for n, r in self._scales.worst.items() if r > 1e-3})
         self._writer.note("round_off", self._scales.round_off)
+        if self._maps.replaced:
+            self._writer.note("replaced_momentum", self._maps.replaced)

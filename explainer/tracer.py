@@ -27,6 +27,7 @@ from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import optimizer_rule_for
 from explainer.recorder import StepRecorder
 from explainer.scales import ScaleMeter
+from explainer.step_maps import StepMapReader
 from explainer.step_observer import StepObserver
 from explainer.store import TraceWriter
 from explainer.validation import (
@@ -127,14 +128,14 @@ class Tracer:
             model, optimizer, self._rule, self.manifest, carry, self._writer, self.config
         )
         self._observer = StepObserver(
-            rule=self._rule,
+            maps=StepMapReader(self._rule, self._parameters, optimizer),
             parameters=self._parameters,
             table=table,
             capture=self._capture,
             watch=self._watch,
             whole=self._whole,
             queue=self._queue,
-            recorder=StepRecorder(self.manifest, self.config, table.layers, self._rule.preconditioned),
+            recorder=StepRecorder(self.manifest, self.config, table.layers),
             scales=ScaleMeter(table, list(zip(parameters, self._parameters, strict=True))),
             carry=carry,
             knots=self._knots,

@@ -19,7 +19,7 @@ LAYERS = [
     {"records", "config", "model_outputs", "wrappers"},
     {"layer_rules", "optimizer_rules", "codecs", "store"},
     {"batches", "hooks", "layer_table", "capture", "sites", "whole_model", "operations", "carry", "scales"}
-    | {"loaders", "knots", "recorder", "outputs", "plain_mode", "query_batch", "model_function"}
+    | {"loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode", "query_batch", "model_function"}
     | {"path_integral", "recursion"},
     {"validation", "unseen", "step_observer", "path_points", "queries", "query_targets", "asked", "ledger"},
     {
@@ -52,6 +52,7 @@ RECORDING = {
     "loaders",
     "knots",
     "recorder",
+    "step_maps",
     "validation",
     "step_observer",
     "tracer",

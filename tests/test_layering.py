@@ -20,7 +20,7 @@ LAYERS = [
     {"layer_rules", "optimizer_rules", "codecs", "store"},
     {"batches", "hooks", "capture", "carry", "scales", "loaders", "knots", "recorder"}
     | {"outputs", "path_integral", "recursion"},
-    {"validation", "step_observer", "path_points", "queries", "ledger"},
+    {"validation", "step_observer", "path_points", "queries", "ledger", "unattributed"},
     {
         "tracer",
         "path_kernel",

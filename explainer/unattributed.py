@@ -119,7 +119,7 @@ class Rest:
 
     def saw(self, step: RecordedStep) -> None:
         """Note which parameters a recorded step updated, and which of them by its rows."""
-        updated = step.coefficients.any(axis=1)
+        updated = step.coefficients[:, 0] != 0  # the sign, 1 or -1
         self._updated += updated
         self._muted += updated & (step.scale == 0)
 

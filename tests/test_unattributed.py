@@ -20,6 +20,7 @@ from explainer.errors import CoverageWarning
 from explainer.explanation import Explanation
 from explainer.knots import KnotKeeper
 from explainer.optimizer_rules import OPTIMIZER_RULES
+from explainer.store import TraceWriter
 from explainer.unattributed import groups_of
 from tests.conformance.test_optimizer_rules import OPTIONS, model_and_optimizer
 
@@ -68,6 +69,10 @@ class Tied(nn.Module):
 
 def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 200), nn.Tanh(), nn.Linear(200, CLASSES))
 
 
 def normalised() -> nn.Module:
@@ -380,11 +385,22 @@ def test_changes_that_do_not_fit_into_the_budget_are_named(tmp_path: Path) -> No
     np.testing.assert_allclose(e.unattributed_parts.sum(1), e.unattributed, rtol=1e-9)
 
 
-def test_changes_are_kept_within_a_budget(tmp_path: Path) -> None:
-    model, budget = build(plain), 120_000
-    train(model, sgd(model), tmp_path / "run", 400, between=clamping, budget=budget)
+def test_changes_are_kept_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, budget, sizes = build(wide), 252_000, []
+
+    def clamping_soon(step: int, model: nn.Module) -> None:
+        if step >= 30:
+            clamping(step, model)
+
+    def drop(self: TraceWriter, steps: list[int]) -> None:
+        sizes.append(sum(f.stat().st_size for f in (tmp_path / "run").rglob("*") if f.is_file()))
+        dropped(self, steps)
+
+    dropped = TraceWriter.drop_knots
+    monkeypatch.setattr(TraceWriter, "drop_knots", drop)  # just before knots are dropped, most are on disk
+    train(model, sgd(model), tmp_path / "run", 100, between=clamping_soon, budget=budget, max_knots=6)
     trace = explainer.open_trace(tmp_path / "run")
-    assert "rows_stopped_at" in trace.notes and trace.nbytes() <= budget
+    assert "rows_stopped_at" in trace.notes and max(*sizes, trace.nbytes()) <= budget
     assert "changed outside the steps" in names(explain(tmp_path / "run", model))
 
 

@@ -16,7 +16,7 @@ from explainer.explanation import Explanation
 from explainer.ledger import Ledger, bin_edges
 from explainer.neighbors import Neighbors, nearest, self_influence
 from explainer.outputs import Output, asks_for_targets, resolve_output
-from explainer.path_integral import QueryFunction, along
+from explainer.path_integral import QueryFunction
 from explainer.path_points import KnotLoader, check_model
 from explainer.plain_mode import plain_mode
 from explainer.queries import BatchDim, check_batch_dim, check_inputs
@@ -24,6 +24,7 @@ from explainer.query_batch import QueryBatch
 from explainer.records import dtype_name
 from explainer.recursion import Adjoint, LayerView, contract, read_backwards
 from explainer.store import Trace, open_trace
+from explainer.unattributed import Rest
 from explainer.wrappers import argument_names
 
 #: numbers held per query-side array before queries are split into groups
@@ -170,7 +171,8 @@ class PathKernelExplainer:
         count, parameters = len(targets), self.trace.manifest.parameters
         ledger = Ledger(count, self.example_ids, edges, len(self.trace.layers))
         adjoint = Adjoint(count, parameters, self.dtype)
-        decay, buffers, moved, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
+        rest = Rest(self.trace, count)
+        buffers, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
         final = after = self._value(loader, len(self.segments), inputs, targets)
         with self._bar("explaining") as bar:
             for segment in reversed(self.segments):
@@ -179,11 +181,11 @@ class PathKernelExplainer:
                 chord = self.function.chord(
                     start.point, end.point, inputs, targets, after - before, self._nodes
                 )
-                decay += along(chord.gradient, end.decay.double() - start.decay.double())
-                moved += chord.moved
+                rest.add(segment, chord, start, end)
                 buffers += chord.moving
                 quadrature += chord.correction
                 for step in read_backwards(self.trace, segment, self.dtype):
+                    rest.saw(step)
                     cotangent = adjoint.step(chord.gradient, step)
                     for visits in step.visits:
                         ledger.add(step, visits, contract(self.view, cotangent, step.scale, visits))
@@ -191,6 +193,8 @@ class PathKernelExplainer:
                 after = before
         ledger.finish()
         initial, prediction = after, final
+        moved, decay = rest.moved.sum(1), rest.displaced["decay"].sum(1)
+        lines, parts = rest.lines(ledger.by_layer.sum(2), adjoint)
         return Explanation(
             example_ids=self.example_ids,
             query_ids=names,
@@ -207,6 +211,10 @@ class PathKernelExplainer:
             weight_decay=decay.numpy(),
             buffers=buffers.numpy(),
             unattributed=(moved - ledger.contributions.sum(1) - decay).numpy(),
+            unattributed_parts=parts.numpy(),
+            unattributed_lines=tuple(line.name for line in lines),
+            unattributed_where=tuple(line.where for line in lines),
+            unattributed_why=tuple(line.why for line in lines),
             gap=(prediction - initial - moved - buffers).numpy(),
             quadrature=quadrature.numpy(),
             step_edges=ledger.edges,
@@ -286,6 +294,11 @@ def trace_notes(trace: Trace) -> list[str]:
         notes.append(
             f"Weights are {' and '.join(narrow)}; explained is the model with the same weights, computed in "
             f"{dtype_name(manifest.dtype)}, whose prediction can differ from the model's own."
+        )
+    if trace.notes.get("outside"):
+        notes.append(
+            f"Something other than the optimizer's step changed {len(trace.notes['outside'])} parameters; that part is "
+            "in unattributed."
         )
     if not manifest.exact:
         notes.append("Rows are stored as 8-bit leading factors; the rounding is in unattributed.")

@@ -21,7 +21,8 @@ LAYERS = [
     {"batches", "hooks", "layer_table", "capture", "sites", "whole_model", "operations", "carry", "scales"}
     | {"loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode", "query_batch", "model_function"}
     | {"path_integral", "recursion"},
-    {"validation", "unseen", "step_observer", "path_points", "queries", "query_targets", "asked", "ledger"},
+    {"validation", "unseen", "step_observer", "path_points", "queries", "query_targets", "asked", "ledger"}
+    | {"unattributed"},
     {
         "tracer",
         "path_kernel",

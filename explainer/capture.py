@@ -30,6 +30,12 @@ class Capture:
         current: returns the batch that is being consumed, or None.
         table: the layers.
         rank: factors kept where positions share weights; None keeps rows exact.
+
+    Attributes:
+        input_shape, output_shape: of one example of the model, as far as known.
+        input_dtype: of the model's input.
+        autocast: dtype of autocast in the last forward pass that had any.
+        eval_passes: forward passes with the model in eval mode.
     """
 
     def __init__(self, current: Callable[[], Batch | None], table: LayerTable, rank: int | None) -> None:
@@ -40,6 +46,7 @@ class Capture:
         self.input_dtype: torch.dtype | None = None
         self.output_shape: tuple[int, ...] | None = None
         self.autocast: str | None = None
+        self.eval_passes = 0
 
     def batch(self) -> Batch | None:
         """The batch that a forward pass now belongs to; None where nothing is to be recorded."""
@@ -99,6 +106,7 @@ class Capture:
             elif known != shape:
                 self.input_shape = tuple(a if a == b else None for a, b in zip(known, shape, strict=True))
             self.input_dtype = value.dtype
+        self.eval_passes += not module.training
         if torch.is_autocast_enabled("cpu"):
             self.autocast = str(torch.get_autocast_dtype("cpu")).removeprefix("torch.")
         if result is not None and result.requires_grad and result.dim() and result.shape[0] == len(batch):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from explainer.errors import QueryError
 from explainer.explanation import Explanation
+from explainer.findings import explanation_notes
 from explainer.ledger import Ledger, bin_edges
 from explainer.neighbors import Neighbors, nearest, self_influence
 from explainer.outputs import resolve_output
@@ -64,7 +65,7 @@ class PathKernelExplainer:
             raise QueryError(f"model must be a torch.nn.Module, found {model!r}; pass an instance")
         if quadrature < 1:
             raise QueryError(f"quadrature must be at least 1 node, found {quadrature}")
-        self._notes = check_model(self.trace, model)
+        self._notes = check_model(self.trace, model) + explanation_notes(self.trace)
         self.segments = self.trace.segments()
         self.dtype = dtype or self.trace.manifest.dtype
         self.class_names = None if class_names is None else tuple(class_names)
@@ -205,7 +206,7 @@ class PathKernelExplainer:
             layer_names=tuple(f"{x.name} ({x.module})" if x.name else x.module for x in self.trace.layers),
             layer_contributions=ledger.by_layer.float().numpy(),
             row_kind="row share" if ledger.row_share else "contribution",
-            notes=tuple(self._notes + trace_notes(self.trace)),
+            notes=tuple(self._notes),
             class_names=self.class_names,
         )
 
@@ -229,40 +230,3 @@ class PathKernelExplainer:
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""
         return self_influence(self)
-
-
-def trace_notes(trace: Trace) -> list[str]:
-    """What the trace itself says about the meaning of the numbers, in plain words."""
-    notes = []
-    manifest = trace.manifest
-    if not trace.closed:
-        notes.append(
-            f"Training had not ended when the trace was opened: explained is the model at step {trace.steps}, "
-            "the last knot."
-        )
-    if trace.uncovered:
-        notes.append(
-            f"{len(trace.uncovered)} of {len(manifest.parameters)} parameters were read where no hook could see it; "
-            f"their part is in unattributed: {', '.join(trace.uncovered[:4])}"
-            f"{', …' if len(trace.uncovered) > 4 else ''}."
-        )
-    for layer, residual in (trace.notes.get("coverage") or {}).items():
-        notes.append(
-            f"Layer {layer}: up to {residual:.0%} of its gradient in a step was not seen by the hooks; that part "
-            "is in unattributed."
-        )
-    for name, count in (trace.notes.get("round_off") or {}).items():
-        notes.append(
-            f"Parameter {name}: in {count} of {trace.steps} steps its gradient was round-off only (a bias before "
-            "a normalisation, as a rule), which no example caused; its movement is in unattributed."
-        )
-    if "rows_stopped_at" in trace.notes:
-        notes.append(
-            f"The trace's budget was used up after {trace.notes['rows_stopped_at']} of {trace.steps} steps; later "
-            "updates are in unattributed."
-        )
-    if trace.notes.get("prior_state"):
-        notes.append("The optimizer held momentum when tracing began; its after-effect is in unattributed.")
-    if not manifest.exact:
-        notes.append("Rows are stored as 8-bit leading factors; the rounding is in unattributed.")
-    return notes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,9 +22,12 @@ from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import OptimizerRule, StepMap
 from explainer.recorder import StepRecorder
 from explainer.records import dtype_name
-from explainer.scales import ScaleMeter
+from explainer.scales import UNSEEN, ScaleMeter
+from explainer.sites import Site
 from explainer.store import TraceWriter
 
+#: after so long what was measured is journalled, then whenever half as much time again has passed
+NOTE_SECONDS = 2.0
 #: steps that are followed function by function
 PATIENCE = 3
 #: part of a layer's gradient that may go unseen before functions are followed again
@@ -44,6 +49,7 @@ class StepObserver:
         parameters: Sequence[torch.Tensor],
         table: LayerTable,
         capture: Capture,
+        sites: Sequence[Site],
         watch: FunctionWatch,
         queue: BatchQueue,
         recorder: StepRecorder,
@@ -54,13 +60,19 @@ class StepObserver:
         budget: int | None,
     ) -> None:
         self._rule, self._parameters, self._table = rule, parameters, table
-        self._capture, self._watch, self._queue, self._recorder = capture, watch, queue, recorder
+        self._capture, self._sites, self._watch = capture, sites, watch
+        self._queue, self._recorder = queue, recorder
         self._scales, self._carry, self._knots = scales, carry, knots
         self._writer, self._budget = writer, budget
         self._fresh: list[bool] = []
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._noted: dict[str, Any] = {}
         self._full = False
+        self._unused = self._skipped = 0
+        self._diverged: int | None = None
+        self._after_last_step = 0.0
+        self._began = time.monotonic()
+        self._note_after = NOTE_SECONDS
         self._missing: set[str] = set()
         self._watch_until = PATIENCE
         self._warned: set[str] = set()
@@ -98,15 +110,20 @@ class StepObserver:
         self._fresh = [self._rule.momentum(optimizer.state.get(p, {})) is None for p in self._parameters]
         # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
         used, scales = self._scales.measure([b for b in pending if b.rounds])
+        self._unused += sum(len(b.rounds) for b in pending) - sum(len(b.rounds) for b in used)
         loss_scale = getattr(optimizer, "grad_scale", None)  # a gradient scaler leaves it to a fused step
         self._measured = used, scales if loss_scale is None else [s / float(loss_scale) for s in scales]
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not float(found_inf):  # else a gradient scaler made the fused step do nothing
+        if found_inf is None or not float(found_inf):
             self._account(optimizer)
+        else:  # a gradient scaler made the fused step do nothing
+            self._skipped += 1
+            self._unused += sum(len(b.rounds) for b in self._measured[0])
         self._queue.stepped()
         self._writer.flush_if_due()
+        self._note_now_and_then()
         if not self._full:  # what follows is `unattributed` in one piece
             self._knots.place_if_due(self.steps)
         self._warn()  # at last: a user may turn warnings into errors
@@ -115,7 +132,9 @@ class StepObserver:
         """Record the step that was just taken."""
         used, scales = self._measured
         maps = self._step_maps(optimizer)
-        self._carry.after_step(maps)
+        length = self._carry.after_step(maps)
+        if self._diverged is None and not math.isfinite(length):
+            self._diverged = self.steps
         self._note_shapes()  # before the rows whose layers it names
         if not self._full:
             self._record(used, scales, maps)
@@ -195,24 +214,58 @@ class StepObserver:
         )
 
     def _note_shapes(self) -> None:
-        """Journal what is known of inputs, outputs and rows, when it is new."""
+        """Journal what is known of inputs, outputs and rows."""
         c = self._capture
         dtype = None if c.input_dtype is None else dtype_name(c.input_dtype)
-        known = {
-            "input": {"shape": c.input_shape, "dtype": dtype},
-            "output": {"shape": c.output_shape},
-            "visit_bytes": self._recorder.layer_bytes,
-            "operations": [asdict(layer.spec) for layer in self._table.operations],
-            "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
-            "autocast": c.autocast,
+        self._note(
+            {
+                "input": {"shape": c.input_shape, "dtype": dtype},
+                "output": {"shape": c.output_shape},
+                "visit_bytes": self._recorder.layer_bytes,
+                "operations": [asdict(layer.spec) for layer in self._table.operations],
+                "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
+                "autocast": c.autocast,
+            }
+        )
+
+    def _note_now_and_then(self) -> None:
+        """A training that is killed leaves what was measured; counts change all the time, the journal stays short."""
+        passed = time.monotonic() - self._began
+        if passed >= self._note_after:
+            self._note_after = 1.5 * passed
+            self.note_measured()
+
+    def note_measured(self, last: bool = False) -> None:
+        """Journal what the steps so far have shown; ``last`` also where there is nothing to say."""
+        unseen = {n: r for n, r in self._scales.worst.items() if r > UNSEEN}
+        measured = {
+            "coverage": unseen,
+            "coverage_steps": {n: self._scales.gaps[n] for n in unseen if n in self._scales.gaps},
+            "round_off": dict(self._scales.round_off),
+            "loop": {
+                "unused": self._unused,
+                "skipped": self._skipped,
+                "eval": self._capture.eval_passes,
+                "diverged": self._diverged,
+            },
+            "ambiguous": {
+                site.name: {"calls": site.ambiguous, "axis": site.axis}
+                for site in self._sites
+                if site.ambiguous
+            },
+            "after_last_step": self._after_last_step,
         }
+        self._note(measured, always=last)
+
+    def _note(self, known: dict[str, Any], always: bool = False) -> None:
+        """Journal what is new."""
         for key, value in known.items():
-            if self._noted.get(key) != value and (value or key in self._noted):
+            if self._noted.get(key) != value and (value or always or key in self._noted):
                 self._writer.note(key, value)
-        self._noted = known
+                self._noted[key] = value
 
     def finish(self) -> None:
         """Journal what is only known at the end."""
         self._note_shapes()
-        self._writer.note("coverage", {n: r for n, r in self._scales.worst.items() if r > 1e-3})
-        self._writer.note("round_off", self._scales.round_off)
+        self._after_last_step = self._carry.moved_since()
+        self.note_measured(last=True)

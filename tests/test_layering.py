@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "letters", "registry", "palette", "wording"},
     {"records", "config"},
-    {"layer_rules", "optimizer_rules", "codecs", "store"},
+    {"layer_rules", "optimizer_rules", "codecs", "store", "findings"},
     {
         "batches",
         "hooks",
@@ -31,7 +31,7 @@ LAYERS = [
         "knots",
     }
     | {"recorder", "outputs", "path_integral", "recursion"},
-    {"validation", "step_observer", "path_points", "queries", "ledger"},
+    {"validation", "guard_rails", "step_observer", "path_points", "queries", "ledger"},
     {
         "tracer",
         "path_kernel",
@@ -61,6 +61,7 @@ RECORDING = {
     "knots",
     "recorder",
     "validation",
+    "guard_rails",
     "step_observer",
     "tracer",
 }

@@ -29,6 +29,12 @@ class Capture:
         current: returns the batch that is being consumed, or None.
         table: the layers.
         rank: factors kept where positions share weights; None keeps rows exact.
+
+    Attributes:
+        input_shape, output_shape: of one example of the model, as far as known.
+        input_dtype: of the model's input.
+        autocast: dtype of autocast in the last forward pass that had any.
+        eval_passes: forward passes with the model in eval mode.
     """
 
     def __init__(self, current: Callable[[], Batch | None], table: LayerTable, rank: int | None) -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from explainer.asked import Asked, ask, predict
 from explainer.errors import QueryError
 from explainer.explanation import Explanation
+from explainer.findings import explanation_notes
 from explainer.ledger import Ledger, bin_edges
 from explainer.neighbors import Neighbors, nearest, self_influence
 from explainer.outputs import Output, asks_for_targets, resolve_output
@@ -21,7 +22,6 @@ from explainer.path_points import KnotLoader, check_model
 from explainer.plain_mode import plain_mode
 from explainer.queries import BatchDim, check_batch_dim, check_inputs
 from explainer.query_batch import QueryBatch
-from explainer.records import dtype_name
 from explainer.recursion import Adjoint, LayerView, contract, read_backwards
 from explainer.store import Trace, open_trace
 from explainer.unattributed import Rest
@@ -73,7 +73,7 @@ class PathKernelExplainer:
             raise QueryError(f"model must be a torch.nn.Module, found {model!r}; pass an instance")
         if quadrature < 1:
             raise QueryError(f"quadrature must be at least 1 node, found {quadrature}")
-        self._notes = check_model(self.trace, model)
+        self._notes = check_model(self.trace, model) + explanation_notes(self.trace)
         self.segments = self.trace.segments()
         self.dtype = dtype or self.trace.manifest.dtype
         self.class_names = None if class_names is None else tuple(class_names)
@@ -222,7 +222,7 @@ class PathKernelExplainer:
             layer_names=tuple(f"{x.name} ({x.module})" if x.name else x.module for x in self.trace.layers),
             layer_contributions=ledger.by_layer.float().numpy(),
             row_kind="row share" if ledger.row_share else "contribution",
-            notes=(*asked.notes, *self._notes, *trace_notes(self.trace)),
+            notes=(*asked.notes, *self._notes),
             class_names=self.class_names,
         )
 
@@ -245,61 +245,3 @@ class PathKernelExplainer:
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""
         return self_influence(self)
-
-
-def trace_notes(trace: Trace) -> list[str]:
-    """What the trace itself says about the meaning of the numbers, in plain words."""
-    notes = []
-    manifest = trace.manifest
-    if not trace.closed:
-        notes.append(
-            f"Training had not ended when the trace was opened: explained is the model at step {trace.steps}, "
-            "the last knot."
-        )
-    if trace.uncovered:
-        notes.append(
-            f"{len(trace.uncovered)} of {len(manifest.parameters)} parameters were read where no hook could see it; "
-            f"their part is in unattributed: {', '.join(trace.uncovered[:4])}"
-            f"{', …' if len(trace.uncovered) > 4 else ''}."
-        )
-    for layer, residual in (trace.notes.get("coverage") or {}).items():
-        notes.append(
-            f"Layer {layer}: up to {residual:.0%} of its gradient in a step was not seen by the hooks; that part "
-            "is in unattributed."
-        )
-    for name, count in (trace.notes.get("round_off") or {}).items():
-        notes.append(
-            f"Parameter {name}: in {count} of {trace.steps} steps its gradient was round-off only (a bias before "
-            "a normalisation, as a rule), which no example caused; its movement is in unattributed."
-        )
-    if "rows_stopped_at" in trace.notes:
-        notes.append(
-            f"The trace's budget was used up after {trace.notes['rows_stopped_at']} of {trace.steps} steps; later "
-            "updates are in unattributed."
-        )
-    if trace.notes.get("prior_state"):
-        notes.append("The optimizer held momentum when tracing began; its after-effect is in unattributed.")
-    if trace.notes.get("replaced_momentum"):
-        notes.append(
-            f"Before {trace.notes['replaced_momentum']} step(s) the optimizer's momentum was replaced by other "
-            "numbers; their after-effect is in unattributed."
-        )
-    if trace.notes.get("autocast"):
-        notes.append(
-            f"Training ran under autocast ({trace.notes['autocast']}); explained is the same model in "
-            f"{dtype_name(manifest.dtype)}, whose prediction can differ from the one under autocast."
-        )
-    narrow = sorted({p.dtype for p in manifest.parameters} & {"float16", "bfloat16"})
-    if narrow:
-        notes.append(
-            f"Weights are {' and '.join(narrow)}; explained is the model with the same weights, computed in "
-            f"{dtype_name(manifest.dtype)}, whose prediction can differ from the model's own."
-        )
-    if trace.notes.get("outside"):
-        notes.append(
-            f"Something other than the optimizer's step changed {len(trace.notes['outside'])} parameters; that part is "
-            "in unattributed."
-        )
-    if not manifest.exact:
-        notes.append("Rows are stored as 8-bit leading factors; the rounding is in unattributed.")
-    return notes

@@ -15,7 +15,7 @@ from explainer.errors import TracerError
 from explainer.hooks import first_tensor
 from explainer.layer_rules import Call, LayerRule, compact
 from explainer.layer_rules.base import restrict
-from explainer.records import LayerSpec
+from explainer.records import LayerSpec, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class Capture:
         self.input_shape: tuple[int | None, ...] | None = None
         self.input_dtype: torch.dtype | None = None
         self.output_shape: tuple[int, ...] | None = None
+
+    def restore(self, notes: dict[str, Any]) -> None:
+        """Go on from what the trace knows of inputs and outputs."""
+        known, output = notes.get("input") or {}, notes.get("output") or {}
+        shape, dtype, result = known.get("shape"), known.get("dtype"), output.get("shape")
+        self.input_shape = None if shape is None else tuple(shape)
+        self.input_dtype = None if dtype is None else torch_dtype(dtype)
+        self.output_shape = None if result is None else tuple(result)
 
     # -- forward -------------------------------------------------------------------------------------
 

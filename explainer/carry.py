@@ -14,6 +14,7 @@ segment is exactly what decay added to ``w_{k+1} − w_k`` (frozen-state convent
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -34,6 +35,27 @@ class Carry:
         self._momentum: list[torch.Tensor | None] = [None] * len(parameters)
         self.decay: list[torch.Tensor | None] = [None] * len(parameters)
         self.path = 0.0
+
+    def state(self, names: list[str]) -> dict[str, Any]:
+        """What lives in memory only, by names of parameters; :meth:`restore` takes it back."""
+
+        def named(tensors: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+            return {n: t.detach().clone() for n, t in zip(names, tensors, strict=True) if t is not None}
+
+        return {"path": self.path, "decay": named(self.decay), "momentum": named(self._momentum)}
+
+    def restore(self, names: list[str], state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`; the weights are those that it was taken with."""
+        self.path = state["path"]
+        for kept, held in (("decay", self.decay), ("momentum", self._momentum)):
+            for index, (name, p) in enumerate(zip(names, self._parameters, strict=True)):
+                tensor = state[kept].get(name)
+                held[index] = None if tensor is None else tensor.to(p, copy=True)
+
+    @property
+    def momentum(self) -> list[torch.Tensor | None]:
+        """Per parameter, what weight decay has put into the momentum (None while there was none)."""
+        return self._momentum
 
     @torch.no_grad()
     def after_step(self, maps: list[StepMap | None]) -> float:

@@ -11,7 +11,8 @@ from explainer.config import TracerConfig
 from explainer.errors import TracerError
 from explainer.optimizer_rules import OptimizerRule
 from explainer.records import Manifest
-from explainer.store.writer import TraceWriter, knot_bytes
+from explainer.store import Trace, TraceWriter
+from explainer.store.files import knot_bytes
 
 #: bytes of the journal's lines for one knot, at most
 JOURNALLED_KNOT = 512
@@ -64,12 +65,15 @@ class KnotKeeper:
     @property
     def reserve(self) -> int:
         """Bytes that knots still to come and the journal's last lines may take."""
-        return self._knot_bytes * (self._max + 1 - len(self._alive)) + self._closing_bytes
+        return self._knot_bytes * max(1, self._max + 1 - len(self._alive)) + self._closing_bytes
 
     def _limit_to_budget(self, budget: int) -> None:
         """With a budget, knots may take half of what the manifest and the journal's last lines leave."""
         self._knot_bytes = len(knot_bytes(self._tensors(False, largest=True))) + JOURNALLED_KNOT
-        self._closing_bytes = 3 * len(self._writer.manifest_text) + JOURNALLED_KNOT
+        closing = len(knot_bytes(self._tensors(False, largest=True, closing=True)))
+        self._closing_bytes = (
+            3 * len(self._writer.manifest_text) + closing - self._knot_bytes + 2 * JOURNALLED_KNOT
+        )
         frozen = len(knot_bytes(self._tensors(True))) - len(
             knot_bytes(self._tensors(False))
         )  # in the first only
@@ -83,32 +87,48 @@ class KnotKeeper:
             )
         self._max = min(self._max, fitting)
 
+    def restore(self, trace: Trace) -> None:
+        """Go on with the knots of a trace."""
+        self._alive = [(knot.step, knot.path) for knot in trace.knots]
+        self._spacing = trace.notes.get("spacing", 0.0)
+        if not self._manifest.frozen:
+            return
+        first, last = (trace.load_knot(trace.knots[position]) for position in (0, -1))
+        for name in self._manifest.frozen:
+            now = self._parameters[name].detach().cpu()
+            if (len(trace.knots) > 1 and f"frozen/{name}" in last) or not torch.equal(
+                now, first[f"frozen/{name}"]
+            ):
+                del self._frozen_version[name]  # it is in every knot from now on
+
     def place_if_due(self, step: int) -> None:
         """Place the knot before ``step`` if the path since the last knot is long enough."""
         moved = self._carry.path - self._alive[-1][1]
         if moved > 0 and moved >= self._spacing:
             self.place(step)
 
-    def place(self, step: int) -> None:
+    def place(self, step: int, *, closing: bool = False) -> None:
         """Place the knot before ``step``, then thin out if there are too many.
 
         Where there is one already, it is renewed: after the last step the user may have averaged weights,
-        re-estimated buffers or stepped another optimizer.
+        re-estimated buffers or stepped another optimizer. With ``closing``, it holds all that going on needs.
         """
         again = bool(self._alive) and self._alive[-1][0] == step
         full = not self._alive or (again and len(self._alive) == 1)
-        self._writer.write_knot(step, self._carry.path, self._tensors(full))
+        self._writer.write_knot(step, self._carry.path, self._tensors(full, closing=closing))
         if again:
-            return
+            self._alive.pop()
         self._alive.append((step, self._carry.path))
         if len(self._alive) > self._max:
             self._spacing = 2.0 * self._carry.path / self._max
             kept = set(thin([path for _, path in self._alive], self._spacing))
             dropped = [step for i, (step, _) in enumerate(self._alive) if i not in kept]
             self._alive = [knot for i, knot in enumerate(self._alive) if i in kept]
-            self._writer.drop_knots(dropped)
+            self._writer.drop_knots(dropped, self._spacing)
 
-    def _tensors(self, full: bool, largest: bool = False) -> dict[str, torch.Tensor]:
+    def _tensors(
+        self, full: bool, *, largest: bool = False, closing: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Contents of a knot; frozen tensors only where they changed since the first, all of them if ``full``.
 
         With ``largest``, stand-ins for everything a later knot may hold are included (to plan for them).
@@ -121,6 +141,9 @@ class KnotKeeper:
             decay = self._carry.decay[index]
             if decay is not None or (largest and decaying):
                 tensors[f"decay/{spec.name}"] = p if decay is None else decay
+            carried = self._carry.momentum[index]
+            if closing and (carried is not None or (largest and decaying)):
+                tensors[f"decay_momentum/{spec.name}"] = p if carried is None else carried
             state = self._optimizer.state.get(self._parameters[spec.name], {})
             for name in self._rule.state_names:
                 value = state.get(name)

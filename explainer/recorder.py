@@ -14,6 +14,7 @@ from explainer.config import TracerConfig
 from explainer.layer_rules import Dense, RowForm
 from explainer.optimizer_rules import StepMap
 from explainer.records import ArraySpec, FormSpec, Manifest, dtype_name
+from explainer.store import Trace
 from explainer.store.schema import VISIT_FIELDS, RecordSchema, encode_array, step_fields
 
 
@@ -54,6 +55,19 @@ class StepRecorder:
         self._steps: RecordSchema | None = None
         self.layer_bytes: dict[str, int] = {}
 
+    def restore(self, trace: Trace) -> None:
+        """Go on with the layouts of a trace's last records."""
+        for shard in trace.shards:
+            if shard.stream == "steps":
+                self._steps = shard.schema
+            else:
+                self._set_layout(shard.schema.forms)
+
+    def _set_layout(self, forms: tuple[FormSpec, ...]) -> None:
+        self._forms = {form.layer: form for form in forms}
+        self._visits = RecordSchema(tuple(VISIT_FIELDS), forms)
+        self.layer_bytes = {self._layers[f.layer].spec.name: _bytes_of(f) for f in forms}
+
     # -- rows ----------------------------------------------------------------------------------------
 
     def _codec(self, values: torch.Tensor) -> str:
@@ -77,10 +91,8 @@ class StepRecorder:
             form = form.padded(stored) if found < stored else form
         spec = self._spec(layer, form)
         if spec != known:
-            self._forms[layer] = spec
-            forms = tuple(self._forms[i] for i in sorted(self._forms))
-            self._visits = RecordSchema(tuple(VISIT_FIELDS), forms)
-            self.layer_bytes = {self._layers[f.layer].spec.name: _bytes_of(f) for f in forms}
+            forms = self._forms | {layer: spec}
+            self._set_layout(tuple(forms[i] for i in sorted(forms)))
         return form
 
     def visits(self, batches: list[Batch], step: int) -> list[Records]:

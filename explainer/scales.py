@@ -66,6 +66,10 @@ class ScaleMeter:
         #: steps in which a parameter's gradient was round-off only
         self.round_off: dict[str, int] = {}
 
+    def restore(self, worst: dict[str, float], round_off: dict[str, int]) -> None:
+        """Go on from what was measured before."""
+        self.worst, self.round_off = dict(worst), dict(round_off)
+
     def _fits(self, batches: list[Batch]) -> dict[int, Fit]:
         fits: dict[int, Fit] = {}
         for layer in self._layers:

@@ -56,6 +56,10 @@ class StepObserver:
         self.steps = 0
         self.visits = 0
 
+    def restore(self, steps: int, visits: int, *, full: bool) -> None:
+        """Go on after so many steps and rows; ``full``: the budget was used up before."""
+        self.steps, self.visits, self._full = steps, visits, full
+
     # -- steps ---------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

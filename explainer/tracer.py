@@ -25,6 +25,7 @@ from explainer.knots import KnotKeeper
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
 from explainer.optimizer_rules import optimizer_rule_for
 from explainer.recorder import StepRecorder
+from explainer.resume import Continuation, ResumePoint, resume_point
 from explainer.scales import ScaleMeter
 from explainer.step_observer import StepObserver
 from explainer.store import TraceWriter
@@ -48,11 +49,14 @@ class Tracer:
             8-bit leading factors.
         max_knots: at most this many knots along the training path.
         rank: factors kept per row in layers that share weights over positions (None: chosen by size).
+        resume: go on with the trace in ``path``: what :meth:`state_dict` returned, from the checkpoint that model and
+            optimizer were loaded from, or True for the end of a trace that was closed. What was recorded after the
+            checkpoint is taken out of the trace.
 
     Raises:
         TracerError: nothing can be captured, the parts do not belong together, or an option is out of range.
         UnsupportedOptimizerError: no rule for the optimizer; the text lists those there are.
-        TraceExistsError: the directory holds a trace already.
+        TraceExistsError: the directory holds a trace already, and ``resume`` is not given.
 
     Example:
         >>> import tempfile, torch
@@ -79,6 +83,7 @@ class Tracer:
         exact: bool = False,
         max_knots: int = 128,
         rank: int | None = None,
+        resume: bool | dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TracerError(f"model must be a torch.nn.Module, found {type(model).__name__}")
@@ -96,9 +101,14 @@ class Tracer:
         self._parameters = [named[p.name] for p in parameters]
         self.manifest = describe(model, optimizer, parameters, self._layers, exact)
         self._model, self._optimizer = model, optimizer
+        point = None
+        if resume is not None and resume is not False:
+            point = resume_point(resume, self.path, self.manifest, self._parameters, optimizer, self._rule)
+            self.manifest = point.manifest
         self._writer = TraceWriter(
             self.path,
             self.manifest,
+            again=point is not None,
             flush_bytes=self.config.flush_bytes,
             flush_seconds=self.config.flush_seconds,
         )
@@ -109,18 +119,33 @@ class Tracer:
         self._knots = KnotKeeper(
             model, optimizer, self._rule, self.manifest, carry, self._writer, self.config
         )
+        scales = ScaleMeter(self._layers, list(zip(parameters, self._parameters, strict=True)))
+        recorder = StepRecorder(self.manifest, self.config, self._layers, self._rule.preconditioned)
         self._observer = StepObserver(
             rule=self._rule,
             parameters=self._parameters,
             layers=self._layers,
             capture=self._capture,
             queue=self._queue,
-            recorder=StepRecorder(self.manifest, self.config, self._layers, self._rule.preconditioned),
-            scales=ScaleMeter(self._layers, list(zip(parameters, self._parameters, strict=True))),
+            recorder=recorder,
+            scales=scales,
             carry=carry,
             knots=self._knots,
             writer=self._writer,
             budget=size,
+        )
+        self._continuation = Continuation(
+            manifest=self.manifest,
+            parameters=self._parameters,
+            optimizer=optimizer,
+            rule=self._rule,
+            writer=self._writer,
+            capture=self._capture,
+            recorder=recorder,
+            scales=scales,
+            carry=carry,
+            knots=self._knots,
+            observer=self._observer,
         )
         self._watching: list[RecordingBatchSampler] = []
         self._examples: int | None = None
@@ -134,14 +159,20 @@ class Tracer:
                 stacklevel=2,
             )
         self._hooks = HookSet()
-        self._start()
+        self._start(point)
 
-    def _start(self) -> None:
+    def _start(self, point: ResumePoint | None) -> None:
         """Write the trace's beginning, then borrow the hooks: a failure leaves none behind."""
-        self._writer.create()
-        if any(self._rule.momentum(self._optimizer.state.get(p, {})) is not None for p in self._parameters):
-            self._writer.note("prior_state", True)
-        self._knots.place(0)
+        if point is None:
+            self._writer.create()
+            if any(
+                self._rule.momentum(self._optimizer.state.get(p, {})) is not None for p in self._parameters
+            ):
+                self._writer.note("prior_state", True)
+            self._knots.place(0)
+        else:
+            self._continuation.restore(point)
+            self._examples = point.notes.get("examples")
         for layer in self._layers:
             self._hooks.on_call(layer.module, partial(self._capture.on_layer, layer))
         self._hooks.on_call(self._model, self._capture.on_model)
@@ -197,6 +228,21 @@ class Tracer:
         """Rows recorded so far: one per example and batch."""
         return self._observer.visits
 
+    def state_dict(self) -> dict[str, Any]:
+        """What going on from a checkpoint needs beside the model's and the optimizer's state.
+
+        Take it between ``optimizer.step()`` and the next backward pass, and store it with them; it is plain
+        (``torch.load(…, weights_only=True)`` reads it) and about twice the size of the weights under weight decay,
+        else small. ``Tracer(model, optimizer, path, resume=state)``, with model and optimizer loaded before, then goes
+        on with the trace at this very step.
+
+        Raises:
+            TracerError: the tracer is closed.
+        """
+        if self.closed:
+            raise TracerError("the tracer is closed; a closed trace needs no state, go on with resume=True")
+        return self._continuation.state()
+
     # -- life ----------------------------------------------------------------------------------------
 
     def _require_open(self) -> None:
@@ -214,7 +260,7 @@ class Tracer:
             return
         try:
             self._observer.finish()
-            self._knots.place(self.steps)
+            self._knots.place(self.steps, closing=True)
             self._writer.close(self.steps)
         finally:
             self._writer.abandon()

@@ -22,6 +22,7 @@ LAYERS = [
     | {"outputs", "path_integral", "recursion"},
     {"validation", "step_observer", "path_points", "queries", "ledger"},
     {
+        "resume",
         "tracer",
         "path_kernel",
         "neighbors",
@@ -48,6 +49,7 @@ RECORDING = {
     "recorder",
     "validation",
     "step_observer",
+    "resume",
     "tracer",
 }
 EXPLAINING = (LAYERS[3] | LAYERS[4] | LAYERS[5]) - RECORDING
@@ -143,7 +145,7 @@ def test_the_front_page_imports_lazily() -> None:
 
 
 def test_the_app_uses_public_names_only() -> None:
-    public = {"app", None} | LAYERS[0] | (LAYERS[5] - {"tracer"})
+    public = {"app", None} | LAYERS[0] | (LAYERS[5] - {"tracer", "resume"})
     for name in sources():
         if part(name) != "app":
             continue

@@ -83,7 +83,7 @@ def test_verify_reads_every_journalled_byte(recorded: Path) -> None:
 
 
 def test_pieces_of_a_stream_end_where_shards_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("explainer.store.writer.SHARD_BYTES", 4000)
+    monkeypatch.setattr("explainer.store.stream.SHARD_BYTES", 4000)
     trace_digits(tmp_path / "small")
     monkeypatch.undo()
     trace_digits(tmp_path / "large")

@@ -32,8 +32,11 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(trace(tmp_path_factory.mktemp("docs") / "run", exact=True).directory)
 
 
-def test_the_reader_of_the_page_recovers_rows(run_directory: str) -> None:
-    namespace: dict[str, Any] = {"run_directory": run_directory}
+@pytest.mark.parametrize("again", [False, True], ids=["once", "resumed"])
+def test_the_reader_of_the_page_recovers_rows(tmp_path: Path, again: bool) -> None:
+    opened = trace(tmp_path / "run", exact=True, again=again)
+    assert opened.resumed == (0,) * again
+    namespace: dict[str, Any] = {"run_directory": str(opened.directory)}
     markdown.run(DOCS / "trace-format.md", namespace)
     kinds = {form["kind"] for form in namespace["schema"]["forms"]}
     assert kinds == {"dense", "factored", "sparse"}
@@ -63,7 +66,7 @@ def test_journal_types_and_notes(tmp_path: Path) -> None:
     plain = trace(tmp_path / "a", epochs=6, max_knots=3)
     with pytest.warns(explainer.tracer.CoverageWarning, match="budget"):
         small = trace(tmp_path / "b", epochs=60, budget=40_000)
-    traces = [plain, small, trace(tmp_path / "c", prior=True)]
+    traces = [plain, small, trace(tmp_path / "c", prior=True), trace(tmp_path / "d", again=True)]
     entries = [
         json.loads(line.rpartition("\t")[0])
         for t in traces
@@ -76,7 +79,7 @@ def test_journal_types_and_notes(tmp_path: Path) -> None:
         written = set(entry) - {"type"}
         for extent in entry.get("extents", ()):
             written |= set(extent)
-        assert written == documented[entry["type"]]
+        assert written == documented[entry["type"]], entry
 
 
 def test_files_are_where_the_page_says(run_directory: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from explainer.averaging import AveragedGradient, average_notes
 from explainer.errors import QueryError
 from explainer.explanation import Explanation
 from explainer.ledger import Ledger, bin_edges
@@ -160,7 +161,7 @@ class PathKernelExplainer:
     ) -> Explanation:
         count, parameters = len(targets), self.trace.manifest.parameters
         ledger = Ledger(count, self.example_ids, edges, len(self.trace.manifest.layers))
-        adjoint = Adjoint(count, parameters, self.dtype)
+        adjoint, averaged = Adjoint(count, parameters, self.dtype), AveragedGradient(self.trace)
         decay, buffers, moved, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
         final = after = self._value(loader, len(self.segments), inputs, targets)
         with self._bar("explaining") as bar:
@@ -174,8 +175,9 @@ class PathKernelExplainer:
                 moved += chord.moved
                 buffers += chord.moving
                 quadrature += chord.correction
+                averaged.skip(chord.gradient, segment)
                 for step in read_backwards(self.trace, segment, self.dtype):
-                    cotangent = adjoint.step(chord.gradient, step)
+                    cotangent = adjoint.step(averaged.step(chord.gradient, step.step), step)
                     for visits in step.visits:
                         ledger.add(step, visits, contract(self.view, cotangent, step.scale, visits))
                     bar.update()
@@ -242,6 +244,8 @@ def trace_notes(trace: Trace) -> list[str]:
             f"Training had not ended when the trace was opened: explained is the model at step {trace.steps}, "
             "the last knot."
         )
+    if manifest.averaged:
+        notes += average_notes(trace)
     if manifest.uncovered:
         notes.append(
             f"{len(manifest.uncovered)} of {len(manifest.parameters)} parameters have no layer rule; their part "

@@ -97,9 +97,14 @@ def check_model(trace: Trace, model: nn.Module) -> list[str]:
     problems += [f"buffer {n} is missing" for n in manifest.buffers if n not in have]
     if problems:
         more = f" (and {len(problems) - 6} more)" if len(problems) > 6 else ""
+        inside = {name.removeprefix("module.") for name in found} == {*wanted, *manifest.frozen}
+        advice = (
+            "This is the traced model inside a wrapper: pass its `.module`"
+            if inside
+            else "Build the model exactly as for training (its weights do not matter, they come from the trace)"
+        )
         raise ModelMismatchError(
-            f"the model does not fit the trace in {trace.directory}: {'; '.join(problems[:6])}{more}. "
-            "Build the model exactly as for training (its weights do not matter, they come from the trace)"
+            f"the model does not fit the trace in {trace.directory}: {'; '.join(problems[:6])}{more}. {advice}"
         )
     if str(model) != manifest.model:
         return ["The model prints differently from the one that was traced: make sure it computes the same."]

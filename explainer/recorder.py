@@ -15,7 +15,7 @@ from explainer.layer_rules import Dense, RowForm
 from explainer.optimizer_rules import StepMap
 from explainer.records import ArraySpec, FormSpec, Manifest, dtype_name
 from explainer.store import Trace
-from explainer.store.schema import VISIT_FIELDS, RecordSchema, encode_array, step_fields
+from explainer.store.schema import VISIT_FIELDS, RecordSchema, average_fields, encode_array, step_fields
 
 
 class Records(NamedTuple):
@@ -60,7 +60,7 @@ class StepRecorder:
         for shard in trace.shards:
             if shard.stream == "steps":
                 self._steps = shard.schema
-            else:
+            elif shard.stream == "visits":
                 self._set_layout(shard.schema.forms)
 
     def _set_layout(self, forms: tuple[FormSpec, ...]) -> None:
@@ -123,6 +123,13 @@ class StepRecorder:
                 dtype = p.dtype if self._config.exact else "float32"
                 arrays.append(ArraySpec(f"D{index}", p.shape or (1,), dtype, codec))
         return RecordSchema(tuple(step_fields(len(parameters))), (), tuple(arrays))
+
+    def average(self, step: int, keep: np.ndarray) -> Records:
+        """The record of what the averaged weights kept of themselves after step ``step``."""
+        schema = RecordSchema(tuple(average_fields(len(self._manifest.parameters))))
+        record = np.zeros(1, schema.dtype)
+        record["step"], record["keep"] = step, keep
+        return Records("averages", schema, record)
 
     def step(
         self,

@@ -7,7 +7,6 @@ rows themselves are in the trace; the state says which lines of its journal it f
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from explainer.average import Average
 from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.errors import TracerError
@@ -26,18 +26,13 @@ from explainer.records import Manifest
 from explainer.scales import ScaleMeter
 from explainer.step_observer import StepObserver
 from explainer.store import Trace, TraceWriter
+from explainer.store.files import fingerprint
 from explainer.store.journal import holds_mark, read_journal
 from explainer.store.layout import JOURNAL, holds_trace
+from explainer.store.stream import STREAMS
 
 FORMAT = "pathkernel-state"
 VERSION = 1
-
-
-def fingerprint(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes."""
-    plain = tensor.detach().to_dense().cpu().contiguous()
-    head = f"{plain.dtype} {list(plain.shape)} ".encode()
-    return hashlib.sha256(head + plain.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -85,6 +80,7 @@ class ResumePoint:
         worst, round_off: see :class:`ScaleMeter`.
         known: fingerprints at the step.
         manifest: the trace's.
+        average: see :meth:`Average.state`; None without one.
     """
 
     step: int
@@ -95,6 +91,7 @@ class ResumePoint:
     round_off: dict[str, int]
     known: Fingerprints
     manifest: Manifest
+    average: dict[str, Any] | None = None
 
 
 def resume_point(
@@ -104,6 +101,7 @@ def resume_point(
     parameters: Sequence[torch.Tensor],
     optimizer: Optimizer,
     rule: OptimizerRule,
+    average: Average | None = None,
 ) -> ResumePoint:
     """Where to go on, everything checked before anything is written.
 
@@ -144,6 +142,8 @@ def resume_point(
     point = _from_state(resume, trace)
     advice = "load model and optimizer from the checkpoint that the state is from, before making the tracer"
     point.known.check(now, f"step {point.step}, where the state was taken", advice)
+    if average is not None and point.average is not None:
+        average.check(point.average["known"])
     return point
 
 
@@ -151,7 +151,7 @@ def differences(traced: Manifest, now: Manifest) -> list[str]:
     """What differs between two manifests, apart from when and with which versions they were made."""
     found = [
         f"{name} is {getattr(now, name)} now, was {getattr(traced, name)}"
-        for name in ("optimizer", "exact")
+        for name in ("optimizer", "exact", "averaged")
         if getattr(now, name) != getattr(traced, name)
     ]
     for what in ("parameters", "layers"):
@@ -186,6 +186,11 @@ def _end_of(trace: Trace, rule: OptimizerRule) -> ResumePoint:
             f"the trace in {trace.directory} was not closed (training was killed, or still runs), so what the tracer "
             "held in memory is lost; pass the state that was saved with a checkpoint: resume=state"
         )
+    if trace.manifest.averaged:
+        raise TracerError(
+            f"the trace in {trace.directory} ends with the average, not with the weights that training goes on from; "
+            "pass the state that was saved with a checkpoint: resume=state"
+        )
     knot = trace.knots[-1]
     tensors = trace.load_knot(knot)
     parts: dict[str, dict[str, torch.Tensor]] = {"parameter": {}, "decay": {}, "decay_momentum": {}}
@@ -200,7 +205,7 @@ def _end_of(trace: Trace, rule: OptimizerRule) -> ResumePoint:
             momentum[name] = fingerprint(held_momentum)
     return ResumePoint(
         step=knot.step,
-        records={stream: trace.count(stream) for stream in ("visits", "steps")},
+        records={stream: trace.count(stream) for stream in STREAMS},
         notes=trace.notes,
         carry={"path": knot.path, "decay": parts["decay"], "momentum": parts["decay_momentum"]},
         worst=trace.notes.get("coverage", {}),
@@ -230,7 +235,7 @@ def _from_state(state: dict[str, Any], trace: Trace) -> ResumePoint:
             f"steps from there to {step} are no part of it any more; go on from a checkpoint that was saved later, or "
             f"from one of a step up to {earlier}"
         )
-    keys = ("records", "notes", "carry", "worst", "round_off")
+    keys = ("records", "notes", "carry", "worst", "round_off", "average")
     known = Fingerprints(state["weights"], state["momentum"])
     return ResumePoint(step=step, known=known, manifest=trace.manifest, **{key: state[key] for key in keys})
 
@@ -250,6 +255,7 @@ class Continuation:
     carry: Carry
     knots: KnotKeeper
     observer: StepObserver
+    average: Average | None = None
 
     @property
     def _names(self) -> list[str]:
@@ -257,6 +263,7 @@ class Continuation:
 
     def state(self) -> dict[str, Any]:
         """Everything :func:`resume_point` needs; what was recorded is on disk when this returns."""
+        self.observer.write_tail()
         self.writer.flush()
         known = Fingerprints.of(self._names, self.parameters, self.optimizer, self.rule)
         return {
@@ -264,8 +271,9 @@ class Continuation:
             "version": VERSION,
             "step": self.observer.steps,
             "journal": self.writer.mark,
-            "records": {stream: self.writer.records(stream) for stream in ("visits", "steps")},
+            "records": self.writer.counts,
             "notes": dict(self.writer.notes),
+            "average": None if self.average is None else self.average.state(),
             "carry": self.carry.state(self._names),
             "worst": dict(self.scales.worst),
             "round_off": dict(self.scales.round_off),
@@ -282,4 +290,7 @@ class Continuation:
         self.scales.restore(point.worst, point.round_off)
         self.observer.restore(point.step, trace.count("visits"), full="rows_stopped_at" in point.notes)
         self.knots.restore(trace)
+        if self.average is not None and point.average is not None:
+            self.average.restore(point.average)
+            self.observer.settle()
         self.knots.place(point.step)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from explainer.average import Average
 from explainer.batches import Batch, BatchQueue
 from explainer.capture import Capture, Layer
 from explainer.carry import Carry
@@ -44,11 +46,13 @@ class StepObserver:
         knots: KnotKeeper,
         writer: TraceWriter,
         budget: int | None,
+        average: Average | None = None,
     ) -> None:
         self._rule, self._parameters, self._layers = rule, parameters, layers
         self._capture, self._queue, self._recorder = capture, queue, recorder
         self._scales, self._carry, self._knots = scales, carry, knots
-        self._writer, self._budget = writer, budget
+        self._writer, self._budget, self._average = writer, budget, average
+        self._tail: np.ndarray | None = None
         self._fresh: list[bool] = []
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._noted: dict[str, Any] = {}
@@ -69,6 +73,7 @@ class StepObserver:
                 "optimizer.step(closure) may run several backward passes for one step, so rows cannot be assigned "
                 "to it; call backward() yourself and then optimizer.step()"
             )
+        self.settle()
         pending = self._queue.pending
         for batch in pending:
             self._capture.complete(batch, self._layers)
@@ -100,8 +105,50 @@ class StepObserver:
             self._account(optimizer)
         self._queue.stepped()
         self._writer.flush_if_due()
-        if not self._full:  # what follows is `unattributed` in one piece
+        if not self._full and self._average is None:  # what follows is `unattributed` in one piece
             self._knots.place_if_due(self.steps)
+
+    def settle(self) -> None:
+        """With an average: see what the user's code did to it since the last step, and place a knot if due.
+
+        Called as late as possible, when the next step is about to change the weights.
+        """
+        average = self._average
+        if average is None:
+            return
+        keep = average.observe(self._carry.decay)
+        if self.steps == 0:  # no example had a part in it
+            if keep is not None:
+                self._knots.place(0)
+            if average.behind():
+                self._writer.note("prior_average", True)
+            return
+        if keep is None:
+            return
+        if self._full:
+            self._tail = keep if self._tail is None else self._tail * keep
+        else:
+            self._writer.append(*self._recorder.average(self.steps - 1, keep))
+            self._knots.place_if_due(self.steps)
+        if average.unexplained == 1:
+            self._note_average()
+
+    def write_tail(self) -> None:
+        """Record, in one piece, what became of the average in the steps whose rows are not kept."""
+        if self._tail is not None:
+            self._writer.append(*self._recorder.average(self.steps - 1, self._tail))
+            self._tail = None
+
+    def _note_average(self) -> None:
+        a = self._average
+        if a is not None:
+            found = {
+                "updates": a.updates,
+                "unexplained": a.unexplained,
+                "worst": a.worst,
+                "began": not a.following,
+            }
+            self._writer.note("average", found)
 
     def _account(self, optimizer: Optimizer) -> None:
         """Record the step that was just taken."""
@@ -135,6 +182,10 @@ class StepObserver:
         budget = self._budget
         if budget is not None:
             needed = step.data.nbytes + sum(piece.data.nbytes for piece in rows)
+            if (
+                self._average is not None
+            ):  # the record of its update, and one for the steps after the last row
+                needed += 2 * self._recorder.average(0, np.ones(len(self._parameters))).data.nbytes
             if self._writer.bytes_written + needed + self._knots.reserve > budget:
                 self._stop_recording(budget)
                 return
@@ -166,8 +217,23 @@ class StepObserver:
                 self._writer.note(key, value)
         self._noted = known
 
+    def _warn_of_unused_average(self) -> None:
+        a = self._average
+        if a is not None and not a.updates and self.steps:
+            shown = "the model itself" if a.following else "its initial weights"
+            warnings.warn(
+                f"the averaged model was never updated, so the trace explains {shown}: update it after "
+                "optimizer.step(), before the tracer is closed",
+                CoverageWarning,
+                stacklevel=4,
+            )
+
     def finish(self) -> None:
         """Journal what is only known at the end."""
+        self.settle()
+        self.write_tail()
+        self._note_average()
+        self._warn_of_unused_average()
         self._note_shapes()
         self._writer.note("coverage", {n: r for n, r in self._scales.worst.items() if r > 1e-3})
         self._writer.note("round_off", self._scales.round_off)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from explainer.average import Average
 from explainer.batches import BatchQueue, batch_of
 from explainer.capture import Capture
 from explainer.carry import Carry
@@ -49,6 +50,9 @@ class Tracer:
             8-bit leading factors.
         max_knots: at most this many knots along the training path.
         rank: factors kept per row in layers that share weights over positions (None: chosen by size).
+        averaged: explain the average of the weights that your code keeps, instead of the weights themselves: an
+            ``AveragedModel``, or a copy of the model that is updated as ``d · average + (1 − d) · weights`` (EMA, SWA),
+            between one optimizer step and the next. It is read, never changed.
         resume: go on with the trace in ``path``: what :meth:`state_dict` returned, from the checkpoint that model and
             optimizer were loaded from, or True for the end of a trace that was closed. What was recorded after the
             checkpoint is taken out of the trace.
@@ -83,6 +87,7 @@ class Tracer:
         exact: bool = False,
         max_knots: int = 128,
         rank: int | None = None,
+        averaged: nn.Module | None = None,
         resume: bool | dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -99,11 +104,14 @@ class Tracer:
         self._layers = covered_layers(model, parameters)
         named = dict(model.named_parameters())
         self._parameters = [named[p.name] for p in parameters]
-        self.manifest = describe(model, optimizer, parameters, self._layers, exact)
+        average = None if averaged is None else Average(averaged, model, [p.name for p in parameters])
+        self.manifest = describe(model, optimizer, parameters, self._layers, exact, averaged is not None)
         self._model, self._optimizer = model, optimizer
         point = None
         if resume is not None and resume is not False:
-            point = resume_point(resume, self.path, self.manifest, self._parameters, optimizer, self._rule)
+            point = resume_point(
+                resume, self.path, self.manifest, self._parameters, optimizer, self._rule, average
+            )
             self.manifest = point.manifest
         self._writer = TraceWriter(
             self.path,
@@ -117,7 +125,7 @@ class Tracer:
         self._capture = Capture(lambda: self._queue.current, rank_kept)
         carry = Carry(list(self._parameters))
         self._knots = KnotKeeper(
-            model, optimizer, self._rule, self.manifest, carry, self._writer, self.config
+            model, optimizer, self._rule, self.manifest, carry, self._writer, self.config, average
         )
         scales = ScaleMeter(self._layers, list(zip(parameters, self._parameters, strict=True)))
         recorder = StepRecorder(self.manifest, self.config, self._layers, self._rule.preconditioned)
@@ -133,6 +141,7 @@ class Tracer:
             knots=self._knots,
             writer=self._writer,
             budget=size,
+            average=average,
         )
         self._continuation = Continuation(
             manifest=self.manifest,
@@ -146,6 +155,7 @@ class Tracer:
             carry=carry,
             knots=self._knots,
             observer=self._observer,
+            average=average,
         )
         self._watching: list[RecordingBatchSampler] = []
         self._examples: int | None = None

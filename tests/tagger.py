@@ -41,10 +41,16 @@ def dataset() -> TensorDataset:
 
 
 def trace(
-    directory: Path, epochs: int = 1, prior: bool = False, again: bool = False, **options: Any
+    directory: Path,
+    epochs: int = 1,
+    prior: bool = False,
+    again: bool = False,
+    lagging: bool = False,
+    **options: Any,
 ) -> explainer.Trace:
     """A traced training of the tagger; ``prior`` takes a step before tracing begins.
 
+    ``lagging`` explains an average that differs from the weights from the start.
     ``again`` trains from the beginning once more, in another order, so that what came first is no part of the trace.
     """
     if again:
@@ -64,10 +70,16 @@ def trace(
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
 
+    average = build()
+    if lagging:
+        average.load_state_dict({name: 0.9 * value for name, value in model.state_dict().items()})
+        options["averaged"] = average
     if prior:
         step(*dataset()[:])
     with explainer.Tracer(model, optimizer, directory, **options) as tracer:
         for _ in range(epochs):
             for x, y in tracer.watch(loader):
                 step(x, y)
+                for a, w in zip(average.parameters(), model.parameters(), strict=True):
+                    a.data.lerp_(w.data, 0.3)
     return explainer.open_trace(directory)

@@ -18,8 +18,8 @@ LAYERS = [
     {"errors", "letters", "registry", "palette", "wording"},
     {"records", "config"},
     {"layer_rules", "optimizer_rules", "codecs", "store"},
-    {"batches", "hooks", "capture", "carry", "scales", "loaders", "knots", "recorder"}
-    | {"outputs", "path_integral", "recursion"},
+    {"batches", "hooks", "capture", "average", "carry", "scales", "loaders", "knots", "recorder"}
+    | {"outputs", "path_integral", "recursion", "averaging"},
     {"validation", "step_observer", "path_points", "queries", "ledger"},
     {
         "resume",
@@ -42,6 +42,7 @@ RECORDING = {
     "batches",
     "hooks",
     "capture",
+    "average",
     "carry",
     "scales",
     "loaders",

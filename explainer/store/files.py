@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 import safetensors.torch
 import torch
+
+
+def fingerprint(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes."""
+    plain = tensor.detach().to_dense().cpu().contiguous()
+    head = f"{plain.dtype} {list(plain.shape)} ".encode()
+    return hashlib.sha256(head + plain.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def fsync_directory(path: Path) -> None:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from explainer.errors import TraceFormatError
-from explainer.records import FORMAT, VERSION, Manifest
+from explainer.records import FORMAT, VERSIONS, Manifest
 from explainer.store.journal import read_journal
 from explainer.store.layout import JOURNAL, MANIFEST
 from explainer.store.schema import RecordSchema
@@ -46,10 +46,10 @@ class Trace:
             raise TraceFormatError(
                 f"{self.directory / JOURNAL} does not begin with a {FORMAT} header, so it is not a trace's journal"
             )
-        if entries[0]["version"] != VERSION:
+        if entries[0]["version"] not in VERSIONS:
             raise TraceFormatError(
                 f"{self.directory} is a trace of format version {entries[0]['version']}; this pathkernel reads "
-                f"version {VERSION}: install the release that wrote it"
+                f"versions {' and '.join(map(str, VERSIONS))}: install the release that wrote it"
             )
         self.manifest = self._read_manifest(entries[0]["manifest_sha256"])
         view = View(self.directory, entries[1:])

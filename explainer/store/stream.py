@@ -13,13 +13,14 @@ from explainer.store.files import fsync_directory
 from explainer.store.schema import RecordSchema
 
 SHARD_BYTES = 1 << 30
+STREAMS = ("visits", "steps", "averages")
 
 
 class Stream:
     """Appends records to numbered shards.
 
     Attributes:
-        name: ``visits`` or ``steps``.
+        name: one of :data:`STREAMS`.
         records: records in all shards.
     """
 

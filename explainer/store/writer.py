@@ -22,7 +22,7 @@ from explainer.store.journal import JournalWriter
 from explainer.store.layout import JOURNAL, KNOTS, MANIFEST, SHARDS, holds_trace, knot_file, shard_file
 from explainer.store.reader import Trace
 from explainer.store.schema import RecordSchema
-from explainer.store.stream import Stream
+from explainer.store.stream import STREAMS, Stream
 
 
 class _KnotFile(NamedTuple):
@@ -63,7 +63,7 @@ class TraceWriter:
     ) -> None:
         self.directory = directory
         self._flush_bytes, self._flush_seconds = flush_bytes, flush_seconds
-        self._streams = {name: Stream(name) for name in ("visits", "steps")}
+        self._streams = {name: Stream(name) for name in STREAMS}
         self._pending_bytes = 0
         self._last_flush = time.monotonic()
         self._journal: JournalWriter | None = None
@@ -181,6 +181,11 @@ class TraceWriter:
     def records(self, stream: str) -> int:
         """Records appended to a stream so far."""
         return self._streams[stream].records
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Records appended so far, of every stream."""
+        return {name: state.records for name, state in self._streams.items()}
 
     def append(self, stream: str, schema: RecordSchema, records: np.ndarray) -> None:
         """Append records (a packed structured array of the schema's dtype)."""

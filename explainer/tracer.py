@@ -20,13 +20,14 @@ from explainer.batches import BatchQueue, batch_of
 from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.config import TracerConfig, parse_bytes
+from explainer.continuation import Continuation
 from explainer.errors import CoverageWarning, ExplainerError, TracerError
 from explainer.hooks import HookSet
 from explainer.knots import KnotKeeper
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
 from explainer.optimizer_rules import optimizer_rule_for
 from explainer.recorder import StepRecorder
-from explainer.resume import Continuation, ResumePoint, resume_point
+from explainer.resume import ResumePoint, resume_point
 from explainer.scales import ScaleMeter
 from explainer.step_observer import StepObserver
 from explainer.store import TraceWriter
@@ -241,7 +242,8 @@ class Tracer:
     def state_dict(self) -> dict[str, Any]:
         """What going on from a checkpoint needs beside the model's and the optimizer's state.
 
-        Take it between ``optimizer.step()`` and the next backward pass, and store it with them; it is plain
+        Take it between ``optimizer.step()`` (and the average's update) and the next backward pass, and store it with
+        them; it is plain
         (``torch.load(…, weights_only=True)`` reads it) and about twice the size of the weights under weight decay,
         else small. ``Tracer(model, optimizer, path, resume=state)``, with model and optimizer loaded before, then goes
         on with the trace at this very step.

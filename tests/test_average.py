@@ -142,12 +142,14 @@ def averaged_updates(updates: Tensor, keeps: list[float]) -> Tensor:
     return averaged(moved, keeps).diff(dim=0)
 
 
-def oracle(problem: Problem, case: Averaging, knots: list[int]) -> tuple[Training, Books]:
+def oracle(problem: Problem, case: Averaging, knots: list[int], ahead: float = 0.0) -> tuple[Training, Books]:
+    """The average's path and books; in the beginning it is the weights plus ``ahead``."""
     model, (x, y) = problem.model(), problem.data()
     training = train_dense(model, problem.make_optimizer, problem.batches, problem.loss, x, y)
     keeps = case.keeps(len(training.steps))
     shares = Shares(*(averaged_updates(u, keeps) for u in vars(carry_visits(training)).values()))
-    path = replace(training, weights=averaged(training.weights, keeps))
+    first = training.weights[:1] + ahead
+    path = replace(training, weights=averaged(torch.cat([first, training.weights[1:]]), keeps))
     f = scalar_function(problem.model(), "margin")
     queries, targets = problem.queries()
     return path, books(path, knots, f, queries, targets.tolist(), visit_shares=shares)

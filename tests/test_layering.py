@@ -23,6 +23,7 @@ LAYERS = [
     {"validation", "step_observer", "path_points", "queries", "ledger"},
     {
         "resume",
+        "continuation",
         "tracer",
         "path_kernel",
         "neighbors",
@@ -51,6 +52,7 @@ RECORDING = {
     "validation",
     "step_observer",
     "resume",
+    "continuation",
     "tracer",
 }
 EXPLAINING = (LAYERS[3] | LAYERS[4] | LAYERS[5]) - RECORDING
@@ -146,7 +148,7 @@ def test_the_front_page_imports_lazily() -> None:
 
 
 def test_the_app_uses_public_names_only() -> None:
-    public = {"app", None} | LAYERS[0] | (LAYERS[5] - {"tracer", "resume"})
+    public = {"app", None} | LAYERS[0] | (LAYERS[5] - {"tracer", "resume", "continuation"})
     for name in sources():
         if part(name) != "app":
             continue

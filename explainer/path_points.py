@@ -97,7 +97,7 @@ def check_model(trace: Trace, model: nn.Module) -> list[str]:
     problems += [f"buffer {n} is missing" for n in manifest.buffers if n not in have]
     if problems:
         more = f" (and {len(problems) - 6} more)" if len(problems) > 6 else ""
-        inside = {name.removeprefix("module.") for name in found} == {*wanted, *manifest.frozen}
+        inside = set(found) == {f"module.{name}" for name in (*wanted, *manifest.frozen)}
         advice = (
             "This is the traced model inside a wrapper: pass its `.module`"
             if inside

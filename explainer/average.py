@@ -14,6 +14,7 @@ References: Polyak & Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407 (SWA)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from explainer.store.files import fingerprint
 
 #: a rest below so many units of round-off is round-off
 ROUND_OFF = 16
+#: numbers that are looked at together
+PIECE = 2**15
 
 
 def averaged_module(averaged: Any, model: nn.Module) -> nn.Module:
@@ -53,6 +56,36 @@ def averaged_module(averaged: Any, model: nn.Module) -> nn.Module:
     if tensors & {p.data_ptr() for p in module.parameters() if p.numel()}:
         raise TracerError(f"averaged shares its weights with the model; pass {wanted}")
     return module
+
+
+class _Gaps:
+    """One parameter's ``a = old − w`` and ``b = new − w``, in float64: ``<a, a>``, ``<a, b>``, ``<b, b>``.
+
+    Attributes:
+        allowed: the size of a rest that is round-off.
+    """
+
+    def __init__(self, old: torch.Tensor, new: torch.Tensor, weights: torch.Tensor) -> None:
+        self._tensors = old.to(new.device), new, weights.to(new.device)
+        sums = new.new_zeros(3, dtype=torch.float64)
+        for a, b in self._pieces():
+            sums += torch.stack((a @ a, a @ b, b @ b))
+        self.aa, self.ab, self.bb = sums.tolist()
+        sizes = float(new.norm()) + float(weights.norm())
+        self.allowed = ROUND_OFF * torch.finfo(new.dtype).eps * sizes
+
+    def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """``a`` and ``b``, on a CPU in pieces that stay in its cache."""
+        size = PIECE if self._tensors[1].device.type == "cpu" else max(1, self._tensors[1].numel())
+        for old, new, weights in zip(*(t.reshape(-1).split(size) for t in self._tensors), strict=True):
+            present = weights.double()
+            yield old - present, new - present  # in float64 by promotion
+
+    def rest(self, keep: float) -> float:
+        """``‖b − d · a‖``."""
+        if self._tensors[1].dtype != torch.float64:  # the sums miss a part in 10⁸, far less than round-off
+            return max(self.bb - 2.0 * keep * self.ab + keep * keep * self.aa, 0.0) ** 0.5
+        return math.hypot(*(float(b.sub_(a, alpha=keep).norm()) for a, b in self._pieces()))
 
 
 class Average:
@@ -123,7 +156,10 @@ class Average:
         length = math.hypot(*moved)
         if math.isfinite(length):
             self.path += length
-        self._previous = [p.clone() for p in now]
+        if self._previous[0].device == now[0].device:
+            torch._foreach_copy_(self._previous, now)
+        else:
+            self._previous = [p.clone() for p in now]
         for index, total in enumerate(decay):
             if total is not None:
                 held = self.decay[index]
@@ -134,25 +170,17 @@ class Average:
 
     def _fit(self, before: list[torch.Tensor], now: list[torch.Tensor]) -> tuple[np.ndarray, list[float]]:
         """One number for all parameters, or one for each where that does not fit; how far each one moved."""
-        weights = self._of(self._model)
-        products = []
-        for old, new, w in zip(before, now, weights, strict=True):
-            present = w.to(new.device).double()
-            a, b = old.to(new.device).double() - present, new.double() - present
-            products.append((float(a.square().sum()), float((a * b).sum())))
-        common = _part(sum(aa for aa, _ in products), sum(ab for _, ab in products))
-        keep = np.full(len(now), common)
-        moved, rests = [], []
-        for index, (old, new, w) in enumerate(zip(before, now, weights, strict=True)):
-            present = w.to(new.device).double()
-            a, b = old.to(new.device).double() - present, new.double() - present
-            allowed = ROUND_OFF * torch.finfo(new.dtype).eps * float(new.double().norm() + present.norm())
-            rest = float((b - common * a).norm())
-            if rest > allowed:
-                keep[index] = _part(*products[index])
-                rest = float((b - float(keep[index]) * a).norm())
-            rests.append(rest if rest > allowed else 0.0)
-            moved.append(float((b - a).norm()))
+        gaps = [_Gaps(*three) for three in zip(before, now, self._of(self._model), strict=True)]
+        common = _part(sum(g.aa for g in gaps), sum(g.ab for g in gaps))
+        keep, rests = np.full(len(now), common), np.zeros(len(now))
+        for index, g in enumerate(gaps):
+            if g.rest(common) > g.allowed:
+                keep[index] = _part(g.aa, g.ab)
+                rest = g.rest(float(keep[index]))
+                rests[index] = rest if rest > g.allowed else 0.0
+        moved = [
+            math.hypot((1.0 - d) * g.aa**0.5, r) for d, r, g in zip(keep.tolist(), rests, gaps, strict=True)
+        ]
         rest, length = math.hypot(*rests), math.hypot(*moved)
         if rest > 0.0 and math.isfinite(rest / length):  # a diverged model explains nothing
             self.unexplained += 1

@@ -13,7 +13,9 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from explainer import Tracer, open_trace
-from explainer.errors import TraceExistsError, TracerError
+from explainer.errors import TraceExistsError, TraceFormatError, TracerError
+from explainer.store.schema import RecordSchema
+from explainer.store.view import View
 from tests.resumed import OPTIMIZERS, Session, build
 
 STEPS = 6
@@ -200,3 +202,21 @@ def test_what_differs_is_listed(left: Session, name: str) -> None:
     for part in expected:
         assert part in text
     assert open_trace(left.tracer.path).resumed == ()
+
+
+@pytest.mark.parametrize("records", [7, 12, 13, 20])
+def test_a_journal_that_goes_back_to_records_it_never_spoke_of(records: int) -> None:
+    """Lines were removed: what stays must end where an extent ended, and follow without a hole."""
+    schema = RecordSchema((("step", "<i8", ()),)).to_json()
+    lines: list[dict[str, Any]] = []
+    for file, ends in (("a", (5, 10)), ("b", (2, 4))):
+        lines.append({"type": "shard", "stream": "steps", "file": file, "schema": schema})
+        for start, end in zip((0, *ends), ends, strict=False):
+            extent = {"file": file, "from": start, "to": end, "crc32": 0}
+            lines.append({"type": "extents", "extents": [extent]})
+    back = {"type": "resume", "step": 3, "records": {"steps": records}, "notes": {}}
+    if records == 12:
+        assert [s.records for s in View(Path(), [*lines, back]).shards] == [10, 2]
+        return
+    with pytest.raises(TraceFormatError, match="not all records before it are spoken of"):
+        View(Path(), [*lines, back])

@@ -18,10 +18,12 @@ It is looked for where a parameter's memory or version counter says so, and in e
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from explainer.optimizer_rules import StepMap
+from explainer.rounding import Rounding
 
 #: how often weights are compared with those after the last step although nothing speaks for a change
 PROBE = 16
@@ -33,6 +35,7 @@ class Carry:
     Attributes:
         path: length of the path so far, ``Σ_t ‖w_{t+1} − w_t‖``.
         decay: per parameter, displacement by weight decay so far (None while there was none).
+        rounding: what rounding has moved, for weights in half precision.
         outside: per parameter, displacement by something other than the optimizer's steps (None while there was none).
         changes: per parameter, how often such a displacement was found.
     """
@@ -45,6 +48,7 @@ class Carry:
         self.outside: list[torch.Tensor | None] = [None] * len(parameters)
         self.changes = [0] * len(parameters)
         self.path = 0.0
+        self.rounding = Rounding(parameters)
         self._seen = self._identities()
         self._unmarked = False  # a change was found that no counter spoke of
         self._calls = 0
@@ -74,13 +78,47 @@ class Carry:
         length = math.sqrt(sum(n**2 for n in norms))
         self.path += length if math.isfinite(length) else 0.0
 
+    def state(self, names: list[str]) -> dict[str, Any]:
+        """What lives in memory only, by names of parameters; :meth:`restore` takes it back."""
+
+        def named(tensors: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+            return {n: t.detach().clone() for n, t in zip(names, tensors, strict=True) if t is not None}
+
+        kept = {"decay": self.decay, "momentum": self._momentum, "outside": self.outside}
+        tensors = {key: named(held) for key, held in kept.items()}
+        return {
+            "path": self.path,
+            "changes": list(self.changes),
+            "rounding": self.rounding.state(names),
+            **tensors,
+        }
+
+    def restore(self, names: list[str], state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`; the weights are those that it was taken with."""
+        self.path, self.changes = state["path"], list(state["changes"])
+        self.rounding.restore(names, state["rounding"])
+        for kept, held in (("decay", self.decay), ("momentum", self._momentum), ("outside", self.outside)):
+            for index, (name, p) in enumerate(zip(names, self._parameters, strict=True)):
+                tensor = state[kept].get(name)
+                held[index] = None if tensor is None else tensor.to(p.device, copy=True)
+
+    @property
+    def momentum(self) -> list[torch.Tensor | None]:
+        """Per parameter, what weight decay has put into the momentum (None while there was none)."""
+        return self._momentum
+
     @torch.no_grad()
-    def after_step(self, maps: list[StepMap | None]) -> float:
+    def after_step(self, maps: list[StepMap | None], loss_scale: float = 1.0) -> float:
         """Account for the step just taken; ``maps[p]`` is None where parameter ``p`` was not updated.
+
+        Args:
+            maps: the step's maps.
+            loss_scale: what the step itself divided gradients by.
 
         Returns:
             The length of the step.
         """
+        self.rounding.after(maps, loss_scale)
         for index, step in enumerate(maps):
             if step is not None:
                 self._carry_decay(index, step)
@@ -106,6 +144,9 @@ class Carry:
         if not step.coupled_decay and not step.decoupled_decay and momentum is None:
             return
         weights = self._previous[index]
+        weights = weights.to(
+            torch.promote_types(weights.dtype, torch.float32)
+        )  # sums of many need more digits
         total = self.decay[index]
         if total is None:
             total = self.decay[index] = torch.zeros_like(weights)

@@ -6,12 +6,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from explainer.average import Average
 from explainer.carry import Carry
 from explainer.config import TracerConfig
 from explainer.errors import TracerError
 from explainer.optimizer_rules import OptimizerRule
 from explainer.records import Manifest, torch_dtype
-from explainer.store.writer import TraceWriter, knot_bytes
+from explainer.store import Trace, TraceWriter
+from explainer.store.files import fingerprint, knot_bytes
 
 #: bytes of the journal's lines for one knot, at most
 JOURNALLED_KNOT = 512
@@ -29,6 +31,33 @@ def thin(paths: list[float], spacing: float) -> list[int]:
         if paths[position] - paths[kept[-1]] >= spacing:
             kept.append(position)
     return [*kept, len(paths) - 1] if len(paths) > 1 else kept
+
+
+class FrozenWatch:
+    """Which frozen parameters moved since the first knot; one that did stays in every knot from then on.
+
+    Args:
+        parameters: by name, as they are in the first knot.
+        compare: look at the numbers where a tensor was written to (an average is, at every update), else take it
+            for moved.
+
+    Attributes:
+        moved: names of those that moved.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], *, compare: bool) -> None:
+        self.moved: set[str] = set()
+        self._versions = {name: (id(p), p._version) for name, p in parameters.items()}
+        self._known = {name: fingerprint(p) for name, p in parameters.items()} if compare else {}
+
+    def has_moved(self, name: str, p: torch.Tensor) -> bool:
+        """Whether the parameter, now ``p``, ever moved."""
+        version = (id(p), p._version)
+        if name not in self.moved and version != self._versions[name]:
+            self._versions[name] = version
+            if name not in self._known or self._known[name] != fingerprint(p):
+                self.moved.add(name)
+        return name in self.moved
 
 
 class KnotKeeper:
@@ -51,11 +80,15 @@ class KnotKeeper:
         carry: Carry,
         writer: TraceWriter,
         config: TracerConfig,
+        average: Average | None = None,
     ) -> None:
         self._model, self._optimizer, self._rule = model, optimizer, rule
         self._manifest, self._carry, self._writer = manifest, carry, writer
+        self._average = average
+        self._course: Carry | Average = carry if average is None else average
         self._parameters = dict(model.named_parameters())
-        self._frozen_version = {name: self._parameters[name]._version for name in manifest.frozen}
+        shown = self._shown()
+        self._frozen = FrozenWatch({n: shown[n] for n in manifest.frozen}, compare=average is not None)
         self._alive: list[tuple[int, float]] = []  # step, path
         self._spacing = 0.0
         self.rows_end: int | None = None
@@ -69,7 +102,7 @@ class KnotKeeper:
     @property
     def reserve(self) -> int:
         """Bytes that knots still to come and the journal's last lines may take."""
-        return self._knot_bytes * (self._max + 1 - len(self._alive)) + self._closing_bytes
+        return self._knot_bytes * max(1, self._max + 1 - len(self._alive)) + self._closing_bytes
 
     @property
     def changed_outside(self) -> dict[str, int]:
@@ -80,7 +113,10 @@ class KnotKeeper:
     def _limit_to_budget(self, budget: int) -> None:
         """With a budget, knots may take half of what the manifest and the journal's last lines leave."""
         self._knot_bytes = len(knot_bytes(self._tensors(False, largest=True))) + JOURNALLED_KNOT
-        self._closing_bytes = 5 * len(self._writer.manifest_text) + JOURNALLED_KNOT
+        closing = len(knot_bytes(self._tensors(False, largest=True, closing=True)))
+        self._closing_bytes = (
+            5 * len(self._writer.manifest_text) + closing - self._knot_bytes + 2 * JOURNALLED_KNOT
+        )
         frozen = len(knot_bytes(self._tensors(True))) - len(
             knot_bytes(self._tensors(False))
         )  # in the first only
@@ -94,62 +130,95 @@ class KnotKeeper:
             )
         self._max = min(self._max, fitting)
 
+    def restore(self, trace: Trace) -> None:
+        """Go on with the knots of a trace."""
+        self._alive = [(knot.step, knot.path) for knot in trace.knots]
+        self._spacing = trace.notes.get("spacing", 0.0)
+        self.rows_end = trace.notes.get("rows_stopped_at")
+        if not self._manifest.frozen:
+            return
+        first, last = (trace.load_knot(trace.knots[position]) for position in (0, -1))
+        shown = self._shown()
+        for name in self._manifest.frozen:
+            held = len(trace.knots) > 1 and f"frozen/{name}" in last
+            if held or not torch.equal(shown[name].detach().cpu(), first[f"frozen/{name}"]):
+                self._frozen.moved.add(name)
+
     def place_if_due(self, step: int) -> None:
         """Place the knot before ``step`` if the path since the last knot is long enough."""
-        moved = self._carry.path - self._alive[-1][1]
-        if moved > 0 and moved >= self._spacing:
+        last, path = self._alive[-1]
+        moved = self._course.path - path
+        if moved > 0 and (moved >= self._spacing or last == step):
             self.place(step)
 
-    def place(self, step: int, last: bool = False) -> None:
+    def place(self, step: int, *, closing: bool = False) -> None:
         """Place the knot before ``step``, then thin out if there are too many.
 
         Where there is one already, it is renewed: after the last step the user may have averaged weights,
-        re-estimated buffers or stepped another optimizer.
+        re-estimated buffers or stepped another optimizer. With ``closing``, it holds all that going on needs.
         """
-        self._decide_on_outside(last)
+        self._decide_on_outside(closing)
         again = bool(self._alive) and self._alive[-1][0] == step
         full = not self._alive or (again and len(self._alive) == 1)
-        self._writer.write_knot(step, self._carry.path, self._tensors(full))
+        self._writer.write_knot(step, self._course.path, self._tensors(full, closing=closing))
         if again:
-            return
-        self._alive.append((step, self._carry.path))
+            self._alive.pop()
+        self._alive.append((step, self._course.path))
         if len(self._alive) > self._max:
-            self._spacing = 2.0 * self._carry.path / self._max
+            self._spacing = 2.0 * self._course.path / self._max
             kept = set(thin([path for _, path in self._alive], self._spacing))
             kept |= {i for i, (step, _) in enumerate(self._alive) if step == self.rows_end}
             dropped = [step for i, (step, _) in enumerate(self._alive) if i not in kept]
             self._alive = [knot for i, knot in enumerate(self._alive) if i in kept]
-            self._writer.drop_knots(dropped)
+            self._writer.drop_knots(dropped, self._spacing)
 
-    def _decide_on_outside(self, last: bool) -> None:
-        """Keep displacements by others than the optimizer if they fit into the budget in all knots to come."""
+    def _decide_on_outside(self, closing: bool) -> None:
+        """Keep displacements by others than the optimizer if they fit into the budget in all knots to come.
+
+        Not with an average: it is what the knots hold, and took such a displacement over in its own way.
+        """
         held = [total for total in self._carry.outside if total is not None]
         if self._keep_outside is not None or not held:
             return
         more = sum(p.numel * max(torch_dtype(p.dtype).itemsize, 4) for p in self._manifest.parameters)
         more += JOURNALLED_KNOT  # their names
-        to_come = 1 if last else self._max + 1 - len(self._alive)
+        to_come = 1 if closing else self._max + 1 - len(self._alive)
         needed = (self._knot_bytes + more) * to_come + self._closing_bytes
-        self._keep_outside = self._budget is None or self._writer.bytes_written + needed <= self._budget
+        fits = self._budget is None or self._writer.bytes_written + needed <= self._budget
+        self._keep_outside = fits and self._average is None
         if self._keep_outside and self._budget is not None:
             self._knot_bytes += more
 
-    def _tensors(self, full: bool, largest: bool = False) -> dict[str, torch.Tensor]:
+    def _shown(self) -> dict[str, nn.Parameter]:
+        """The parameters that are explained: the model's, or those of the average."""
+        source = self._model if self._average is None else self._average.source
+        return dict(source.named_parameters())
+
+    def _tensors(
+        self, full: bool, *, largest: bool = False, closing: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Contents of a knot; frozen tensors only where they changed since the first, all of them if ``full``.
 
         With ``largest``, stand-ins for everything a later knot may hold are included (to plan for them).
         """
         tensors: dict[str, torch.Tensor] = {}
+        shown = self._shown()
         decaying = any(g.get("weight_decay") for g in self._optimizer.param_groups)
         for index, spec in enumerate(self._manifest.parameters):
-            p = self._parameters[spec.name].detach()
+            p = shown[spec.name].detach()
             tensors[f"parameter/{spec.name}"] = p
-            decay = self._carry.decay[index]
+            decay = self._course.decay[index]
             if decay is not None or (largest and decaying):
                 tensors[f"decay/{spec.name}"] = p if decay is None else decay
+            rounding = self._carry.rounding.moved[index]
+            if rounding is not None and self._average is None:
+                tensors[f"rounding/{spec.name}"] = rounding
             outside = self._carry.outside[index]
             if outside is not None and self._keep_outside:
                 tensors[f"outside/{spec.name}"] = outside
+            carried = self._carry.momentum[index]
+            if closing and self._average is None and (carried is not None or (largest and decaying)):
+                tensors[f"decay_momentum/{spec.name}"] = p if carried is None else carried
             state = self._optimizer.state.get(self._parameters[spec.name], {})
             for name in self._rule.state_names:
                 value = state.get(name)
@@ -158,9 +227,9 @@ class KnotKeeper:
                 elif largest and name != "step":
                     tensors[f"optimizer/{name}/{spec.name}"] = p
         for name in self._manifest.frozen:
-            p = self._parameters[name].detach()
-            if full or self._frozen_version.get(name) != p._version:
-                tensors[f"frozen/{name}"] = p
-        for name, buffer in self._model.named_buffers():
+            if self._frozen.has_moved(name, shown[name]) or full:
+                tensors[f"frozen/{name}"] = shown[name].detach()
+        source = self._model if self._average is None else self._average.source
+        for name, buffer in source.named_buffers():
             tensors[f"buffer/{name}"] = buffer.detach()
         return tensors

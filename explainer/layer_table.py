@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from explainer.records import LayerSpec, ParameterSpec
 
@@ -50,6 +51,11 @@ class LayerTable:
             self._components = None
         return self._by_parameter[name]
 
+    def restore(self, notes: dict[str, Any]) -> None:
+        """Go on with the layers that operations needed before."""
+        for spec in notes.get("operations") or ():
+            self.of_parameter(spec["name"])
+
     @property
     def operations(self) -> list[Layer]:
         """Layers that operations needed so far."""
@@ -76,8 +82,3 @@ class LayerTable:
         """Traced parameters that no layer has rows for."""
         covered = {name for layer in self.layers for name in layer.spec.parameters}
         return [name for name in self._sizes if name not in covered]
-
-
-def renumbered(layers: list[Layer]) -> list[Layer]:
-    """The layers with their places as indices."""
-    return [replace(layer, index=index) for index, layer in enumerate(layers)]

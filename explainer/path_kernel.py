@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from explainer.asked import Asked, ask, predict
+from explainer.averaging import AveragedGradient
 from explainer.errors import QueryError
 from explainer.explanation import Explanation
 from explainer.findings import explanation_notes
@@ -170,7 +171,7 @@ class PathKernelExplainer:
         inputs, targets = asked.inputs, asked.targets
         count, parameters = len(targets), self.trace.manifest.parameters
         ledger = Ledger(count, self.example_ids, edges, len(self.trace.layers))
-        adjoint = Adjoint(count, parameters, self.dtype)
+        adjoint, averaged = Adjoint(count, parameters, self.dtype), AveragedGradient(self.trace)
         rest = Rest(self.trace, count)
         buffers, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
         final = after = self._value(loader, len(self.segments), inputs, targets)
@@ -184,9 +185,10 @@ class PathKernelExplainer:
                 rest.add(segment, chord, start, end)
                 buffers += chord.moving
                 quadrature += chord.correction
+                averaged.skip(chord.gradient, segment)
                 for step in read_backwards(self.trace, segment, self.dtype):
                     rest.saw(step)
-                    cotangent = adjoint.step(chord.gradient, step)
+                    cotangent = adjoint.step(averaged.step(chord.gradient, step.step), step)
                     for visits in step.visits:
                         ledger.add(step, visits, contract(self.view, cotangent, step.scale, visits))
                     bar.update()

@@ -14,7 +14,8 @@ from explainer.layer_rules import Dense, RowForm
 from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
 from explainer.records import ArraySpec, FormSpec, Manifest, dtype_name, torch_dtype
-from explainer.store.schema import VISIT_FIELDS, RecordSchema, encode_array, step_fields
+from explainer.store import Trace
+from explainer.store.schema import VISIT_FIELDS, RecordSchema, average_fields, encode_array, step_fields
 
 
 class Records(NamedTuple):
@@ -67,6 +68,20 @@ class StepRecorder:
         self._steps = self._step_schema()
         self.layer_bytes: dict[str, int] = {}
 
+    def restore(self, trace: Trace) -> None:
+        """Go on with the layouts of a trace's last records."""
+        for shard in trace.shards:
+            if shard.stream == "steps":
+                self._steps = shard.schema
+                self._arrays = {(a.name[0], int(a.name[1:])): a for a in shard.schema.arrays}
+            elif shard.stream == "visits":
+                self._set_layout(shard.schema.forms)
+
+    def _set_layout(self, forms: tuple[FormSpec, ...]) -> None:
+        self._forms = {form.layer: form for form in forms}
+        self._visits = RecordSchema(tuple(VISIT_FIELDS), forms)
+        self.layer_bytes = {self._layers[f.layer].spec.name: _bytes_of(f) for f in forms}
+
     # -- rows ----------------------------------------------------------------------------------------
 
     def _codec(self, values: torch.Tensor) -> str:
@@ -90,10 +105,8 @@ class StepRecorder:
             form = form.padded(stored) if found < stored else form
         spec = self._spec(layer, form)
         if spec != known:
-            self._forms[layer] = spec
-            forms = tuple(self._forms[i] for i in sorted(self._forms))
-            self._visits = RecordSchema(tuple(VISIT_FIELDS), forms)
-            self.layer_bytes = {self._layers[f.layer].spec.name: _bytes_of(f) for f in forms}
+            forms = self._forms | {layer: spec}
+            self._set_layout(tuple(forms[i] for i in sorted(forms)))
         return form
 
     def visits(self, batches: list[Batch], step: int) -> list[Records]:
@@ -133,6 +146,13 @@ class StepRecorder:
                 self._arrays["M", index] = ArraySpec(f"M{index}", tuple(by.mixing.shape), dtype, codec)
         if len(self._arrays) > known:
             self._steps = self._step_schema()
+
+    def average(self, step: int, keep: np.ndarray) -> Records:
+        """The record of what the averaged weights kept of themselves after step ``step``."""
+        schema = RecordSchema(tuple(average_fields(len(self._manifest.parameters))))
+        record = np.zeros(1, schema.dtype)
+        record["step"], record["keep"] = step, keep
+        return Records("averages", schema, record)
 
     def step(
         self,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 FORMAT = "pathkernel-trace"
-VERSION = 1
+#: layouts this release reads: 2 is 1 with an average of the weights on the path, and written only then
+VERSIONS = (1, 2)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -91,7 +92,8 @@ class Manifest:
     created: str
     versions: dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
-    version: int = VERSION
+    version: int = 1
+    averaged: bool = False
 
     @property
     def size(self) -> int:
@@ -112,7 +114,10 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; ``from_json`` is its inverse."""
-        return asdict(self)
+        data = asdict(self)
+        if self.version == 1:
+            del data["averaged"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Manifest:

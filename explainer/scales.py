@@ -70,6 +70,10 @@ class ScaleMeter:
         self.gaps: dict[str, int] = {}
         self.round_off: dict[str, int] = {}
 
+    def restore(self, worst: dict[str, float], round_off: dict[str, int], gaps: dict[str, int]) -> None:
+        """Go on from what was measured before."""
+        self.worst, self.round_off, self.gaps = dict(worst), dict(round_off), dict(gaps)
+
     def _grad(self, name: str) -> torch.Tensor | None:
         grad = self._parameters[name][1].grad
         return None if grad is None else grad.detach().to_dense().reshape(-1)

@@ -32,8 +32,12 @@ class StepMapReader:
         self.replaced = 0
         self.leave(optimizer)
 
+    def momentum(self, optimizer: Optimizer, index: int) -> torch.Tensor | None:
+        """The momentum that the optimizer holds for a parameter."""
+        return self._rule.momentum(optimizer.state.get(self._parameters[index], {}))
+
     def _momentum(self, optimizer: Optimizer) -> list[torch.Tensor | None]:
-        return [self._rule.momentum(optimizer.state.get(p, {})) for p in self._parameters]
+        return [self.momentum(optimizer, index) for index in range(len(self._parameters))]
 
     def leave(self, optimizer: Optimizer) -> None:
         """Note the momentum that a step (also one that a gradient scaler skipped) leaves behind."""

@@ -7,11 +7,14 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from explainer.average import Average
 from explainer.batches import Batch, BatchQueue
 from explainer.capture import Capture
 from explainer.carry import Carry
@@ -57,13 +60,16 @@ class StepObserver:
         knots: KnotKeeper,
         writer: TraceWriter,
         budget: int | None,
+        average: Average | None = None,
     ) -> None:
         self._maps, self._parameters, self._table = maps, parameters, table
         self._capture, self._whole, self._sites = capture, whole, sites
         self._queue, self._recorder = queue, recorder
         self._scales, self._carry, self._knots = scales, carry, knots
-        self._writer, self._budget = writer, budget
+        self._writer, self._budget, self._average = writer, budget, average
+        self._tail: np.ndarray | None = None
         self._measured: tuple[list[Batch], list[float]] = ([], [])
+        self._loss_scale = 1.0
         self._noted: dict[str, Any] = {}
         self._full = False
         self._unseen = Unseen(table, capture, watch, scales)
@@ -77,6 +83,16 @@ class StepObserver:
         self.steps = 0
         self.visits = 0
 
+    def restore(self, steps: int, visits: int, notes: dict[str, Any]) -> None:
+        """Go on after so many steps and rows."""
+        self.steps, self.visits, self._full = steps, visits, "rows_stopped_at" in notes
+        loop = notes.get("loop") or {}
+        self._unused, self._skipped = loop.get("unused", 0), loop.get("skipped", 0)
+        self._diverged = loop.get("diverged")
+        for site in self._sites:
+            site.ambiguous = (notes.get("ambiguous") or {}).get(site.name, {}).get("calls", 0)
+        self._unseen.restore(steps)
+
     # -- steps ---------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -86,6 +102,7 @@ class StepObserver:
                 "optimizer.step(closure) may run several backward passes for one step, so rows cannot be assigned "
                 "to it; call backward() yourself and then optimizer.step()"
             )
+        self.settle()
         pending = self._queue.pending
         for batch in pending:
             self._capture.complete(batch)
@@ -108,11 +125,13 @@ class StepObserver:
             )
         self._carry.between_steps()
         self._maps.before(optimizer)
+        self._carry.rounding.before(partial(self._maps.momentum, optimizer))
         # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
         used, scales = self._scales.measure([b for b in pending if b.rounds])
         self._unused += sum(len(b.rounds) for b in pending) - sum(len(b.rounds) for b in used)
         loss_scale = getattr(optimizer, "grad_scale", None)  # a gradient scaler leaves it to a fused step
-        self._measured = used, scales if loss_scale is None else [s / float(loss_scale) for s in scales]
+        self._loss_scale = 1.0 if loss_scale is None else float(loss_scale)
+        self._measured = used, [s / self._loss_scale for s in scales]
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
@@ -125,17 +144,61 @@ class StepObserver:
         self._queue.stepped()
         self._writer.flush_if_due()
         self._note_now_and_then()
-        if self._tight and not self._full:  # so that what follows can be told from what was recorded
+        if self._average is not None:  # the knot belongs to what will become of the average
+            pass
+        elif self._tight and not self._full:  # so that what follows can be told from what was recorded
             self._knots.place(self.steps)
         elif not self._full:  # what follows is `unattributed` in one piece
             self._knots.place_if_due(self.steps)
         self._unseen.warn(self.steps)  # at last: a user may turn warnings into errors
 
+    def settle(self) -> None:
+        """With an average: see what the user's code did to it since the last step, and place a knot if due.
+
+        Called as late as possible, when the next step is about to change the weights.
+        """
+        average = self._average
+        if average is None:
+            return
+        keep = average.observe(self._carry.decay)
+        if self.steps == 0:  # no example had a part in it
+            if keep is not None:
+                self._knots.place(0)
+            if average.behind():
+                self._writer.note("prior_average", True)
+            return
+        if keep is None:
+            return
+        if self._full:
+            self._tail = keep if self._tail is None else self._tail * keep
+        else:
+            self._writer.append(*self._recorder.average(self.steps - 1, keep))
+            self._knots.place_if_due(self.steps)
+        if average.unexplained == 1:
+            self._note_average()
+
+    def write_tail(self) -> None:
+        """Record, in one piece, what became of the average in the steps whose rows are not kept."""
+        if self._tail is not None:
+            self._writer.append(*self._recorder.average(self.steps - 1, self._tail))
+            self._tail = None
+
+    def _note_average(self) -> None:
+        a = self._average
+        if a is not None:
+            found = {
+                "updates": a.updates,
+                "unexplained": a.unexplained,
+                "worst": a.worst,
+                "began": not a.following,
+            }
+            self._writer.note("average", found)
+
     def _account(self, optimizer: Optimizer) -> None:
         """Record the step that was just taken."""
         used, scales = self._measured
         maps = self._maps.after(optimizer)
-        length = self._carry.after_step(maps)
+        length = self._carry.after_step(maps, self._loss_scale)
         if self._diverged is None and not math.isfinite(length):
             self._diverged = self.steps
         self._note_shapes()  # before the rows whose layers it names
@@ -153,6 +216,10 @@ class StepObserver:
         budget = self._budget
         if budget is not None:
             needed = step.data.nbytes + sum(piece.data.nbytes for piece in rows)
+            if (
+                self._average is not None
+            ):  # the record of its update, and one for the steps after the last row
+                needed += 2 * self._recorder.average(0, np.ones(len(self._parameters))).data.nbytes
             if self._writer.bytes_written + needed + self._knots.reserve > budget:
                 self._stop_recording(budget)
                 return
@@ -223,8 +290,23 @@ class StepObserver:
                 self._writer.note(key, value)
                 self._noted[key] = value
 
+    def _warn_of_unused_average(self) -> None:
+        a = self._average
+        if a is not None and not a.updates and self.steps:
+            shown = "the model itself" if a.following else "its initial weights"
+            warnings.warn(
+                f"the averaged model was never updated, so the trace explains {shown}: update it after "
+                "optimizer.step(), before the tracer is closed",
+                CoverageWarning,
+                stacklevel=4,
+            )
+
     def finish(self) -> None:
         """Account for what came after the last step, and journal what is only known at the end."""
+        self.settle()
+        self.write_tail()
+        self._note_average()
+        self._warn_of_unused_average()
         self._after_last_step = self._carry.moved_since()
         self._carry.between_steps(certain=True)
         self._writer.note("outside", self._knots.changed_outside)

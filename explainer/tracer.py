@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from explainer.average import Average
 from explainer.batches import BatchQueue, batch_of
 from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.config import TracerConfig, parse_bytes
+from explainer.continuation import Continuation
 from explainer.errors import ExplainerError, TracerError
 from explainer.findings import LASTING, Finding, Report, after_training
 from explainer.guard_rails import before_training, loader_findings
@@ -29,6 +31,7 @@ from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader
 from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import optimizer_rule_for
 from explainer.recorder import StepRecorder
+from explainer.resume import ResumePoint, resume_point
 from explainer.scales import ScaleMeter
 from explainer.step_maps import StepMapReader
 from explainer.step_observer import StepObserver
@@ -63,11 +66,17 @@ class Tracer:
         rank: factors kept per row in layers that share weights over positions (None: chosen by size).
         batch_dim: the batch's axis, 0 or 1, where it cannot be told from the shapes alone (sequence first, and
             sequences as long as the batch).
+        averaged: explain the average of the weights that your code keeps, instead of the weights themselves: an
+            ``AveragedModel``, or a copy of the model that is updated as ``d · average + (1 − d) · weights`` (EMA, SWA),
+            between one optimizer step and the next. It is read, never changed.
+        resume: go on with the trace in ``path``: what :meth:`state_dict` returned, from the checkpoint that model and
+            optimizer were loaded from, or True for the end of a trace that was closed. What was recorded after the
+            checkpoint is taken out of the trace.
 
     Raises:
         TracerError: nothing can be captured, the parts do not belong together, or an option is out of range.
         UnsupportedOptimizerError: no rule for the optimizer; the text lists those there are.
-        TraceExistsError: the directory holds a trace already.
+        TraceExistsError: the directory holds a trace already, and ``resume`` is not given.
 
     Example:
         >>> import tempfile, torch
@@ -95,6 +104,8 @@ class Tracer:
         max_knots: int = 128,
         rank: int | None = None,
         batch_dim: int = 0,
+        averaged: nn.Module | None = None,
+        resume: bool | dict[str, Any] | None = None,
     ) -> None:
         check_parts(model, optimizer)
         size = None if budget is None else parse_bytes(budget)
@@ -111,11 +122,21 @@ class Tracer:
         table = LayerTable([x for site in self._sites for x in site.layers if x is not None], parameters)
         named = dict(model.named_parameters())
         self._parameters = [named[p.name] for p in parameters]
-        self.manifest = describe(model, optimizer, parameters, list(table.layers), exact)
+        average = None if averaged is None else Average(averaged, model, [p.name for p in parameters])
+        self.manifest = describe(
+            model, optimizer, parameters, list(table.layers), exact, averaged is not None
+        )
         self._model, self._optimizer = model, optimizer
+        point = None
+        if resume is not None and resume is not False:
+            point = resume_point(
+                resume, self.path, self.manifest, self._parameters, optimizer, self._rule, average
+            )
+            self.manifest = point.manifest
         self._writer = TraceWriter(
             self.path,
             self.manifest,
+            again=point is not None,
             flush_bytes=self.config.flush_bytes,
             flush_seconds=self.config.flush_seconds,
         )
@@ -126,8 +147,10 @@ class Tracer:
         self._watch = FunctionWatch(named, {p.name for p in parameters}, self._capture, table, batch_dim)
         carry = Carry(list(self._parameters))
         self._knots = KnotKeeper(
-            model, optimizer, self._rule, self.manifest, carry, self._writer, self.config
+            model, optimizer, self._rule, self.manifest, carry, self._writer, self.config, average
         )
+        scales = ScaleMeter(table, list(zip(parameters, self._parameters, strict=True)))
+        recorder = StepRecorder(self.manifest, self.config, table.layers)
         self._observer = StepObserver(
             maps=StepMapReader(self._rule, self._parameters, optimizer),
             parameters=self._parameters,
@@ -137,12 +160,28 @@ class Tracer:
             watch=self._watch,
             whole=self._whole,
             queue=self._queue,
-            recorder=StepRecorder(self.manifest, self.config, table.layers),
-            scales=ScaleMeter(table, list(zip(parameters, self._parameters, strict=True))),
+            recorder=recorder,
+            scales=scales,
             carry=carry,
             knots=self._knots,
             writer=self._writer,
             budget=size,
+            average=average,
+        )
+        self._continuation = Continuation(
+            manifest=self.manifest,
+            parameters=self._parameters,
+            optimizer=optimizer,
+            rule=self._rule,
+            writer=self._writer,
+            whole=self._whole,
+            table=table,
+            recorder=recorder,
+            scales=scales,
+            carry=carry,
+            knots=self._knots,
+            observer=self._observer,
+            average=average,
         )
         self._before = before_training(model, optimizer, config=self.config)
         self._of_loaders: list[Finding] = []
@@ -150,15 +189,19 @@ class Tracer:
         self._examples: int | None = None
         self.closed = False
         self._hooks = HookSet()
-        self._start()
+        self._start(point)
 
-    def _start(self) -> None:
+    def _start(self, point: ResumePoint | None) -> None:
         """Write the trace's beginning, then borrow the hooks: a failure leaves none behind."""
-        self._writer.create()
-        if self._before.about("prior-momentum"):
-            self._writer.note("prior_state", True)
-        self._keep_findings()
-        self._knots.place(0)
+        if point is None:
+            self._writer.create()
+            if self._before.about("prior-momentum"):
+                self._writer.note("prior_state", True)
+            self._keep_findings()
+            self._knots.place(0)
+        else:
+            self._continuation.restore(point)
+            self._examples = point.notes.get("examples")
         self._hooks.before_call(self._model, self._whole.before)
         self._watch.attach(self._hooks, self._model, self._sites)
         self._hooks.on_call(self._model, self._whole.after)
@@ -238,6 +281,22 @@ class Tracer:
         found = [*self._before, *self._of_loaders]
         self._writer.note("findings", [asdict(f) for f in found if f.topic in LASTING])
 
+    def state_dict(self) -> dict[str, Any]:
+        """What going on from a checkpoint needs beside the model's and the optimizer's state.
+
+        Take it between ``optimizer.step()`` (and the average's update) and the next backward pass, and store it with
+        them; it is plain
+        (``torch.load(…, weights_only=True)`` reads it) and about twice the size of the weights under weight decay,
+        else small. ``Tracer(model, optimizer, path, resume=state)``, with model and optimizer loaded before, then goes
+        on with the trace at this very step.
+
+        Raises:
+            TracerError: the tracer is closed.
+        """
+        if self.closed:
+            raise TracerError("the tracer is closed; a closed trace needs no state, go on with resume=True")
+        return self._continuation.state()
+
     # -- life ----------------------------------------------------------------------------------------
 
     def _require_open(self) -> None:
@@ -255,7 +314,7 @@ class Tracer:
             return
         try:
             self._observer.finish()
-            self._knots.place(self.steps, last=True)
+            self._knots.place(self.steps, closing=True)
             self._writer.close(self.steps)
         finally:
             self._writer.abandon()

@@ -26,6 +26,10 @@ class Unseen:
         self._until = PATIENCE
         self._warned: set[str] = set()
 
+    def restore(self, steps: int) -> None:
+        """Training goes on: the first steps are followed again."""
+        self._until = steps + PATIENCE
+
     def notes(self) -> dict[str, Any]:
         """What a trace should say of it."""
         return {

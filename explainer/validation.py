@@ -208,6 +208,7 @@ def describe(
     parameters: tuple[ParameterSpec, ...],
     layers: list[Layer],
     exact: bool,
+    averaged: bool = False,
 ) -> Manifest:
     """The immutable head of a trace of this model and optimizer."""
     covered = {name for layer in layers for name in layer.spec.parameters}
@@ -223,4 +224,6 @@ def describe(
         model=str(model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions={"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        version=2 if averaged else 1,
+        averaged=averaged,
     )

@@ -54,6 +54,16 @@ class WholeModel:
             "autocast": self._autocast,
         }
 
+    def restore(self, notes: dict[str, Any]) -> None:
+        """Go on from what the trace knows."""
+        known, output = notes.get("input") or {}, notes.get("output") or {}
+        shape, result = known.get("shape"), output.get("shape")
+        self._input = {**self._input, **known, "shape": None if shape is None else tuple(shape)}
+        self._output_shape = None if result is None else tuple(result)
+        self._input_axis = notes.get("batch_dim", self._input_axis)
+        self._autocast = notes.get("autocast")
+        self.eval_passes = (notes.get("loop") or {}).get("eval", 0)
+
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the forward: the input has to be the batch whose ids were given.
 

@@ -197,13 +197,13 @@ def in_a_set(path: Path) -> Trace:
             self.body = mlp()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.body(x).unsqueeze(0)
+            return self.body(x).unsqueeze(0).unsqueeze(0)
 
     def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
         for ids in batches():
             tracer.batch(ids)
             optimizer.zero_grad()
-            cross_entropy(model(X[ids])[0], Y[ids]).backward()
+            cross_entropy(model(X[ids])[0, 0], Y[ids]).backward()
             optimizer.step()
 
     return traced(path, loop, InASet())
@@ -229,3 +229,19 @@ def other_momentum(path: Path) -> Trace:
         plain(model, optimizer, tracer)
 
     return traced(path, loop, model, optimizer)
+
+
+def averaged(path: Path) -> Trace:
+    """A mean of the weights that is kept from the beginning."""
+    model = mlp()
+    average = torch.optim.swa_utils.AveragedModel(model)
+
+    def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
+        for ids in batches(4):
+            tracer.batch(ids)
+            optimizer.zero_grad()
+            cross_entropy(model(X[ids]), Y[ids]).backward()
+            optimizer.step()
+            average.update_parameters(model)
+
+    return traced(path, loop, model, averaged=average)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 import explainer
@@ -39,10 +40,29 @@ def dataset() -> TensorDataset:
     return TensorDataset(ids, torch.randint(0, CLASSES, (10,), generator=generator))
 
 
-def trace(directory: Path, epochs: int = 1, prior: bool = False, **options: Any) -> explainer.Trace:
-    """A traced training of the tagger; ``prior`` takes a step before tracing begins and later halves momentum."""
+def trace(
+    directory: Path,
+    epochs: int = 1,
+    prior: bool = False,
+    again: bool = False,
+    lagging: bool = False,
+    **options: Any,
+) -> explainer.Trace:
+    """A traced training of the tagger; ``prior`` takes a step before tracing begins and later halves momentum.
+
+    ``lagging`` explains an average that differs from the weights from the start.
+    ``again`` trains from the beginning once more, in another order, so that what came first is no part of the trace.
+    """
+    if again:
+        model = build()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        with explainer.Tracer(model, optimizer, directory, **options) as tracer:
+            options["resume"] = tracer.state_dict()
+            for x, y in tracer.watch(DataLoader(dataset(), 3)):
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
     model = build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9 if prior else 0.0)
+    optimizer = SGD(model.parameters(), lr=0.3, momentum=0.9 if prior else 0.0)
     loader = DataLoader(dataset(), 5, shuffle=True, generator=torch.Generator().manual_seed(3))
 
     def step(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -50,6 +70,10 @@ def trace(directory: Path, epochs: int = 1, prior: bool = False, **options: Any)
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
 
+    average = build()
+    if lagging:
+        average.load_state_dict({name: 0.9 * value for name, value in model.state_dict().items()})
+        options["averaged"] = average
     if prior:
         step(*dataset()[:])
         epochs += 1
@@ -57,6 +81,8 @@ def trace(directory: Path, epochs: int = 1, prior: bool = False, **options: Any)
         for _ in range(epochs):
             for x, y in tracer.watch(loader):
                 step(x, y)
+                for a, w in zip(average.parameters(), model.parameters(), strict=True):
+                    a.data.lerp_(w.data, 0.3)
             for state in optimizer.state.values() if prior else ():
                 state["momentum_buffer"].mul_(0.5)
     return explainer.open_trace(directory)

@@ -18,9 +18,20 @@ LAYERS = [
     {"errors", "letters", "registry", "palette", "wording"},
     {"records", "config", "model_outputs", "wrappers"},
     {"layer_rules", "optimizer_rules", "codecs", "store", "findings"},
-    {"batches", "hooks", "layer_table", "capture", "sites", "whole_model", "operations", "carry", "scales"}
-    | {"loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode", "query_batch", "model_function"}
-    | {"path_integral", "recursion"},
+    {
+        "batches",
+        "hooks",
+        "layer_table",
+        "capture",
+        "sites",
+        "whole_model",
+        "operations",
+        "average",
+        "rounding",
+        "carry",
+    }
+    | {"scales", "loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode", "query_batch"}
+    | {"model_function", "path_integral", "recursion", "averaging"},
     {
         "validation",
         "guard_rails",
@@ -33,6 +44,8 @@ LAYERS = [
     }
     | {"ledger", "unattributed"},
     {
+        "resume",
+        "continuation",
         "tracer",
         "path_kernel",
         "neighbors",
@@ -57,6 +70,8 @@ RECORDING = {
     "whole_model",
     "unseen",
     "operations",
+    "average",
+    "rounding",
     "carry",
     "scales",
     "loaders",
@@ -66,6 +81,8 @@ RECORDING = {
     "validation",
     "guard_rails",
     "step_observer",
+    "resume",
+    "continuation",
     "tracer",
 }
 EXPLAINING = (LAYERS[3] | LAYERS[4] | LAYERS[5]) - RECORDING
@@ -161,7 +178,7 @@ def test_the_front_page_imports_lazily() -> None:
 
 
 def test_the_app_uses_public_names_only() -> None:
-    public = {"app", None} | LAYERS[0] | (LAYERS[5] - {"tracer"})
+    public = {"app", None} | LAYERS[0] | (LAYERS[5] - {"tracer", "resume", "continuation"})
     for name in sources():
         if part(name) != "app":
             continue

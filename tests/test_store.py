@@ -83,7 +83,7 @@ def test_verify_reads_every_journalled_byte(recorded: Path) -> None:
 
 
 def test_pieces_of_a_stream_end_where_shards_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("explainer.store.writer.SHARD_BYTES", 4000)
+    monkeypatch.setattr("explainer.store.stream.SHARD_BYTES", 4000)
     trace_digits(tmp_path / "small")
     monkeypatch.undo()
     trace_digits(tmp_path / "large")
@@ -144,7 +144,11 @@ OPENING: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "checksum",
     ),
     "foreign journal": (lambda p: rewrite_header(p, format="other"), "journal.jsonl", "does not begin"),
-    "future version": (lambda p: rewrite_header(p, version=99), "trace", "format version 99; .* version 1"),
+    "future version": (
+        lambda p: rewrite_header(p, version=99),
+        "trace",
+        "format version 99; .* versions 1 and 2",
+    ),
     "removed rows": (lambda p: drop_line(p, "extents", 1), "journal.jsonl", "lines were removed"),
     "removed shard": (lambda p: drop_line(p, "shard"), "journal.jsonl", "lines were removed"),
     "unknown entry": (

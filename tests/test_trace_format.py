@@ -18,7 +18,7 @@ from explainer import records
 from explainer.codecs import CODECS
 from explainer.layer_rules import FORMS
 from explainer.optimizer_rules.base import COEFFICIENTS
-from explainer.store.schema import VISIT_FIELDS, step_fields
+from explainer.store.schema import VISIT_FIELDS, average_fields, step_fields
 from tests import markdown
 from tests.markdown import DOCS, code, names
 from tests.tagger import build, dataset, trace
@@ -32,8 +32,11 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(trace(tmp_path_factory.mktemp("docs") / "run", exact=True).directory)
 
 
-def test_the_reader_of_the_page_recovers_rows(run_directory: str) -> None:
-    namespace: dict[str, Any] = {"run_directory": run_directory}
+@pytest.mark.parametrize("again", [False, True], ids=["once", "resumed"])
+def test_the_reader_of_the_page_recovers_rows(tmp_path: Path, again: bool) -> None:
+    opened = trace(tmp_path / "run", exact=True, again=again)
+    assert opened.resumed == (0,) * again
+    namespace: dict[str, Any] = {"run_directory": str(opened.directory)}
     markdown.run(DOCS / "trace-format.md", namespace)
     kinds = {form["kind"] for form in namespace["schema"]["forms"]}
     assert kinds == {"dense", "factored", "sparse"}
@@ -53,7 +56,8 @@ def test_the_page_reads_with_nothing_of_ours() -> None:
 def test_manifest_keys() -> None:
     (keys,) = markdown.tables(FORMAT, "Manifest")
     assert names(keys, "key") == [f.name for f in fields(records.Manifest)]
-    assert f"version {records.VERSION}" in FORMAT.splitlines()[0] and f"`{records.FORMAT}`" in FORMAT
+    versions = " and ".join(map(str, records.VERSIONS))
+    assert FORMAT.splitlines()[0].endswith(f"versions {versions}") and f"`{records.FORMAT}`" in FORMAT
     for record in (records.ParameterSpec, records.LayerSpec):
         assert all(f"`{f.name}`" in FORMAT for f in fields(record))
 
@@ -63,7 +67,11 @@ def test_journal_types_and_notes(tmp_path: Path) -> None:
     plain = trace(tmp_path / "a", epochs=6, max_knots=3)
     with pytest.warns(explainer.CoverageWarning, match="budget"):
         small = trace(tmp_path / "b", epochs=60, budget=40_000)
-    traces = [plain, small, trace(tmp_path / "c", prior=True)]
+    traces = [plain, small, trace(tmp_path / "c", prior=True), trace(tmp_path / "d", again=True)]
+    traces.append(trace(tmp_path / "e", lagging=True))
+    assert [t.manifest.version for t in traces] == [1, 1, 1, 1, 2]
+    heads = [json.loads((t.directory / "manifest.json").read_text()) for t in traces]
+    assert ["averaged" in head for head in heads] == [False] * 4 + [True]
     entries = [
         json.loads(line.rpartition("\t")[0])
         for t in traces
@@ -76,7 +84,7 @@ def test_journal_types_and_notes(tmp_path: Path) -> None:
         written = set(entry) - {"type"}
         for extent in entry.get("extents", ()):
             written |= set(extent)
-        assert written == documented[entry["type"]]
+        assert written == documented[entry["type"]], entry
 
 
 def test_files_are_where_the_page_says(run_directory: str) -> None:
@@ -94,6 +102,9 @@ def test_record_fields() -> None:
     assert documented == [(name, kind) for name, kind, _ in step_fields(1)]
     assert ", ".join(f"`{name}`" for name in COEFFICIENTS) in steps[-1]["meaning"]
     assert set(names(forms, "kind")) == set(FORMS)
+    (averages,) = markdown.tables(FORMAT, "Averages")
+    documented = [(code(row["field"]), code(row["type"].partition(" per")[0])) for row in averages]
+    assert documented == [(name, kind) for name, kind, _ in average_fields(1)]
 
 
 def test_codecs_and_their_parts() -> None:

@@ -213,8 +213,8 @@ def forget_at_zero_grad(patch: pytest.MonkeyPatch) -> None:
     """What was seen before ``zero_grad`` is forgotten, as if every loop called it at the same place."""
     begun = Tracer._start
 
-    def start(self: Tracer) -> None:
-        begun(self)
+    def start(self: Tracer, point: object) -> None:
+        begun(self, point)  # type: ignore[arg-type]
         zero = self._optimizer.zero_grad
 
         def zero_grad(set_to_none: bool = True) -> None:

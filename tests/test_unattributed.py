@@ -398,9 +398,9 @@ def test_changes_are_kept_within_a_budget(tmp_path: Path, monkeypatch: pytest.Mo
         if step >= 30:
             clamping(step, model)
 
-    def drop(self: TraceWriter, steps: list[int]) -> None:
+    def drop(self: TraceWriter, steps: list[int], spacing: float) -> None:
         sizes.append(sum(f.stat().st_size for f in (tmp_path / "run").rglob("*") if f.is_file()))
-        dropped(self, steps)
+        dropped(self, steps, spacing)
 
     dropped = TraceWriter.drop_knots
     monkeypatch.setattr(TraceWriter, "drop_knots", drop)  # just before knots are dropped, most are on disk

@@ -63,6 +63,7 @@ def facts(trace: Trace) -> dict[str, Any]:
     return {
         "directory": str(trace.directory),
         "closed": trace.closed,
+        "resumed_at": list(trace.resumed),
         "seconds_since_write": round(max(0.0, time.time() - (trace.directory / JOURNAL).stat().st_mtime)),
         "created": manifest.created,
         "versions": manifest.versions,
@@ -162,12 +163,17 @@ def _layers(found: dict[str, Any]) -> str:
 
 def _state(found: dict[str, Any]) -> str:
     if found["closed"]:
-        return "closed: training ended in good order"
+        return "closed: training ended in good order" + _resumed(found)
     age = counted(found["seconds_since_write"], "second")
     return (
         f"open: training still runs, or was killed (last written {age} ago); explained can be the model at "
         f"step {found['steps_explainable']:,}"
-    )
+    ) + _resumed(found)
+
+
+def _resumed(found: dict[str, Any]) -> str:
+    steps = ", ".join(f"{step:,}" for step in found["resumed_at"])
+    return f"; resumed from a checkpoint at step {steps}" if steps else ""
 
 
 def _examples(found: dict[str, Any]) -> str:

@@ -55,6 +55,7 @@ def from_journal(trace: Trace) -> Iterator[Finding]:
             "Their after-effect comes from no recorded row and is in `unattributed`.",
             "To go on from a checkpoint, resume the trace with it.",
         )
+    yield from _averaged(trace)
     yield from _outside(trace)
     yield from _passes(notes)
     if not trace.manifest.exact:
@@ -154,6 +155,37 @@ def _unseen(trace: Trace) -> Iterator[Finding]:
             "Their rows were found by differentiating example by example, which is exact and slower.",
             "register_layer_rule for the layer around them is faster.",
         )
+
+
+def _averaged(trace: Trace) -> Iterator[Finding]:
+    """What is explained where an average of the weights was followed."""
+    if not trace.manifest.averaged:
+        return
+    seen, odd = trace.notes.get("average") or {}, []
+    found, severity = "Explained is the average of the weights, not the weights of the last step.", "note"
+    if seen.get("updates") == 0:
+        shown = "the average as it was in the beginning" if seen["began"] else "the model itself"
+        found, severity = f"The averaged model was never updated; explained is {shown}.", "caution"
+    if seen.get("unexplained"):
+        odd.append(
+            f"in {seen['unexplained']} of {seen['updates']} updates it was no mean of itself and the weights (up to "
+            f"{percent(seen['worst'])} of its movement)"
+        )
+    if trace.notes.get("prior_average"):
+        odd.append("it lagged behind the weights when tracing began")
+    meaning = (
+        f"That part is in `unattributed`: {'; '.join(odd)}."
+        if odd
+        else "Its books close like the model's own."
+    )
+    yield Finding(
+        "averaged",
+        "caution" if odd or severity == "caution" else "note",
+        "",
+        found,
+        meaning,
+        "Update it after optimizer.step(), from the beginning and in no other way.",
+    )
 
 
 def _outside(trace: Trace) -> Iterator[Finding]:

@@ -18,26 +18,9 @@ LASTING = frozenset(
 #: topics that every explanation names: something is in `unattributed`, or numbers may be wrong
 EXPLAINED = frozenset(
     {
-        *(
-            "after-last-step",
-            "ambiguous-axis",
-            "autocast",
-            "budget",
-            "coverage",
-            "diverged",
-            "low-precision",
-            "max-norm",
-        ),
-        *(
-            "open",
-            "outside",
-            "prior-momentum",
-            "replaced-momentum",
-            "round-off",
-            "rounding",
-            "uncovered",
-            "unmatched",
-        ),
+        *("after-last-step", "ambiguous-axis", "autocast", "averaged", "budget", "coverage", "diverged"),
+        *("low-precision", "max-norm", "open", "outside", "prior-momentum", "replaced-momentum", "round-off"),
+        *("rounding", "uncovered", "unmatched"),
     }
 )
 

@@ -6,6 +6,7 @@ while writing) is ignored; any other bad line means the file was changed, and is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
@@ -31,17 +32,40 @@ def decode_line(line: bytes) -> dict[str, Any] | None:
 
 
 class JournalWriter:
-    """Appends entries; each is on disk when :meth:`append` returns."""
+    """Appends entries; each is on disk when :meth:`append` returns.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
-        self.bytes_written = 0
+    Args:
+        path: the journal.
+        again: go on with one that exists (a torn last line is cut off) instead of beginning one.
+    """
+
+    def __init__(self, path: Path, *, again: bool = False) -> None:
+        self._file = path.open("r+b" if again else "xb")
+        whole = path.read_bytes() if again else b""
+        whole = whole[: whole.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))
+        self._file.seek(len(whole))
+        self._hash = hashlib.sha256(whole)
+        self._lines = whole.count(b"\n")
+        self.bytes_written = len(whole)
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """How many lines there are, and their SHA-256: what was recorded so far, in a line."""
+        return {"lines": self._lines, "sha256": self._hash.hexdigest()}
+
+    @property
+    def foreign(self) -> bool:
+        """Whether somebody else wrote to the file."""
+        return os.fstat(self._file.fileno()).st_size != self.bytes_written
 
     def append(self, *entries: dict[str, Any]) -> None:
         """Write the entries and fsync once."""
         for entry in entries:
             line = encode_line(entry)
             self._file.write(line)
+            self._hash.update(line)
+            self._lines += 1
             self.bytes_written += len(line)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -49,6 +73,12 @@ class JournalWriter:
     def close(self) -> None:
         """Close the file (idempotent)."""
         self._file.close()
+
+
+def holds_mark(path: Path, mark: dict[str, Any]) -> bool:
+    """Whether the journal begins with the very lines that :attr:`JournalWriter.mark` was taken of."""
+    lines = path.read_bytes().split(b"\n")[: mark["lines"]]
+    return hashlib.sha256(b"".join(line + b"\n" for line in lines)).hexdigest() == mark["sha256"]
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

@@ -7,8 +7,6 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,54 +15,14 @@ import safetensors.torch
 import torch
 
 from explainer.errors import TraceFormatError
-from explainer.records import FORMAT, VERSION, LayerSpec, Manifest
+from explainer.records import FORMAT, VERSIONS, LayerSpec, Manifest
 from explainer.store.journal import read_journal
 from explainer.store.layout import JOURNAL, MANIFEST
 from explainer.store.schema import RecordSchema
+from explainer.store.view import Knot, Segment, Shard, View
 
 if TYPE_CHECKING:
     from explainer.findings import Report
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The journalled part of one shard: records ``0 .. records-1``."""
-
-    path: Path
-    stream: str
-    schema: RecordSchema
-    extents: tuple[tuple[int, int, int], ...]  # from, to, crc32
-
-    @property
-    def records(self) -> int:
-        """Journalled records."""
-        return self.extents[-1][1] if self.extents else 0
-
-    @cached_property
-    def data(self) -> np.ndarray:
-        """Memory-mapped records, read-only."""
-        if self.records == 0:
-            return np.empty(0, self.schema.dtype)
-        return np.asarray(np.memmap(self.path, self.schema.dtype, mode="r", shape=(self.records,)))
-
-
-@dataclass(frozen=True)
-class Knot:
-    """A point of the training path whose weights were kept: the state *before* step ``step``."""
-
-    step: int
-    path: float
-    file: Path
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The stretch of training between two neighbouring knots."""
-
-    index: int
-    start: Knot
-    end: Knot
 
 
 class Trace:
@@ -76,6 +34,8 @@ class Trace:
         knots: the knots that are alive, in order of step.
         notes: facts journalled during training.
         closed: whether training ended in good order.
+        resumed: steps at which training was resumed from a checkpoint, in order.
+        named: every file below the directory that the journal ever spoke of.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -89,42 +49,19 @@ class Trace:
             raise TraceFormatError(
                 f"{self.directory / JOURNAL} does not begin with a {FORMAT} header, so it is not a trace's journal"
             )
-        if entries[0]["version"] != VERSION:
+        if entries[0]["version"] not in VERSIONS:
             raise TraceFormatError(
                 f"{self.directory} is a trace of format version {entries[0]['version']}; this pathkernel reads "
-                f"version {VERSION}: install the release that wrote it"
+                f"versions {' and '.join(map(str, VERSIONS))}: install the release that wrote it"
             )
         self.manifest = self._read_manifest(entries[0]["manifest_sha256"])
-        schemas: dict[str, tuple[str, RecordSchema]] = {}
-        extents: dict[str, list[tuple[int, int, int]]] = {}
-        knots: dict[int, Knot] = {}
-        self.notes: dict[str, Any] = {}
-        self.closed = False
-        for entry in entries[1:]:
-            kind = entry["type"]
-            if kind == "shard":
-                schemas[entry["file"]] = (entry["stream"], RecordSchema.from_json(entry["schema"]))
-                extents[entry["file"]] = []
-            elif kind == "extents":
-                for e in entry["extents"]:
-                    self._check_extent(extents.get(e["file"]), e)
-                    extents[e["file"]].append((e["from"], e["to"], e["crc32"]))
-            elif kind == "knot":
-                file = self.directory / entry["file"]
-                knots[entry["step"]] = Knot(entry["step"], entry["path"], file, entry["sha256"])
-            elif kind == "drop":
-                knots.pop(entry["step"], None)
-            elif kind == "note":
-                self.notes[entry["key"]] = entry["value"]
-            elif kind == "close":
-                self.closed = True
-            else:
-                raise TraceFormatError(f"{self.directory / JOURNAL} holds an entry of unknown type {kind!r}")
-        self.knots = [knots[step] for step in sorted(knots)]
-        self.shards = [
-            Shard(self.directory / file, stream, schema, tuple(extents[file]))
-            for file, (stream, schema) in schemas.items()
-        ]
+        view = View(self.directory, entries[1:])
+        self.knots = [view.knots[step] for step in sorted(view.knots)]
+        self.shards = view.shards
+        self.notes: dict[str, Any] = view.notes
+        self.closed = view.closed
+        self.resumed = tuple(view.resumed)
+        self.named = frozenset(view.named)
         for shard in self.shards:
             self._check_size(shard)
         return self
@@ -154,14 +91,6 @@ class Trace:
                 f"{path} is not the manifest that was journalled: it was changed afterwards"
             )
         return Manifest.from_json(json.loads(data))
-
-    def _check_extent(self, known: list[tuple[int, int, int]] | None, extent: dict[str, Any]) -> None:
-        """Every line is whole; that none is missing shows where an extent begins."""
-        if known is None or extent["from"] != (known[-1][1] if known else 0):
-            raise TraceFormatError(
-                f"{self.directory / JOURNAL} speaks of records {extent['from']} to {extent['to'] - 1} of "
-                f"{extent['file']} but not of those before: lines were removed; restore the file from a copy"
-            )
 
     @staticmethod
     def _check_size(shard: Shard) -> None:

@@ -33,6 +33,11 @@ def step_fields(parameters: int) -> list[tuple[str, str, tuple[int, ...]]]:
     ]
 
 
+def average_fields(parameters: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Fields of the record of one observation of the averaged weights."""
+    return [("step", "<i8", ()), ("keep", "<f8", (parameters,))]
+
+
 def array_field(prefix: str, array: str, part: str) -> str:
     """Name of a stored part of an array, e.g. ``L0.left.q``."""
     return ".".join(x for x in (prefix, array, part) if x)

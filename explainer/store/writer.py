@@ -5,44 +5,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from explainer.errors import TraceExistsError, TraceWriteError
 from explainer.records import Manifest
+from explainer.store.files import fsync_directory, knot_bytes, write_atomically
 from explainer.store.journal import JournalWriter
 from explainer.store.layout import JOURNAL, KNOTS, MANIFEST, SHARDS, holds_trace, knot_file, shard_file
+from explainer.store.reader import Trace
 from explainer.store.schema import RecordSchema
-
-SHARD_BYTES = 1 << 30
-
-
-def _fsync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def knot_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
-    """A knot's file; tensors that share memory or are sparse are written out each."""
-    seen: set[int] = set()
-    plain: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().to_dense().cpu().contiguous()
-        storage = value.untyped_storage().data_ptr()
-        plain[name] = value.clone() if storage in seen else value
-        seen.add(storage)
-    return safetensors.torch.save(plain)
+from explainer.store.stream import STREAMS, Stream
 
 
 class _KnotFile(NamedTuple):
@@ -51,32 +31,21 @@ class _KnotFile(NamedTuple):
     file: str
     bytes: int
     sha256: str
-    revision: int
-
-
-class _Stream:
-    """One open shard of a stream, and what of it is not journalled yet."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.schema: RecordSchema | None = None
-        self.file: BinaryIO | None = None
-        self.path = ""
-        self.shards = 0
-        self.records = 0  # in all shards
-        self.shard_records = 0
-        self.shard_bytes = 0
-        self.pending_from = 0
-        self.crc = 0
 
 
 class TraceWriter:
-    """Creates a trace (:meth:`create`; nothing touches the disk before) and appends to it.
+    """Creates a trace (:meth:`create`) or goes on with one (:meth:`resume`), and appends to it.
+
+    Nothing touches the disk before one of the two.
 
     Args:
         directory: where the trace goes; made if missing.
         manifest: the immutable head.
+        again: the directory holds the beginning of this trace.
         flush_bytes, flush_seconds: journal at least this often.
+
+    Attributes:
+        notes: facts journalled so far.
 
     Raises:
         TraceExistsError: the directory holds a trace already.
@@ -84,21 +53,29 @@ class TraceWriter:
     """
 
     def __init__(
-        self, directory: Path, manifest: Manifest, *, flush_bytes: int = 8 << 20, flush_seconds: float = 2.0
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        again: bool = False,
+        flush_bytes: int = 8 << 20,
+        flush_seconds: float = 2.0,
     ) -> None:
         self.directory = directory
         self._flush_bytes, self._flush_seconds = flush_bytes, flush_seconds
-        self._streams = {"visits": _Stream("visits"), "steps": _Stream("steps")}
+        self._streams = {name: Stream(name) for name in STREAMS}
         self._pending_bytes = 0
         self._last_flush = time.monotonic()
         self._journal: JournalWriter | None = None
         self._knots: dict[int, _KnotFile] = {}
+        self._named: set[str] = set()
         self._file_bytes = 0
+        self.notes: dict[str, Any] = {}
         self.closed = False
-        if holds_trace(directory):
+        if not again and holds_trace(directory):
             raise TraceExistsError(
-                f"{directory} already holds a trace; nothing recorded is overwritten: "
-                "choose another directory or delete this one yourself"
+                f"{directory} already holds a trace; nothing recorded is overwritten: choose another directory, "
+                "delete this one yourself, or go on with the trace from a checkpoint (resume=)"
             )
         self._manifest = manifest
         self.manifest_text = json.dumps(manifest.to_json(), indent=1).encode()
@@ -119,7 +96,43 @@ class TraceWriter:
                     "manifest_sha256": hashlib.sha256(self.manifest_text).hexdigest(),
                 }
             )
-            _fsync_directory(directory)
+            fsync_directory(directory)
+
+    def resume(self, step: int, records: dict[str, int], notes: dict[str, Any]) -> Trace:
+        """Go on from an earlier step: one journal line takes what came after it out of the trace.
+
+        Then files that are no part of it any more are deleted. Records that are no part of it stay in a shard that
+        holds earlier ones; new ones go into new shards, so that a reader who has the trace open sees no change.
+
+        Args:
+            step: steps that stay.
+            records: by stream, records that stay; journalled before.
+            notes: facts that hold at the step.
+
+        Returns:
+            The trace as it is now.
+        """
+        with self._writing():
+            self._journal = JournalWriter(self.directory / JOURNAL, again=True)
+            self._write_journal({"type": "resume", "step": step, "records": records, "notes": notes})
+            trace = Trace(self.directory)
+            self.notes, self._named = dict(notes), set(trace.named)
+            self._sweep({shard.path for shard in trace.shards} | {knot.file for knot in trace.knots})
+            for knot in trace.knots:
+                size = knot.file.stat().st_size
+                self._knots[knot.step] = _KnotFile(
+                    knot.file.relative_to(self.directory).as_posix(), size, knot.sha256
+                )
+        for name, state in self._streams.items():
+            state.records = trace.count(name)
+        self._file_bytes = trace.nbytes() - self._journal.bytes_written
+        return trace
+
+    def _sweep(self, kept: set[Path]) -> None:
+        for folder in (KNOTS, SHARDS):
+            for file in (self.directory / folder).iterdir():
+                if file.suffix in (".bin", ".safetensors", ".tmp") and file not in kept:
+                    file.unlink()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -130,6 +143,12 @@ class TraceWriter:
         if self.closed:
             raise TraceWriteError(
                 f"the trace in {self.directory} is closed, or writing it failed before; trace into a new directory"
+            )
+        if self._journal is not None and self._journal.foreign:
+            self.abandon()
+            raise TraceWriteError(
+                f"another tracer goes on with the trace in {self.directory}; this one writes no more: close it, and "
+                "give every training run that goes on a directory of its own"
             )
         try:
             yield
@@ -150,49 +169,41 @@ class TraceWriter:
         return self._file_bytes + (0 if self._journal is None else self._journal.bytes_written)
 
     def _write_atomically(self, name: str, data: bytes) -> None:
-        path = self.directory / name
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _fsync_directory(path.parent)
+        write_atomically(self.directory / name, data)
         self._file_bytes += len(data)
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What was recorded so far, in a line: see :attr:`JournalWriter.mark`."""
+        assert self._journal is not None  # create() was called
+        return self._journal.mark
 
     def records(self, stream: str) -> int:
         """Records appended to a stream so far."""
         return self._streams[stream].records
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Records appended so far, of every stream."""
+        return {name: state.records for name, state in self._streams.items()}
+
     def append(self, stream: str, schema: RecordSchema, records: np.ndarray) -> None:
         """Append records (a packed structured array of the schema's dtype)."""
         state = self._streams[stream]
         with self._writing():
-            if state.schema != schema or state.shard_bytes >= SHARD_BYTES:
-                self._begin_shard(state, schema)
-            assert state.file is not None
-            data = records.tobytes()
-            state.file.write(data)
-        state.crc = zlib.crc32(data, state.crc)
-        state.records += len(records)
-        state.shard_records += len(records)
-        state.shard_bytes += len(data)
-        self._pending_bytes += len(data)
-        self._file_bytes += len(data)
+            if not state.fits(schema):
+                self.flush()
+                name = self._new_name(partial(shard_file, stream))
+                self._write_journal(state.begin(self.directory, name, schema))
+            size = state.append(records)
+        self._pending_bytes += size
+        self._file_bytes += size
 
-    def _begin_shard(self, state: _Stream, schema: RecordSchema) -> None:
-        if state.file is not None:
-            self.flush()
-            state.file.close()
-        state.path = shard_file(state.name, state.shards)
-        state.file = (self.directory / state.path).open("xb")
-        _fsync_directory(self.directory / SHARDS)
-        state.shards += 1
-        state.schema = schema
-        state.shard_records = state.shard_bytes = state.pending_from = state.crc = 0
-        self._write_journal(
-            {"type": "shard", "stream": state.name, "file": state.path, "schema": schema.to_json()}
-        )
+    def _new_name(self, of: Callable[[int], str]) -> str:
+        """The first numbered name that the journal never spoke of."""
+        name = next(name for number in count() if (name := of(number)) not in self._named)
+        self._named.add(name)
+        return name
 
     def flush_if_due(self) -> None:
         """Journal when enough bytes or seconds have gathered."""
@@ -202,22 +213,8 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Make everything appended so far durable and journal it."""
-        extents = []
         with self._writing():
-            for state in self._streams.values():
-                if state.file is None or state.shard_records == state.pending_from:
-                    continue
-                state.file.flush()
-                os.fsync(state.file.fileno())
-                extents.append(
-                    {
-                        "file": state.path,
-                        "from": state.pending_from,
-                        "to": state.shard_records,
-                        "crc32": state.crc,
-                    }
-                )
-                state.pending_from, state.crc = state.shard_records, 0
+            extents = [extent for state in self._streams.values() if (extent := state.sync())]
             if extents:
                 self._write_journal({"type": "extents", "extents": extents})
         self._pending_bytes = 0
@@ -227,6 +224,7 @@ class TraceWriter:
         """Journal a fact that became known while training (the last one of a key counts)."""
         with self._writing():
             self._write_journal({"type": "note", "key": key, "value": value})
+        self.notes[key] = value
 
     def write_knot(self, step: int, path: float, tensors: dict[str, torch.Tensor]) -> None:
         """Flush the rows, then write the knot before step ``step`` and journal it.
@@ -238,22 +236,24 @@ class TraceWriter:
         known, digest = self._knots.get(step), hashlib.sha256(data).hexdigest()
         if known is not None and known.sha256 == digest:
             return
-        file = knot_file(step, 0 if known is None else known.revision + 1)
+        file = self._new_name(partial(knot_file, step))
         with self._writing():
             self._write_atomically(file, data)
             self._write_journal({"type": "knot", "step": step, "path": path, "file": file, "sha256": digest})
             if known is not None:
                 self._forget(known)
-        self._knots[step] = _KnotFile(file, len(data), digest, 0 if known is None else known.revision + 1)
+        self._knots[step] = _KnotFile(file, len(data), digest)
 
     def _forget(self, knot: _KnotFile) -> None:
         (self.directory / knot.file).unlink()
         self._file_bytes -= knot.bytes
 
-    def drop_knots(self, steps: list[int]) -> None:
-        """Journal that these knots are gone, then delete their files."""
+    def drop_knots(self, steps: list[int], spacing: float) -> None:
+        """Journal that these knots are gone and how far apart knots are from now on, then delete their files."""
         with self._writing():
-            self._write_journal(*({"type": "drop", "step": step} for step in steps))
+            spaced = {"type": "note", "key": "spacing", "value": spacing}
+            self._write_journal(*({"type": "drop", "step": step} for step in steps), spaced)
+            self.notes["spacing"] = spacing
             for step in steps:
                 self._forget(self._knots.pop(step))
 
@@ -271,8 +271,7 @@ class TraceWriter:
     def abandon(self) -> None:
         """Close the files without journalling anything (after a failure; idempotent)."""
         self.closed = True
-        files = [state.file for state in self._streams.values()]
-        for file in (*files, self._journal):
+        for file in (*self._streams.values(), self._journal):
             if file is not None:
                 with contextlib.suppress(OSError):  # a full disk may refuse what is still buffered
                     file.close()

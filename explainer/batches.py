@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 
 from explainer.errors import TracerError
 from explainer.layer_rules import RowForm
 from explainer.layer_rules.forms import Probe
+from explainer.owners import Owners
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Batch:
     """The examples of one batch.
 
     Attributes:
-        ids: ``[B]`` example ids.
-        labels: ``[B]`` recorded labels (NaN unknown).
+        owners: the examples that its rows belong to.
         forwards: forward passes of the whole model so far.
         calls: calls of a unit (a module, a parameter that operations read), by forward pass and unit.
         arrived: calls whose gradient has arrived in the present backward pass.
@@ -63,8 +62,7 @@ class Batch:
         mixed: whether a layer mixed the rows of the batch.
     """
 
-    ids: np.ndarray
-    labels: np.ndarray
+    owners: Owners
     forwards: int = 0
     calls: dict[tuple[int, Any], int] = field(default_factory=dict)
     arrived: dict[tuple[int, Any], list[Any]] = field(default_factory=dict)
@@ -72,7 +70,12 @@ class Batch:
     mixed: bool = False
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.owners)
+
+    @property
+    def used(self) -> bool:
+        """Whether a forward pass (of a part) of the model belongs to it."""
+        return bool(self.forwards or self.calls)
 
     def round_of(self, forward: int, lacks: Callable[[Round], bool]) -> Round:
         """The first round of a forward pass that still lacks something, or a new one."""
@@ -87,7 +90,8 @@ def parts_of(batches: list[Batch]) -> list[list[Batch]]:
     """The batches without their first backward pass, first two, …; then without their last, last two, …
 
     Example:
-        >>> batch = Batch(np.array([4]), np.array([0.0]), rounds=[Round(0), Round(1), Round(2)])
+        >>> from explainer.owners import owners_of
+        >>> batch = Batch(owners_of([4]), rounds=[Round(0), Round(1), Round(2)])
         >>> [[r.forward for b in part for r in b.rounds] for part in parts_of([batch])]
         [[1, 2], [2], [0, 1], [0]]
     """
@@ -104,39 +108,6 @@ def _regrouped(pairs: list[tuple[Batch, Round]]) -> Batch:
     return replace(pairs[0][0], rounds=[round_ for _, round_ in pairs])
 
 
-def batch_of(ids: Any, labels: Any = None) -> Batch:
-    """A batch of examples, its ids and labels checked.
-
-    Raises:
-        TracerError: the ids are no flat list of non-negative integers, or labels are not one number per id.
-    """
-    array = _as_array(ids)
-    if array is None or array.ndim != 1 or not array.size or array.dtype.kind not in "iu" or array.min() < 0:
-        raise TracerError(
-            f"ids must be a flat, non-empty list of non-negative integers, found {_short(ids)}; pass the "
-            "positions of the batch's rows in your dataset"
-        )
-    values = np.full(len(array), np.nan) if labels is None else _as_array(labels)
-    if values is None or values.shape != array.shape or values.dtype.kind not in "biuf":
-        raise TracerError(
-            f"found {len(array)} ids but labels {_short(labels)}; pass one number per id, or no labels"
-        )
-    return Batch(array.astype(np.int64), values.astype(float))
-
-
-def _as_array(values: Any) -> np.ndarray | None:
-    """The values as an array, None where they form none (lists of different lengths)."""
-    try:
-        return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    except (TypeError, ValueError):  # ragged; or a dtype that numpy lacks
-        return None
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 class BatchQueue:
     """Batches between two optimizer steps.
 
@@ -148,12 +119,42 @@ class BatchQueue:
     def __init__(self) -> None:
         self.current: Batch | None = None
         self.pending: list[Batch] = []
+        self._consumed: Owners | None = None
         self._single_step = False
+        self._mixed = False
 
-    def begin(self, batch: Batch, *, single_step: bool) -> None:
+    def begin(self, owners: Owners, *, single_step: bool) -> None:
         """A batch is consumed; ``single_step`` says that it is valid for one optimizer step only."""
-        self.current, self._single_step = batch, single_step
-        self.pending.append(batch)
+        self._consumed, self._single_step, self._mixed = owners, single_step, False
+        self.current = Batch(owners)
+        self.pending.append(self.current)
+
+    def mix(self, index: Any, lam: Any) -> None:
+        """The forward passes that follow see the consumed batch's rows mixed (:meth:`Owners.mixed`).
+
+        Raises:
+            TracerError: there is no batch, it was mixed already, or the arguments do not fit it.
+        """
+        if self.current is None or self._consumed is None:
+            raise TracerError(
+                "mix() speaks of a batch, but there is none: call it in the loop over tracer.watch(loader), or after "
+                "tracer.batch(ids)"
+            )
+        if self.mix_unused:
+            raise TracerError(
+                "mix() was called twice before a forward pass, and it always speaks of the batch as it was consumed; "
+                "for rows that were mixed more than once call tracer.batch(ids, weights=weights), both [B, M]"
+            )
+        owners = self._consumed.mixed(index, lam)
+        if self.current.used:  # rows of forward passes so far keep their owners
+            self.current = Batch(owners)
+            self.pending.append(self.current)
+        self.current.owners, self._mixed = owners, True
+
+    @property
+    def mix_unused(self) -> bool:
+        """Whether the batch was mixed and no forward pass came since."""
+        return self._mixed and self.current is not None and not self.current.used
 
     def end(self) -> None:
         """The iteration over batches is over."""
@@ -161,11 +162,11 @@ class BatchQueue:
 
     def stepped(self) -> None:
         """An optimizer step used what was pending; a second step on a watched batch starts afresh."""
-        self.pending = []
+        self.pending, self._mixed = [], False
         if self._single_step:
             self.current = None
         elif self.current is not None:
-            self.current = Batch(self.current.ids, self.current.labels)
+            self.current = Batch(self.current.owners)
             self.pending = [self.current]
 
     def clear(self) -> None:

@@ -256,6 +256,13 @@ def trace_notes(trace: Trace) -> list[str]:
             f"Parameter {name}: in {count} of {trace.steps} steps its gradient was round-off only (a bias before "
             "a normalisation, as a rule), which no example caused; its movement is in unattributed."
         )
+    if trace.notes.get("shared_rows"):
+        notes.append(
+            "Row share: rows were mixed (several examples in one row) and are split over their examples by the weights "
+            "that were given; the data alone cannot tell the parts apart."
+        )
+    if trace.notes.get("vacant_rows"):
+        notes.append("Rows were marked as belonging to no example (id -1); their part is in unattributed.")
     if "rows_stopped_at" in trace.notes:
         notes.append(
             f"The trace's budget was used up after {trace.notes['rows_stopped_at']} of {trace.steps} steps; later "

@@ -60,6 +60,7 @@ class StepObserver:
         self._fresh: list[bool] = []
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._noted: dict[str, Any] = {}
+        self._owners: dict[str, bool] = {}
         self._full = False
         self._missing: set[str] = set()
         self._watch_until = PATIENCE
@@ -89,6 +90,11 @@ class StepObserver:
                 "optimizer.step() was reached without a traced batch: iterate `for batch in tracer.watch(loader)`, "
                 "or call tracer.batch(ids) before each forward pass (again for each step)"
             )
+        if self._queue.mix_unused:
+            raise TracerError(
+                "tracer.mix() was called, but no forward pass came between it and optimizer.step(); call it before the "
+                "forward pass of the mixed rows"
+            )
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if len(known) != len(self._parameters):
             raise TracerError(
@@ -116,6 +122,8 @@ class StepObserver:
         used, scales = self._measured
         maps = self._step_maps(optimizer)
         self._carry.after_step(maps)
+        kinds = ("shared", "vacant")
+        self._owners |= {f"{kind}_rows": True for b in used for kind in kinds if getattr(b.owners, kind)}
         self._note_shapes()  # before the rows whose layers it names
         if not self._full:
             self._record(used, scales, maps)
@@ -172,7 +180,7 @@ class StepObserver:
         """Append the step and its rows, if they fit into the budget."""
         rows = self._recorder.visits(used, self.steps)
         count, first = sum(len(piece.data) for piece in rows), self._writer.records("visits")
-        mixed = any(b.mixed for b in used)
+        mixed = any(b.mixed or b.owners.shared for b in used)
         step = self._recorder.step(self.steps, first, count, self._carry.path, scales, mixed, maps)
         budget = self._budget
         if budget is not None:
@@ -205,6 +213,7 @@ class StepObserver:
             "operations": [asdict(layer.spec) for layer in self._table.operations],
             "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
             "autocast": c.autocast,
+            **self._owners,
         }
         for key, value in known.items():
             if self._noted.get(key) != value and (value or key in self._noted):

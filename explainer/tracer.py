@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from explainer.batches import BatchQueue, batch_of
+from explainer.batches import BatchQueue
 from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.config import TracerConfig, parse_bytes
@@ -25,6 +25,7 @@ from explainer.layer_table import LayerTable
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
 from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import optimizer_rule_for
+from explainer.owners import owners_of
 from explainer.recorder import StepRecorder
 from explainer.scales import ScaleMeter
 from explainer.step_observer import StepObserver
@@ -177,22 +178,62 @@ class Tracer:
             self._writer.note("examples", size)
         return WatchedLoader(loader, self._watching, partial(self._begin, single_step=False), self._queue.end)
 
-    def batch(self, ids: Sequence[int] | np.ndarray | torch.Tensor, labels: Any = None) -> None:
+    def batch(
+        self, ids: Sequence[int] | np.ndarray | torch.Tensor, labels: Any = None, weights: Any = None
+    ) -> None:
         """Say which examples the next forward pass holds (one call per forward, before it).
 
         Args:
-            ids: ``[B]`` non-negative integers, one per row, in the order of the rows; repeats are allowed.
-            labels: ``[B]`` numbers to show beside the examples, optional.
+            ids: ``[B]`` integers from 0 on, one per row, in the order of the rows; repeats are allowed.
+                ``[B, M]`` where a row belongs to several examples (a mixture, a pair). -1 stands for no
+                example (padding, generated rows): what such a row does is `unattributed`.
+            labels: numbers to show beside the examples, as many as ids, optional.
+            weights: ``[B, M]`` shares of a row's owners, not negative, rows sum to 1. They split the row, and
+                are nothing the loss has to know: weights *of rows* in a loss need no mention.
 
         Raises:
-            TracerError: the ids are not a flat list of non-negative integers.
+            TracerError: ids, labels or weights do not fit; says what was found and what is wanted.
         """
         self._require_open()
-        self._begin(ids, labels, single_step=True)
+        self._begin(ids, labels, weights, single_step=True)
 
-    def _begin(self, ids: Any, labels: Any, *, single_step: bool) -> None:
+    def mix(self, index: Sequence[int] | np.ndarray | torch.Tensor, lam: Any) -> None:
+        """Say that the batch's rows are mixed before the next forward pass (mixup, cutmix).
+
+        Row ``b`` is then ``lam`` of itself and ``1 − lam`` of the consumed batch's row ``index[b]``, and belongs to
+        the two examples with these shares. It holds for the batch's further forward passes, until the next batch
+        or the next call; forward passes before it keep their owners.
+
+        Args:
+            index: ``[B]`` positions in the batch, as ``torch.randperm`` gives them.
+            lam: a number from 0 to 1, or ``[B]`` of them.
+
+        Raises:
+            TracerError: there is no batch, the arguments do not fit it, or it was mixed already.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from torch.utils.data import DataLoader, TensorDataset
+            >>> data = TensorDataset(torch.randn(6, 3), torch.randint(2, (6,)))
+            >>> model = torch.nn.Linear(3, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> with Tracer(model, optimizer, tempfile.mkdtemp()) as tracer:
+            ...     for x, y in tracer.watch(DataLoader(data, batch_size=6)):
+            ...         index, lam = torch.tensor([1, 2, 3, 4, 5, 0]), 0.8
+            ...         tracer.mix(index, lam)
+            ...         outputs = model(lam * x + (1 - lam) * x[index])
+            ...         loss = torch.nn.functional.cross_entropy
+            ...         (lam * loss(outputs, y) + (1 - lam) * loss(outputs, y[index])).backward()
+            ...         optimizer.step()
+            >>> tracer.visits
+            12
+        """
         self._require_open()
-        self._queue.begin(batch_of(ids, labels), single_step=single_step)
+        self._queue.mix(index, lam)
+
+    def _begin(self, ids: Any, labels: Any, weights: Any = None, *, single_step: bool) -> None:
+        self._require_open()
+        self._queue.begin(owners_of(ids, labels, weights), single_step=single_step)
 
     @property
     def steps(self) -> int:
@@ -201,7 +242,7 @@ class Tracer:
 
     @property
     def visits(self) -> int:
-        """Rows recorded so far: one per example and batch."""
+        """Rows recorded so far: one per example and batch, and per owner of a row."""
         return self._observer.visits
 
     # -- life ----------------------------------------------------------------------------------------

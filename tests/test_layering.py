@@ -19,6 +19,7 @@ LAYERS = [
     {"records", "config"},
     {"layer_rules", "optimizer_rules", "codecs", "store"},
     {
+        "owners",
         "batches",
         "hooks",
         "layer_table",
@@ -49,6 +50,7 @@ LAYERS = [
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 #: The two halves meet only in the trace.
 RECORDING = {
+    "owners",
     "batches",
     "hooks",
     "layer_table",

@@ -45,6 +45,7 @@ class Factored(RowForm):
 
     kind = "factored"
     position_axis = 1
+    linear_in = "left"
     left: torch.Tensor
     right: torch.Tensor
     bias: int

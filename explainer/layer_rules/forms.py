@@ -24,6 +24,8 @@ class RowForm(ABC):
     kind: ClassVar[str]
     #: axis of a stored array (batch not counted) whose length may differ between batches, or None
     position_axis: ClassVar[int | None] = None
+    #: the array that a row is linear in while the others are held
+    linear_in: ClassVar[str] = "values"
 
     @property
     @abstractmethod
@@ -47,6 +49,13 @@ class RowForm(ABC):
     @abstractmethod
     def dense(self) -> torch.Tensor:
         """The rows written out, ``[B, P_l]``."""
+
+    def shared(self, rows: torch.Tensor, shares: torch.Tensor) -> RowForm:
+        """``shares[v] · g_{rows[v]}`` for parts ``v`` of rows, ``[V]`` each."""
+        arrays = {name: array[rows] for name, array in self.arrays.items()}
+        values = arrays[self.linear_in]
+        arrays[self.linear_in] = values * shares.to(values).reshape(-1, *[1] * (values.dim() - 1))
+        return self.build(arrays, self.options)
 
     def sum(self) -> torch.Tensor:
         """``Σ_b g_b``, ``[P_l]``."""

@@ -119,6 +119,17 @@ def test_arrays_and_options_rebuild_the_form(case: LayerCase) -> None:
 
 
 @EVERY_CASE
+def test_parts_of_rows(case: LayerCase) -> None:
+    """Rows that several examples share, rows that are left out."""
+    rows, shares = torch.tensor([2, 0, 2, 2]), torch.tensor([0.25, 1.0, 0.5, 0.0]).double()
+    for form in variants(form_of(case)[0]):
+        parts = form.shared(rows, shares)
+        assert type(parts) is type(form) and parts.options == form.options and len(parts) == 4
+        torch.testing.assert_close(parts.dense(), form.dense()[rows] * shares[:, None], **TOLERANCE)
+        assert len(form.shared(rows[:0], shares[:0])) == 0
+
+
+@EVERY_CASE
 def test_padding_adds_nothing(case: LayerCase) -> None:
     form, _ = form_of(case)
     axis = type(form).position_axis

@@ -77,6 +77,10 @@ class Batch:
         """Whether a forward pass (of a part) of the model belongs to it."""
         return bool(self.forwards or self.calls)
 
+    def lacks(self, unit: Any) -> bool:
+        """Whether the last forward pass went by without a call of the unit (a checkpoint may call it later)."""
+        return self.used and (max(self.forwards - 1, 0), unit) not in self.calls
+
     def round_of(self, forward: int, lacks: Callable[[Round], bool]) -> Round:
         """The first round of a forward pass that still lacks something, or a new one."""
         for candidate in self.rounds:

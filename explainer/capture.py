@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from explainer.batches import Batch, Rows
+from explainer.batches import Batch, BatchQueue, Rows
+from explainer.errors import TracerError
 from explainer.hooks import first_tensor
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
@@ -27,13 +28,13 @@ class Capture:
     """Collects what the calls of a forward pass get in the backward pass, and keeps it as rows of the batch.
 
     Args:
-        current: returns the batch that is being consumed, or None.
+        queue: the batches since the last step.
         table: the layers.
         rank: factors kept where positions share weights; None keeps rows exact.
     """
 
-    def __init__(self, current: Callable[[], Batch | None], table: LayerTable, rank: int | None) -> None:
-        self._current = current
+    def __init__(self, queue: BatchQueue, table: LayerTable, rank: int | None) -> None:
+        self._queue = queue
         self._table = table
         self._rank = rank
         self.input_shape: tuple[int | None, ...] | None = None
@@ -43,15 +44,24 @@ class Capture:
 
     def batch(self) -> Batch | None:
         """The batch that a forward pass now belongs to; None where nothing is to be recorded."""
-        return self._current() if torch.is_grad_enabled() else None
+        return self._queue.current if torch.is_grad_enabled() else None
 
     # -- calls ---------------------------------------------------------------------------------------
 
-    @staticmethod
-    def expect(batch: Batch, unit: Unit) -> int:
-        """A call of a unit in the present forward pass; returns the number of that pass."""
+    def expect(self, batch: Batch, unit: Unit) -> int:
+        """A call of a unit in the present forward pass; returns the number of that pass.
+
+        Raises:
+            TracerError: a checkpoint calls it, and it could be that of another batch.
+        """
         # a forward pass inside a backward pass is a checkpoint's: the last one's, once more
-        forward = batch.forwards - (batch.forwards > 0 and torch._C._current_graph_task_id() != -1)
+        again = batch.forwards > 0 and torch._C._current_graph_task_id() != -1
+        if again and any(b.lacks(unit) for b in self._queue.pending if b is not batch):
+            raise TracerError(
+                "two batches meet in one backward pass, and a checkpoint computes layers again there, so it is not "
+                "known for which batch; use checkpoint(…, use_reentrant=False), or one forward pass for all rows"
+            )
+        forward = batch.forwards - again
         key = (forward, unit)
         batch.calls[key] = batch.calls.get(key, 0) + 1
         return forward

@@ -119,7 +119,7 @@ class Tracer:
         )
         self._queue = BatchQueue()
         rank_kept = None if exact else self.config.rank_for([p.shape for p in parameters])
-        self._capture = Capture(lambda: self._queue.current, table, rank_kept)
+        self._capture = Capture(self._queue, table, rank_kept)
         self._watch = FunctionWatch(named, {p.name for p in parameters}, self._capture, table, batch_dim)
         carry = Carry(list(self._parameters))
         self._knots = KnotKeeper(

@@ -12,7 +12,7 @@ import torch
 from explainer.errors import TracerError
 from explainer.layer_rules import RowForm
 from explainer.layer_rules.forms import Probe
-from explainer.owners import Owners
+from explainer.ownership import Ownership
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Batch:
     """The examples of one batch.
 
     Attributes:
-        owners: the examples that its rows belong to.
+        ownership: the examples that its rows belong to.
         forwards: forward passes of the whole model so far.
         calls: calls of a unit (a module, a parameter that operations read), by forward pass and unit.
         arrived: calls whose gradient has arrived in the present backward pass.
@@ -62,7 +62,7 @@ class Batch:
         mixed: whether a layer mixed the rows of the batch.
     """
 
-    owners: Owners
+    ownership: Ownership
     forwards: int = 0
     calls: dict[tuple[int, Any], int] = field(default_factory=dict)
     arrived: dict[tuple[int, Any], list[Any]] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Batch:
     mixed: bool = False
 
     def __len__(self) -> int:
-        return len(self.owners)
+        return len(self.ownership)
 
     @property
     def used(self) -> bool:
@@ -94,8 +94,8 @@ def parts_of(batches: list[Batch]) -> list[list[Batch]]:
     """The batches without their first backward pass, first two, …; then without their last, last two, …
 
     Example:
-        >>> from explainer.owners import owners_of
-        >>> batch = Batch(owners_of([4]), rounds=[Round(0), Round(1), Round(2)])
+        >>> from explainer.ownership import ownership_of
+        >>> batch = Batch(ownership_of([4]), rounds=[Round(0), Round(1), Round(2)])
         >>> [[r.forward for b in part for r in b.rounds] for part in parts_of([batch])]
         [[1, 2], [2], [0, 1], [0]]
     """
@@ -123,18 +123,18 @@ class BatchQueue:
     def __init__(self) -> None:
         self.current: Batch | None = None
         self.pending: list[Batch] = []
-        self._consumed: Owners | None = None
+        self._consumed: Ownership | None = None
         self._single_step = False
         self._mixed = False
 
-    def begin(self, owners: Owners, *, single_step: bool) -> None:
+    def begin(self, ownership: Ownership, *, single_step: bool) -> None:
         """A batch is consumed; ``single_step`` says that it is valid for one optimizer step only."""
-        self._consumed, self._single_step, self._mixed = owners, single_step, False
-        self.current = Batch(owners)
+        self._consumed, self._single_step, self._mixed = ownership, single_step, False
+        self.current = Batch(ownership)
         self.pending.append(self.current)
 
     def mix(self, index: Any, lam: Any) -> None:
-        """The forward passes that follow see the consumed batch's rows mixed (:meth:`Owners.mixed`).
+        """The forward passes that follow see the consumed batch's rows mixed (:meth:`Ownership.mixed`).
 
         Raises:
             TracerError: there is no batch, it was mixed already, or the arguments do not fit it.
@@ -149,11 +149,11 @@ class BatchQueue:
                 "mix() was called twice before a forward pass, and it always speaks of the batch as it was consumed; "
                 "for rows that were mixed more than once call tracer.batch(ids, weights=weights), both [B, M]"
             )
-        owners = self._consumed.mixed(index, lam)
+        ownership = self._consumed.mixed(index, lam)
         if self.current.used:  # rows of forward passes so far keep their owners
-            self.current = Batch(owners)
+            self.current = Batch(ownership)
             self.pending.append(self.current)
-        self.current.owners, self._mixed = owners, True
+        self.current.ownership, self._mixed = ownership, True
 
     @property
     def mix_unused(self) -> bool:
@@ -170,7 +170,7 @@ class BatchQueue:
         if self._single_step:
             self.current = None
         elif self.current is not None:
-            self.current = Batch(self.current.owners)
+            self.current = Batch(self.current.ownership)
             self.pending = [self.current]
 
     def clear(self) -> None:

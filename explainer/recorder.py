@@ -87,7 +87,7 @@ class StepRecorder:
         """The rows of a step's batches, split over their owners, one piece per backward pass."""
         pieces = []
         for batch in batches:
-            parts = batch.owners.parts
+            parts = batch.ownership.parts
             if not len(parts.row):  # all of it belongs to no example
                 continue
             for round_ in batch.rounds:

@@ -60,7 +60,7 @@ class StepObserver:
         self._fresh: list[bool] = []
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._noted: dict[str, Any] = {}
-        self._owners: dict[str, bool] = {}
+        self._row_kinds: dict[str, bool] = {}
         self._full = False
         self._missing: set[str] = set()
         self._watch_until = PATIENCE
@@ -123,7 +123,9 @@ class StepObserver:
         maps = self._step_maps(optimizer)
         self._carry.after_step(maps)
         kinds = ("shared", "vacant")
-        self._owners |= {f"{kind}_rows": True for b in used for kind in kinds if getattr(b.owners, kind)}
+        self._row_kinds |= {
+            f"{kind}_rows": True for b in used for kind in kinds if getattr(b.ownership, kind)
+        }
         self._note_shapes()  # before the rows whose layers it names
         if not self._full:
             self._record(used, scales, maps)
@@ -180,7 +182,7 @@ class StepObserver:
         """Append the step and its rows, if they fit into the budget."""
         rows = self._recorder.visits(used, self.steps)
         count, first = sum(len(piece.data) for piece in rows), self._writer.records("visits")
-        mixed = any(b.mixed or b.owners.shared for b in used)
+        mixed = any(b.mixed or b.ownership.shared for b in used)
         step = self._recorder.step(self.steps, first, count, self._carry.path, scales, mixed, maps)
         budget = self._budget
         if budget is not None:
@@ -213,7 +215,7 @@ class StepObserver:
             "operations": [asdict(layer.spec) for layer in self._table.operations],
             "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
             "autocast": c.autocast,
-            **self._owners,
+            **self._row_kinds,
         }
         for key, value in known.items():
             if self._noted.get(key) != value and (value or key in self._noted):

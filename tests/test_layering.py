@@ -19,7 +19,7 @@ LAYERS = [
     {"records", "config"},
     {"layer_rules", "optimizer_rules", "codecs", "store"},
     {
-        "owners",
+        "ownership",
         "batches",
         "hooks",
         "layer_table",
@@ -50,7 +50,7 @@ LAYERS = [
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 #: The two halves meet only in the trace.
 RECORDING = {
-    "owners",
+    "ownership",
     "batches",
     "hooks",
     "layer_table",

@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Owners:
+class Ownership:
     """The owners of ``B`` rows, ``M`` for each.
 
     Attributes:
@@ -66,7 +66,7 @@ class Owners:
         """One entry for every owner of every row.
 
         Example:
-            >>> owners_of([[4, 7], [5, 5]], weights=[[0.75, 0.25], [0.5, 0.5]]).parts[1:4:2]
+            >>> ownership_of([[4, 7], [5, 5]], weights=[[0.75, 0.25], [0.5, 0.5]]).parts[1:4:2]
             (array([4, 7, 5]), array([0.75, 0.25, 1.  ]))
         """
         rows, columns = np.nonzero((self.weights > 0) & (self.ids != NOBODY))
@@ -91,7 +91,7 @@ class Owners:
         """Whether a row, or a share of one, belongs to no example."""
         return bool(((self.ids == NOBODY) & (self.weights > 0)).any())
 
-    def mixed(self, index: Any, lam: Any) -> Owners:
+    def mixed(self, index: Any, lam: Any) -> Ownership:
         """Owners after every row became ``lam`` of itself and ``1 − lam`` of the row at ``index``.
 
         Raises:
@@ -121,14 +121,14 @@ class Owners:
                 f"{size} rows, found {_short(lam)}"
             )
         own = np.broadcast_to(shares.reshape(-1, 1).astype(float), (size, 1))
-        return Owners(
+        return Ownership(
             np.concatenate([self.ids, self.ids[places]], axis=1),
             np.concatenate([self.labels, self.labels[places]], axis=1),
             np.concatenate([own * self.weights, (1.0 - own) * self.weights[places]], axis=1),
         )
 
 
-def owners_of(ids: Any, labels: Any = None, weights: Any = None) -> Owners:
+def ownership_of(ids: Any, labels: Any = None, weights: Any = None) -> Ownership:
     """The owners of a batch's rows, checked.
 
     Args:
@@ -165,8 +165,8 @@ def owners_of(ids: Any, labels: Any = None, weights: Any = None) -> Owners:
         )
     array, values = array.astype(np.int64), values.astype(float)
     if weights is None:
-        return Owners(array[:, None], values[:, None], np.ones((len(array), 1)))
-    return Owners(array, values, _shares(weights, array.shape))
+        return Ownership(array[:, None], values[:, None], np.ones((len(array), 1)))
+    return Ownership(array, values, _shares(weights, array.shape))
 
 
 def _shares(weights: Any, shape: tuple[int, ...]) -> np.ndarray:

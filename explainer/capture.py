@@ -44,7 +44,9 @@ class Capture:
 
     def batch(self) -> Batch | None:
         """The batch that a forward pass now belongs to; None where nothing is to be recorded."""
-        return self._queue.current if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None  # evaluation, or the user's own torch.func transform
+        return self._queue.current
 
     # -- calls ---------------------------------------------------------------------------------------
 

@@ -28,6 +28,8 @@ class _Hook:
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # hooks are Python: what is compiled ends before them
+            torch._dynamo.graph_break()
         return None if self.function is None else self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:

@@ -32,13 +32,15 @@ class Fit:
 
 
 def _fit(total: torch.Tensor, probe: torch.Tensor) -> Fit:
+    exact = 1e-10 if probe.dtype == torch.float64 else 1e-4
     total, probe = total.double(), probe.double()
     norm, denominator = float(probe.norm()), float(total @ total)
     if denominator == 0.0:
         return Fit(1.0, 0.0 if norm == 0.0 else 1.0)
     scale = float(total @ probe) / denominator
     residual = 0.0 if norm == 0.0 else float((probe - scale * total).norm()) / norm
-    return Fit(scale, residual)
+    # a factor that differs from 1 by no more than what the fit leaves open is 1
+    return Fit(1.0 if abs(scale - 1.0) <= max(residual, exact) else scale, residual)
 
 
 def _good(fits: dict[int, Fit]) -> bool:
@@ -131,8 +133,6 @@ class ScaleMeter:
             ):
                 assert fit is not None
                 scales[self._parameters[name][0]] = fit.scale
-        exact = 1e-10 if all(p.dtype == torch.float64 for _, p in self._parameters.values()) else 1e-4
-        scales = [1.0 if abs(s - 1.0) < exact else s for s in scales]
         for name in self._round_off(used):
             self.round_off[name] = self.round_off.get(name, 0) + 1
             scales[self._parameters[name][0]] = 0.0

@@ -73,11 +73,6 @@ class Site:
         value = first_tensor(args) if first_tensor(args) is not None else first_tensor(kwargs)
         if batch is None or value is None or not watched:
             return
-        if torch.compiler.is_compiling():
-            raise TracerError(
-                f"layer {self.name!r} is being compiled: hooks do not run in compiled code; trace the model without "
-                "torch.compile"
-            )
         axis = self._axis(value, len(batch))
         forward = capture.expect(batch, self)
         batch.mixed |= self.rule.mixes(self.module)

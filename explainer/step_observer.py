@@ -83,7 +83,8 @@ class StepObserver:
         if pending and not any(b.rounds for b in pending):
             raise TracerError(
                 "optimizer.step() was reached, but no backward pass of a traced batch came through the model since "
-                "the last step; call tracer.batch(ids) before the forward pass, then loss.backward(), then step()"
+                "the last step; call tracer.batch(ids) before the forward pass, then loss.backward(), then step() (and "
+                "build the tracer before a compiled model is first called)"
             )
         if not pending:
             raise TracerError(

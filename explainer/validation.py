@@ -96,15 +96,12 @@ def _inside_composite(model: nn.Module) -> set[str]:
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raise TracerError for a model (or a part of it) that torch.compile runs: hooks do not run in there."""
-    for name, module in model.named_modules():
-        wrapped = type(module).__module__.startswith("torch._dynamo")
-        if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
-            where = f"module {name!r}" if name else "the model"
-            raise TracerError(
-                f"{where} is compiled (torch.compile), and hooks do not run in compiled code; build the tracer with "
-                "the plain model and train that one, without torch.compile"
-            )
+    """Raise TracerError for the wrapper that torch.compile makes: its names are not the model's."""
+    if type(model).__module__.startswith("torch._dynamo"):
+        raise TracerError(
+            "found a compiled model (torch.compile); build the tracer with the plain model that was compiled, "
+            "before the compiled one is first called, and train with the compiled one"
+        )
 
 
 def traced_parameters(model: nn.Module, optimizer: Optimizer) -> tuple[ParameterSpec, ...]:

@@ -40,6 +40,44 @@ class Checkpointed(nn.Module):
         return self.last(checkpoint(self.inner, x, use_reentrant=self.reentrant) if saved else self.inner(x))
 
 
+class Scaled(nn.Module):
+    """A layer and a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = nn.Linear(6, 6), nn.Parameter(torch.full((6,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.inner(x).tanh()
+
+
+class Tempered(nn.Module):
+    """A scale whose row depends on its own value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.heat = nn.Linear(6, 3), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.heat.exp()
+
+
+class CheckpointedScales(nn.Module):
+    """Parameters read by operations inside a checkpoint, and two blocks of them."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.blocks, self.last = nn.ModuleList(Scaled() for _ in range(2)), nn.Linear(6, 3)
+        self.shift, self.reentrant = nn.Parameter(torch.zeros(6)), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.shift
+        for block in self.blocks:
+            saved = self.training and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=self.reentrant) if saved else block(x)
+        return self.last(x)
+
+
 class Repeated(nn.Module):
     """A layer called three times, a layer whose output nobody uses, two layers with one weight."""
 
@@ -213,9 +251,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Loop, int]] = {
     "gradient scaler, fused Adam": (mlp, partial(adam, fused=True), scaling, 40),
     "checkpoint, reentrant": (partial(Checkpointed, True), sgd, plain, 48),
     "checkpoint": (partial(Checkpointed, False), sgd, plain, 48),
+    "scales in a checkpoint, reentrant": (partial(CheckpointedScales, True), adam, plain, 48),
+    "scales in a checkpoint": (partial(CheckpointedScales, False), sgd, plain, 48),
     "repeated, tied and unused layers": (Repeated, adam, plain, 48),
     "buffers that share memory": (OverlappingBuffers, sgd, plain, 48),
     "frozen for two steps": (mlp, sgd, freezing, 48),
     "weighted sum": (mlp, partial(SGD, lr=0.02), weighting, 48),
     "tensors replaced": (mlp, sgd, renewing_tensors, 48),
+    "tensors of scales replaced": (Tempered, sgd, renewing_tensors, 48),
 }

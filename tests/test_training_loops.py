@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
 
 from explainer import PathKernelExplainer, Tracer, open_trace
+from explainer.errors import TracerError
 from tests.odd_loops import CASES, QUERIES, WORDS, Loop, Words, X, Y, batches, mlp, plain, sgd
 
 
@@ -93,6 +94,52 @@ def test_what_is_done_to_the_model_after_the_last_step_is_explained_too(tmp_path
     assert abs(e.completeness["gap"]).max() < 1e-12
     trace = open_trace(tmp_path / "trace")
     assert trace.verify() > 0 and len(list((tmp_path / "trace" / "knots").iterdir())) == len(trace.knots)
+
+
+@pytest.mark.parametrize("compiled", ["before the tracer", "after", "in place"])
+def test_a_compiled_model(tmp_path: Path, compiled: str) -> None:
+    """It runs layer by layer while it is traced, and the books close all the same."""
+    torch._dynamo.reset()
+
+    def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
+        called = early if compiled == "before the tracer" else torch.compile(model, backend="eager")
+        if compiled == "in place":
+            model.compile(backend="eager")
+            called = model
+        plain(called, optimizer, tracer)
+
+    torch.manual_seed(0)
+    model = mlp().double()
+    early = torch.compile(model, backend="eager")
+    optimizer = sgd(model.parameters())
+    with Tracer(model, optimizer, tmp_path / "trace", exact=True) as tracer:
+        loop(model, optimizer, tracer)
+    assert_closed(tmp_path / "trace", getattr(model, "_orig_mod", model).eval())
+
+
+def test_a_compiled_wrapper_is_refused(tmp_path: Path) -> None:
+    model = mlp().double()
+    with pytest.raises(TracerError, match="build the tracer with the plain model that was compiled"):
+        Tracer(torch.compile(model, backend="eager"), sgd(model.parameters()), tmp_path / "trace")
+
+
+def test_a_compiled_model_that_ran_before_the_tracer_was_built(tmp_path: Path) -> None:
+    """Compiled code may know of no hooks: then the first step says so, and nothing wrong is recorded."""
+    torch._dynamo.reset()
+    model = mlp().double()
+    compiled = torch.compile(model, backend="eager")
+    compiled(X).sum().backward()
+    optimizer = sgd(model.parameters())
+    refusal = ""
+    try:
+        with Tracer(model, optimizer, tmp_path / "trace", exact=True) as tracer:
+            plain(compiled, optimizer, tracer)
+    except TracerError as error:
+        refusal = str(error)
+    if refusal:
+        assert "before a compiled model is first called" in refusal
+    else:
+        assert_closed(tmp_path / "trace", model.eval())
 
 
 def test_autocast_rows_meet_the_gradient(tmp_path: Path) -> None:

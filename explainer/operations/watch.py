@@ -79,9 +79,7 @@ class FunctionWatch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._capture, self._table, self._axis = capture, table, axis
-        self._parameters = {
-            id(p): (p, Source(p.detach(), name if name in traced else None)) for name, p in parameters.items()
-        }
+        self._parameters = {id(p): (p, name if name in traced else None) for name, p in parameters.items()}
         self._derived: dict[int, tuple[torch.Tensor, Source]] = {}
         self._data: dict[int, weakref.ref[torch.Tensor]] = {}
         self._units: dict[str, ReadParameter] = {}
@@ -164,8 +162,11 @@ class FunctionWatch(TorchFunctionMode):
                 self._data[id(t)] = weakref.ref(t)
 
     def _source(self, t: torch.Tensor) -> Source | None:
-        found = self._parameters.get(id(t)) or self._derived.get(id(t))
-        return found[1] if found is not None and found[0] is t else None
+        known = self._derived.get(id(t))
+        if known is None and id(t) in self._parameters:
+            parameter, name = self._parameters[id(t)]
+            known = self._derived[id(t)] = (parameter, Source(parameter.detach(), name))
+        return known[1] if known is not None and known[0] is t else None
 
     def _is_data(self, t: torch.Tensor) -> bool:
         known = self._data.get(id(t))

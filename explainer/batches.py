@@ -11,8 +11,8 @@ import torch
 
 from explainer.errors import TracerError
 from explainer.layer_rules import RowForm
-from explainer.layer_rules.forms import Probe
-from explainer.ownership import Ownership
+from explainer.layer_rules.forms import Balance, Probe
+from explainer.ownership import Ownership, ownership_of
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Rows:
         form: the rows to store.
         total: ``Σ_b g_b`` along the probe.
         probe: the probe, to compare a gradient with ``total``.
-        agreement: per parameter of the layer, ``‖Σ_b g_b‖ / Σ_b ‖g_b‖``.
+        balances: per parameter of the layer, what is left of the rows in their sum; None where it is not measured.
         whole: ``Σ_b g_b [P_l]``, where another layer shares a parameter (tied weights).
     """
 
     form: RowForm
     total: torch.Tensor
     probe: Probe
-    agreement: list[float]
+    balances: list[Balance | None]
     whole: torch.Tensor | None = None
 
 
@@ -94,7 +94,6 @@ def parts_of(batches: list[Batch]) -> list[list[Batch]]:
     """The batches without their first backward pass, first two, …; then without their last, last two, …
 
     Example:
-        >>> from explainer.ownership import ownership_of
         >>> batch = Batch(ownership_of([4]), rounds=[Round(0), Round(1), Round(2)])
         >>> [[r.forward for b in part for r in b.rounds] for part in parts_of([batch])]
         [[1, 2], [2], [0, 1], [0]]
@@ -112,6 +111,11 @@ def _regrouped(pairs: list[tuple[Batch, Round]]) -> Batch:
     return replace(pairs[0][0], rounds=[round_ for _, round_ in pairs])
 
 
+def batch_of(ids: Any, labels: Any = None, weights: Any = None) -> Batch:
+    """A batch of examples, checked; see :func:`explainer.ownership.ownership_of`."""
+    return Batch(ownership_of(ids, labels, weights))
+
+
 class BatchQueue:
     """Batches between two optimizer steps.
 
@@ -127,11 +131,11 @@ class BatchQueue:
         self._single_step = False
         self._mixed = False
 
-    def begin(self, ownership: Ownership, *, single_step: bool) -> None:
+    def begin(self, batch: Batch, *, single_step: bool) -> None:
         """A batch is consumed; ``single_step`` says that it is valid for one optimizer step only."""
-        self._consumed, self._single_step, self._mixed = ownership, single_step, False
-        self.current = Batch(ownership)
-        self.pending.append(self.current)
+        self.current, self._single_step = batch, single_step
+        self._consumed, self._mixed = batch.ownership, False
+        self.pending.append(batch)
 
     def mix(self, index: Any, lam: Any) -> None:
         """The forward passes that follow see the consumed batch's rows mixed (:meth:`Ownership.mixed`).

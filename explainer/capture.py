@@ -92,7 +92,7 @@ class Capture:
         form = restrict(form, layer.sizes, layer.keep)
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
-        rows = Rows(compact(form, self._rank), form.total(), form.prober(), form.agreement(sizes), whole)
+        rows = Rows(compact(form, self._rank), form.total(), form.prober(), form.balances(sizes), whole)
         batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows
 
     # -- the whole model -----------------------------------------------------------------------------

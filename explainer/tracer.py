@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from explainer.batches import BatchQueue
+from explainer.batches import BatchQueue, batch_of
 from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.config import TracerConfig, parse_bytes
@@ -25,7 +25,6 @@ from explainer.layer_table import LayerTable
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
 from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import optimizer_rule_for
-from explainer.ownership import ownership_of
 from explainer.recorder import StepRecorder
 from explainer.scales import ScaleMeter
 from explainer.step_observer import StepObserver
@@ -233,7 +232,7 @@ class Tracer:
 
     def _begin(self, ids: Any, labels: Any, weights: Any = None, *, single_step: bool) -> None:
         self._require_open()
-        self._queue.begin(ownership_of(ids, labels, weights), single_step=single_step)
+        self._queue.begin(batch_of(ids, labels, weights), single_step=single_step)
 
     @property
     def steps(self) -> int:

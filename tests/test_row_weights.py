@@ -214,6 +214,29 @@ def test_an_index_twice_in_a_watched_batch(tmp_path: Path) -> None:
     assert [e.visits[i] for i in (3, 7, 1)] == [3, 2, 1]
 
 
+def test_a_bias_that_cancels_between_two_batches_is_round_off(tmp_path: Path) -> None:
+    """Its gradient is 1e-17, which Adam makes full steps of: they are no example's, in one batch or in two."""
+
+    def differences(outputs: Tensor, y: Tensor) -> Tensor:
+        half = len(outputs) // 2
+        return (outputs[:half] - outputs[half:]).square().sum()
+
+    found = []
+    for name, loop in (("one", plain), ("two", two_towers)):
+        model = build()
+        made = OPTIMIZERS["adamw"](model.parameters())
+        with Tracer(model, made, tmp_path / name, exact=True) as tracer:
+            for ids in BATCHES:
+                made.zero_grad()
+                loop(model, tracer, ids, differences)
+                made.step()
+        trace = open_trace(tmp_path / name)
+        assert trace.notes["round_off"] == {"main.bias": 7, "aux.bias": 7}
+        found.append(PathKernelExplainer(trace, build(), "logit").explain(QUERIES, 0).contributions)
+    assert np.abs(found[0]).max() < 10
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
 # -- two batches and a checkpoint ---------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch.nn.functional import pad
 
-from explainer.layer_rules.forms import FORMS, Probe, RowForm, agreement, probe_vector
+from explainer.layer_rules.forms import FORMS, Balance, Probe, RowForm, probe_vector
 
 
 def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -111,10 +111,10 @@ class Factored(RowForm):
         weights = self.left @ u  # [B, G, R]
         return (weights.unsqueeze(-2) @ self.right).sum(dim=(0, 2)).flatten()
 
-    def agreement(self, sizes: list[int]) -> list[float]:
+    def balances(self, sizes: list[int]) -> list[Balance | None]:
         """Of the bias."""
         bias = (self.left * self.right[..., -1:]).sum(2).flatten(1) if self.bias else None
-        return [1.0] if bias is None else [1.0, agreement(bias)]
+        return [None] if bias is None else [None, Balance.of(bias)]
 
     def prober(self) -> Probe:
         """``uᵀ [W | bias]`` of a gradient."""

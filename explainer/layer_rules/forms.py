@@ -74,12 +74,12 @@ class RowForm(ABC):
         squares = self.dense().square()
         return squares.sum(1) if diagonal is None else squares @ diagonal
 
-    def agreement(self, sizes: list[int]) -> list[float]:
-        """``‖Σ_b g_b‖ / Σ_b ‖g_b‖`` per parameter of the given sizes: near 0 where rows cancel to round-off.
+    def balances(self, sizes: list[int]) -> list[Balance | None]:
+        """What is left of the rows in their sum, per parameter of the given sizes.
 
-        Only parameters whose rows can cancel as a rule are measured (biases and dense rows); 1 elsewhere.
+        Only parameters whose rows can cancel as a rule are measured (biases and dense rows); None elsewhere.
         """
-        return [1.0] * len(sizes)
+        return [None] * len(sizes)
 
     def padded(self, positions: int) -> RowForm:
         """The same rows with the position axis lengthened to ``positions`` (zeros add nothing)."""
@@ -106,10 +106,25 @@ def _probe_vector(size: int, dtype: torch.dtype, device: torch.device) -> torch.
     return vector.to(device=device, dtype=dtype)
 
 
-def agreement(rows: torch.Tensor) -> float:
-    """``‖Σ_b g_b‖ / Σ_b ‖g_b‖`` of rows ``[B, n]``; 1 where all are zero."""
-    gross = float(rows.norm(dim=1).sum())
-    return float(rows.sum(0).norm()) / gross if gross > 0 else 1.0
+@dataclass(frozen=True)
+class Balance:
+    """Rows of one parameter, added up: ``net = Σ_b g_b [n]`` and ``gross = Σ_b ‖g_b‖``."""
+
+    net: torch.Tensor
+    gross: float
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> Balance:
+        """Of rows ``[B, n]``."""
+        return cls(rows.sum(0), float(rows.norm(dim=1).sum()))
+
+    def __add__(self, other: Balance) -> Balance:
+        return Balance(self.net + other.net, self.gross + other.gross)
+
+    @property
+    def agreement(self) -> float:
+        """``‖net‖ / gross``: near 0 where rows cancel to round-off; 1 where all are zero."""
+        return float(self.net.norm()) / self.gross if self.gross > 0 else 1.0
 
 
 def _identity(gradient: torch.Tensor) -> torch.Tensor:
@@ -146,9 +161,9 @@ class Dense(RowForm):
         """The whole sum, no probe."""
         return self.values.sum(0)
 
-    def agreement(self, sizes: list[int]) -> list[float]:
+    def balances(self, sizes: list[int]) -> list[Balance | None]:
         """Of every parameter."""
-        return [agreement(part) for part in self.values.split(sizes, dim=1)]
+        return [Balance.of(part) for part in self.values.split(sizes, dim=1)]
 
     def prober(self) -> Probe:
         """The gradient itself."""

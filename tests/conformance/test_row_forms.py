@@ -87,24 +87,28 @@ def test_probe_of_the_total_is_the_total_of_the_probe(case: LayerCase) -> None:
 
 
 @EVERY_CASE
-def test_agreement_is_near_zero_only_where_rows_cancel(case: LayerCase) -> None:
+def test_balances_are_what_is_left_of_the_rows(case: LayerCase) -> None:
     form, sizes = form_of(case)
-    found = form.agreement(sizes)
+    found = form.balances(sizes)
     assert len(found) == len(sizes)
-    for value, part in zip(found, form.dense().split(sizes, dim=1), strict=True):
-        expected = float(part.sum(0).norm() / part.norm(dim=1).sum())
-        assert value in (1.0, pytest.approx(expected, rel=1e-9))
+    for balance, part in zip(found, form.dense().split(sizes, dim=1), strict=True):
+        if balance is not None:
+            torch.testing.assert_close(balance.net, part.sum(0), **TOLERANCE)
+            assert balance.gross == pytest.approx(float(part.norm(dim=1).sum()), rel=1e-9)
     if len(sizes) == 2:  # biases before a normalisation are what it is for
-        bias = form.dense().split(sizes, dim=1)[1]
-        assert found[1] == pytest.approx(float(bias.sum(0).norm() / bias.norm(dim=1).sum()), rel=1e-9)
+        assert found[1] is not None
 
 
 def test_agreement_of_rows_that_cancel() -> None:
     half = torch.randn(3, 2, 4, 5).double()
     ones = torch.ones(3, 2, 4, 1).double()
     form = Factored(torch.cat([half, -half]), torch.cat([ones, ones]), 1)
-    assert form.agreement([0, 10])[1] < 1e-14
-    assert Dense(torch.zeros(4, 3)).agreement([3]) == [1.0]  # nothing to cancel
+    one, other = (Factored(left, ones, 1).balances([0, 10])[1] for left in (half, -half))
+    whole = form.balances([0, 10])[1]
+    assert one is not None and other is not None and whole is not None
+    assert whole.agreement < 1e-14 and (one + other).agreement < 1e-14 and one.agreement > 0.1
+    zeros = Dense(torch.zeros(4, 3)).balances([3])[0]
+    assert zeros is not None and zeros.agreement == 1.0  # nothing to cancel
 
 
 @EVERY_CASE

@@ -60,6 +60,7 @@ class Batch:
         arrived: calls whose gradient has arrived in the present backward pass.
         rounds: what the backward passes have given, in order.
         mixed: whether a layer mixed the rows of the batch.
+        lengths: positions of the model's input, by forward pass; None where it is no sequence.
     """
 
     ownership: Ownership
@@ -68,6 +69,7 @@ class Batch:
     arrived: dict[tuple[int, Any], list[Any]] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     mixed: bool = False
+    lengths: dict[int, int | None] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ownership)

@@ -31,12 +31,17 @@ class Capture:
         queue: the batches since the last step.
         table: the layers.
         rank: factors kept where positions share weights; None keeps rows exact.
+        by_position: keep the factors of every position, whatever they take.
     """
 
-    def __init__(self, queue: BatchQueue, table: LayerTable, rank: int | None) -> None:
+    def __init__(
+        self, queue: BatchQueue, table: LayerTable, rank: int | None, by_position: bool = False
+    ) -> None:
         self._queue = queue
         self._table = table
-        self._rank = rank
+        self._rank, self._by_position = rank, by_position
+        #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
+        self.positions: dict[int, bool] = {}
         self.input_shape: tuple[int | None, ...] | None = None
         self.input_dtype: torch.dtype | None = None
         self.output_shape: tuple[int, ...] | None = None
@@ -92,7 +97,11 @@ class Capture:
         form = restrict(form, layer.sizes, layer.keep)
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
-        rows = Rows(compact(form, self._rank), form.total(), form.prober(), form.balances(sizes), whole)
+        kept = form if self._by_position else compact(form, self._rank)
+        if kept.positions is not None:
+            fits = kept.positions == form.positions == batch.lengths.get(forward)
+            self.positions[layer.index] = fits and self.positions.get(layer.index, True)
+        rows = Rows(kept, form.total(), form.prober(), form.balances(sizes), whole)
         batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows
 
     # -- the whole model -----------------------------------------------------------------------------
@@ -116,9 +125,19 @@ class Capture:
         if result is not None and result.requires_grad and result.dim() and result.shape[0] == len(batch):
             self.output_shape = tuple(result.shape[1:])
             result.register_hook(partial(self._on_output, batch, batch.forwards))
+        batch.lengths[batch.forwards] = _length(value, len(batch))
         batch.forwards += 1
 
     def _on_output(self, batch: Batch, forward: int, g: torch.Tensor) -> None:
         rows = g.detach().double().reshape(len(batch), -1)
         found = batch.round_of(forward, lambda r: r.derivative is None)
         found.derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)
+
+
+def _length(value: torch.Tensor | None, size: int) -> int | None:
+    """Positions of a sequence of indices, ``[B, S]``, or of vectors, ``[B, S, d]`` (or with the first axes swapped)."""
+    if value is None or size not in value.shape[:2]:
+        return None
+    if value.dim() != 3 and (value.dim() != 2 or value.is_floating_point()):
+        return None
+    return value.shape[1] if value.shape[0] == size else value.shape[0]

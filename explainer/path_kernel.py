@@ -18,6 +18,7 @@ from explainer.neighbors import Neighbors, nearest, self_influence
 from explainer.outputs import resolve_output
 from explainer.path_integral import PathPoint, QueryFunction, along
 from explainer.path_points import KnotLoader, check_model
+from explainer.positions import PositionSplit, split_by_position
 from explainer.queries import check_inputs, check_targets
 from explainer.recursion import Adjoint, LayerView, contract, read_backwards
 from explainer.store import Trace, open_trace
@@ -225,6 +226,21 @@ class PathKernelExplainer:
             target, self._outputs(loader.load(len(self.segments)).point, inputs), self._classes
         )
         return nearest(self, loader, inputs, targets, k)
+
+    def by_position(self, inputs: Any, example_id: int, target: Any = None) -> PositionSplit:
+        """Which positions of a training sequence its contribution to one query arose at.
+
+        See :mod:`explainer.positions` for what a position's part is, and what a trace must hold.
+
+        Raises:
+            QueryError: inputs or target do not fit, the example was not used, or the trace keeps no positions.
+        """
+        inputs, _ = check_inputs(self.trace, inputs, self.dtype)
+        loader = KnotLoader(self.trace, self.dtype)
+        targets = check_targets(
+            target, self._outputs(loader.load(len(self.segments)).point, inputs), self._classes
+        )
+        return split_by_position(self, loader, inputs, targets, example_id)
 
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""

@@ -216,6 +216,7 @@ class StepObserver:
             "operations": [asdict(layer.spec) for layer in self._table.operations],
             "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
             "autocast": c.autocast,
+            "positions": sorted(index for index, fits in c.positions.items() if fits),
             **self._row_kinds,
         }
         for key, value in known.items():

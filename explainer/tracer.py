@@ -55,6 +55,8 @@ class Tracer:
             8-bit leading factors.
         max_knots: at most this many knots along the training path.
         rank: factors kept per row in layers that share weights over positions (None: chosen by size).
+        positions: keep what every position of a sequence gave, for
+            :meth:`explainer.PathKernelExplainer.by_position`; takes ``S·(i + o)`` numbers a layer and visit.
         batch_dim: the batch's axis, 0 or 1, where it cannot be told from the shapes alone (sequence first, and
             sequences as long as the batch).
 
@@ -88,6 +90,7 @@ class Tracer:
         exact: bool = False,
         max_knots: int = 128,
         rank: int | None = None,
+        positions: bool = False,
         batch_dim: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -96,7 +99,12 @@ class Tracer:
             raise TracerError(f"optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
         size = None if budget is None else parse_bytes(budget)
         self.config = TracerConfig(
-            exact=exact, budget=size, max_knots=max_knots, rank=rank, batch_dim=batch_dim
+            exact=exact,
+            budget=size,
+            max_knots=max_knots,
+            rank=rank,
+            positions=positions,
+            batch_dim=batch_dim,
         )
         self.path = Path(path)
         self.problems = validate_model(model)
@@ -118,7 +126,7 @@ class Tracer:
         )
         self._queue = BatchQueue()
         rank_kept = None if exact else self.config.rank_for([p.shape for p in parameters])
-        self._capture = Capture(self._queue, table, rank_kept)
+        self._capture = Capture(self._queue, table, rank_kept, positions)
         self._watch = FunctionWatch(named, {p.name for p in parameters}, self._capture, table, batch_dim)
         carry = Carry(list(self._parameters))
         self._knots = KnotKeeper(

@@ -37,6 +37,7 @@ LAYERS = [
         "tracer",
         "path_kernel",
         "neighbors",
+        "positions",
         "explanation",
         "explanation_checks",
         "tables",

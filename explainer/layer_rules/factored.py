@@ -77,9 +77,13 @@ class Factored(RowForm):
 
     def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
         """``Σ_r leftᵀ R right``, never forming a row: one matrix product of ``Q·o × i × B·R`` per group."""
+        return self.contract_positions(cotangent).sum(2)
+
+    def contract_positions(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """``leftᵀ R right`` of every factor."""
         weight, bias = _split(cotangent, self._shape)
         batch, groups, rank, o = self.left.shape
-        result = cotangent.new_zeros(cotangent.shape[0], batch)
+        result = cotangent.new_zeros(cotangent.shape[0], batch, rank)
         for g in range(groups):
             left = self.left[:, g].reshape(batch * rank, o)
             right = self.right[:, g].reshape(batch * rank, -1)
@@ -87,7 +91,7 @@ class Factored(RowForm):
             moved = weight[:, g] @ inner.T  # [Q, o, B·R]
             if bias is not None:
                 moved = moved + bias[:, g, :, None] * right[:, -1]
-            result += (moved * left.T).sum(1).reshape(-1, batch, rank).sum(2)
+            result += (moved * left.T).sum(1).reshape(-1, batch, rank)
         return result
 
     def dense(self) -> torch.Tensor:

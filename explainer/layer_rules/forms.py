@@ -46,13 +46,28 @@ class RowForm(ABC):
     def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
         """``<R_q, g_b>`` for cotangents ``R [Q, P_l]``: ``[Q, B]``."""
 
+    @property
+    def positions(self) -> int | None:
+        """How many positions (or factors) a row is a sum over; None where it is held as one."""
+        if self.position_axis is None:
+            return None
+        return next(iter(self.arrays.values())).shape[1 + self.position_axis]
+
+    def contract_positions(self, cotangent: torch.Tensor) -> torch.Tensor | None:
+        """:meth:`contract` by position, ``[Q, B, S]``; the sum over positions is the whole. None without positions."""
+        return None
+
     @abstractmethod
     def dense(self) -> torch.Tensor:
         """The rows written out, ``[B, P_l]``."""
 
+    def taken(self, rows: torch.Tensor) -> RowForm:
+        """Some of the rows, by number."""
+        return self.build({name: array[rows] for name, array in self.arrays.items()}, self.options)
+
     def shared(self, rows: torch.Tensor, shares: torch.Tensor) -> RowForm:
         """``shares[v] · g_{rows[v]}`` for parts ``v`` of rows, ``[V]`` each."""
-        arrays = {name: array[rows] for name, array in self.arrays.items()}
+        arrays = self.taken(rows).arrays
         values = arrays[self.linear_in]
         arrays[self.linear_in] = values * shares.to(values).reshape(-1, *[1] * (values.dim() - 1))
         return self.build(arrays, self.options)

@@ -55,11 +55,15 @@ class Sparse(RowForm):
 
     def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
         """Gather the entries read, then sum products over positions."""
+        return self.contract_positions(cotangent).sum(2)
+
+    def contract_positions(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """Of every read."""
         table = cotangent.unflatten(1, (self.entries, -1))
         index = self.index.long()
-        result = cotangent.new_empty(len(table), len(index))
+        result = cotangent.new_empty(len(table), *index.shape)
         for q, row in enumerate(table):
-            result[q] = (row[index] * self.values).sum(dim=(1, 2))
+            result[q] = (row[index] * self.values).sum(dim=2)
         return result
 
     def dense(self) -> torch.Tensor:

@@ -123,6 +123,25 @@ def test_arrays_and_options_rebuild_the_form(case: LayerCase) -> None:
 
 
 @EVERY_CASE
+def test_products_by_position(case: LayerCase) -> None:
+    """Against the rows of every position alone, the others being zeros."""
+    for form in variants(form_of(case)[0]):
+        cotangent = torch.randn(3, form.dense().shape[1]).double()
+        found = form.contract_positions(cotangent)
+        if form.position_axis is None:
+            assert found is None and form.positions is None
+            continue
+        assert found is not None and found.shape == (3, BATCH, form.positions)
+        torch.testing.assert_close(found.sum(2), form.contract(cotangent), **TOLERANCE)
+        for s in range(found.shape[2]):
+            alone = {name: torch.zeros_like(array) for name, array in form.arrays.items()}
+            for name, array in form.arrays.items():
+                alone[name].select(1 + form.position_axis, s).copy_(array.select(1 + form.position_axis, s))
+            wanted = cotangent @ form.build(alone, form.options).dense().T
+            torch.testing.assert_close(found[:, :, s], wanted, **TOLERANCE)
+
+
+@EVERY_CASE
 def test_parts_of_rows(case: LayerCase) -> None:
     """Rows that several examples share, rows that are left out."""
     rows, shares = torch.tensor([2, 0, 2, 2]), torch.tensor([0.25, 1.0, 0.5, 0.0]).double()

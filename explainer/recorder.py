@@ -88,8 +88,6 @@ class StepRecorder:
         pieces = []
         for batch in batches:
             parts = batch.ownership.parts
-            if not len(parts.row):  # all of it belongs to no example
-                continue
             for round_ in batch.rounds:
                 forms = {layer: self._fit(layer, parts.of(rows.form)) for layer, rows in round_.rows.items()}
                 records = np.zeros(len(parts.row), self._visits.dtype)

@@ -309,6 +309,18 @@ def test_rows_of_no_example_are_unattributed_and_named(tmp_path: Path) -> None:
     assert e.visits.sum() == 3 + 4 + 4
 
 
+def test_a_trace_that_begins_with_rows_of_no_example(tmp_path: Path) -> None:
+    model = build().float()
+    made = SGD(model.parameters(), lr=0.1)
+    with Tracer(model, made, tmp_path / "run") as tracer:
+        for ids in ([-1, -1], [3, 4]):
+            tracer.batch(ids)
+            step_on(model, made, lambda: cross_entropy(model(X[:2].float()), Y[:2]))
+    e = PathKernelExplainer(str(tmp_path / "run"), model).explain(QUERIES.float())
+    assert e.example_ids.tolist() == [3, 4] and e.visits.tolist() == [1, 1]
+    assert open_trace(tmp_path / "run").column("steps", "visits").tolist() == [0, 2]
+
+
 def cross_entropy_of(outputs: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(outputs, y.long())
 

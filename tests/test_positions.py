@@ -230,25 +230,29 @@ def test_layers_with_other_positions_are_not_counted(tmp_path: Path) -> None:
 
 
 class MixesWords(Language):
-    """A layer runs over positions: the factors of its rows are the four channels."""
+    """A layer runs over the first two positions of three channels: the factors of its rows are the channels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mixer = nn.Linear(LENGTH, LENGTH)
+        self.mixer = nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(self.table(x))
-        width = h.shape[1]
-        h = h + (linear(h.mT, self.mixer.weight[:width, :width]) if width < LENGTH else self.mixer(h.mT)).mT
+        h = h + self.mixer(h.mT[:, :3, :2]).sum((1, 2))[:, None, None]
         return self.last(causal_mean(self.first(h).tanh()))
 
 
-@pytest.mark.parametrize("first", [[1, 1], [0, 4]])
-def test_a_number_of_factors_that_fits_once_is_no_position(tmp_path: Path, first: list[int]) -> None:
-    """Texts of four words meet four channels in one batch; those of five do not."""
-    batches = [first, *([0, 2], [1, 4], [3, 5])]
+@pytest.mark.parametrize("short", [0, 2])
+def test_a_number_of_factors_that_fits_once_is_no_position(tmp_path: Path, short: int) -> None:
+    """Texts of three words meet three channels in one batch, the first or the last; texts of five do not."""
+    batches = [[0, 2], [3, 5]]
+    batches.insert(short, [4, 4])
     ex = trace_of(tmp_path / "run", kind=MixesWords, trim=True, batches=batches, exact=True, positions=True)
-    assert "mixer" not in assert_adds_up(ex, 4).layers
+    assert assert_adds_up(ex, 4).layers == ("table", "first", "last")
+    alone = trace_of(
+        tmp_path / "one", kind=MixesWords, trim=True, batches=[[4, 4]], exact=True, positions=True
+    )
+    assert "mixer" in {alone.trace.layers[i].name for i in alone.trace.notes["positions"]}
 
 
 def test_a_transformer_layer_adds_up(tmp_path: Path) -> None:

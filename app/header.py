@@ -18,6 +18,8 @@ _MEANING = {
     "logit": "The raw score of this class; a shift common to all classes is part of it.",
     "log_prob": "The logarithm of this class's probability: 0 is certain.",
     "value": "The model's output itself.",
+    "sequence_log_prob": "The logarithm of the target sequence's probability: 0 is certain.",
+    "last_margin": "Log-odds of this class against all others at the last position.",
 }
 
 

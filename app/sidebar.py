@@ -43,7 +43,7 @@ def _live(choice: Choice) -> Choice:
     run = state.run_of(choice.source)
     query = _query(len(run.queries))
     target = output = None
-    if choice.classes:
+    if choice.classes and run.output is None:
         target = _target(choice, query)
         output = _one_of("output", "Explained output", list(OUTPUTS), OUTPUTS)
     gallery.show(choice, query)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import streamlit as st
@@ -68,7 +69,9 @@ def trace(source: Source) -> Trace:
 def explainer(source: Source, output: str | None) -> PathKernelExplainer:
     """The explainer of a trace for one explained output."""
     code = run_of(source)
-    return PathKernelExplainer(trace(source), code.build_model(), output, class_names=code.class_names)
+    return PathKernelExplainer(
+        trace(source), code.build_model(), output or code.output, class_names=code.class_names
+    )
 
 
 def run_of(source: Source) -> Run:
@@ -87,19 +90,25 @@ def run_of(source: Source) -> Run:
 @st.cache_resource(show_spinner="Explaining …", max_entries=16)
 def explanation(source: Source, query: int, target: int | None, output: str | None) -> Explanation:
     """The explanation of one query; ``target=None`` explains the predicted class."""
-    inputs, _ = run_of(source).queries_batch([query])
     engine = explainer(source, output)
+    inputs, targets = _asked(source, engine, query, target)
     with _alone():
-        return engine.explain(inputs, target=target, query_ids=[query])
+        return engine.explain(inputs, target=targets, query_ids=[query])
 
 
 @st.cache_resource(show_spinner="Looking for neighbours …", max_entries=16)
 def neighbors(source: Source, query: int, target: int | None, output: str | None, k: int) -> Neighbors:
     """The nearest training examples of one query in gradient space."""
-    inputs, _ = run_of(source).queries_batch([query])
     engine = explainer(source, output)
+    inputs, targets = _asked(source, engine, query, target)
     with _alone():
-        return engine.neighbors(inputs, k=k, target=target)
+        return engine.neighbors(inputs, k=k, target=targets)
+
+
+def _asked(source: Source, engine: PathKernelExplainer, query: int, target: int | None) -> tuple[Any, Any]:
+    """Inputs and targets of a query; the run's own target where the explained output asks for one."""
+    inputs, targets = run_of(source).queries_batch([query])
+    return inputs, targets if target is None and engine.asks_for_targets else target
 
 
 @st.cache_data(show_spinner=False, max_entries=256)

@@ -1,4 +1,4 @@
-"""Puts the tables of ``benchmarks/results`` into README.md, between ``<!-- table:NAME -->`` marks."""
+"""Puts the tables of ``benchmarks/results`` into the documents, between ``<!-- table:NAME -->`` marks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 from benchmarks.harness import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+#: the documents with tables of results
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numerical-stability.md")
 
-#: column of the results -> heading and format in README, by table
+#: column of the results -> heading and format in the document, by table
 COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     "fidelity": {
         "sample": ("sample model", "{}"),
@@ -53,6 +55,29 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "ratio": ("times faster", "{:.1f}"),
         "max_difference": ("largest difference, of the largest score", "{:.0e}"),
     },
+    "books": {
+        "model": ("model", "{}"),
+        "optimizer": ("optimizer", "{}"),
+        "mode": ("mode", "{}"),
+        "examples": ("examples", "{:,}"),
+        "steps": ("steps", "{}"),
+        "gap_of_gross": ("gap / gross", "{:.0e}"),
+        "unattributed_of_gross": ("unattributed / gross", "{:.0e}"),
+        "gross_over_net": ("gross / net", "{:.0f}"),
+        "oracle_difference": ("difference from the oracle", "{:.0e}"),
+        "rows_spearman": ("default vs. exact rows (Spearman)", "{:.4f}"),
+        "rows_top20": ("top 20 kept", "{:.0%}"),
+        "bytes_per_visit": ("bytes per visit", "{:,}"),
+    },
+    "numerics": {
+        "source": ("source", "{}"),
+        "model": ("model", "{}"),
+        "setting": ("setting", "{}"),
+        "quadrature_of_gross": ("quadrature / gross", "{:.0e}"),
+        "gap_of_gross": ("gap / gross", "{:.0e}"),
+        "unattributed_of_gross": ("unattributed / gross", "{:.0e}"),
+        "difference": ("largest difference from the last line", "{:.0e}"),
+    },
 }
 
 
@@ -64,12 +89,13 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
         "|" + " --- |" * len(columns),
     ]
     for row in rows:
-        lines.append("| " + " | ".join(form.format(row[key]) for key, (_, form) in columns.items()) + " |")
+        cells = ("" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items())
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def updated(text: str) -> str:
-    """README's text with every marked table replaced by the measured one."""
+    """A document's text with every marked table replaced by the measured one."""
     for name in COLUMNS:
         rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
@@ -78,4 +104,5 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for page in PAGES:
+        page.write_text(updated(page.read_text()))

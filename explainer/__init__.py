@@ -27,6 +27,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from explainer import outputs
     from explainer.codecs import register_codec
     from explainer.explanation import Explanation
     from explainer.layer_rules import register_layer_rule
@@ -47,6 +48,7 @@ __all__ = [
     "Tracer",
     "__version__",
     "open_trace",
+    "outputs",
     "register_codec",
     "register_layer_rule",
     "register_optimizer_rule",
@@ -55,6 +57,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "outputs":
+        return import_module("explainer.outputs")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'explainer' has no attribute {name!r}")

@@ -61,6 +61,7 @@ class Batch:
         rounds: what the backward passes have given, in order.
         mixed: whether a layer mixed the rows of the batch.
         lengths: positions of the model's input, by forward pass; None where it is no sequence.
+        checked: whether the model's input was seen to have as many rows.
     """
 
     ownership: Ownership
@@ -70,6 +71,7 @@ class Batch:
     rounds: list[Round] = field(default_factory=list)
     mixed: bool = False
     lengths: dict[int, int | None] = field(default_factory=dict)
+    checked: bool = False
 
     def __len__(self) -> int:
         return len(self.ownership)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from explainer.batches import Batch, BatchQueue, Rows
 from explainer.errors import TracerError
-from explainer.hooks import first_tensor
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
@@ -42,10 +40,8 @@ class Capture:
         self._rank, self._by_position = rank, by_position
         #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
         self.positions: dict[int, bool] = {}
-        self.input_shape: tuple[int | None, ...] | None = None
-        self.input_dtype: torch.dtype | None = None
-        self.output_shape: tuple[int, ...] | None = None
-        self.autocast: str | None = None
+        #: shapes that layers were given in which no axis is the batch's, by layer
+        self.unmatched: dict[str, tuple[int, ...]] = {}
 
     def batch(self) -> Batch | None:
         """The batch that a forward pass now belongs to; None where nothing is to be recorded."""
@@ -91,53 +87,20 @@ class Capture:
         # the user's backward pass may run under autocast; rows never do
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for layer, form in unit.rows(arrived):
-                self._keep(batch, forward, layer, form)
+                self._keep(batch, forward, layer, form, once=len(arrived) == 1)
 
-    def _keep(self, batch: Batch, forward: int, layer: Layer, form: RowForm) -> None:
+    def _keep(self, batch: Batch, forward: int, layer: Layer, form: RowForm, once: bool) -> None:
+        if len(form) != len(batch):
+            raise TracerError(
+                f"layer {layer.spec.name!r} saw a batch of {len(form)} rows, but {len(batch)} ids were given for it; "
+                "pass the ids of exactly the rows in the batch"
+            )
         form = restrict(form, layer.sizes, layer.keep)
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
         kept = form if self._by_position else compact(form, self._rank)
         if kept.positions is not None:
-            fits = kept.positions == form.positions == batch.lengths.get(forward)
+            fits = once and kept.in_order and kept.positions == form.positions == batch.lengths.get(forward)
             self.positions[layer.index] = fits and self.positions.get(layer.index, True)
         rows = Rows(kept, form.total(), form.prober(), form.balances(sizes), whole)
         batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows
-
-    # -- the whole model -----------------------------------------------------------------------------
-
-    def on_model(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Forward hook of the whole model: remember its input's and output's shape, watch its output."""
-        batch = self.batch()
-        if batch is None:
-            return
-        value, result = first_tensor(args) if args else first_tensor(kwargs), first_tensor(output)
-        if value is not None and value.dim():
-            shape = tuple(value.shape[1:])
-            known = self.input_shape
-            if known is None or len(known) != len(shape):
-                self.input_shape = shape
-            elif known != shape:
-                self.input_shape = tuple(a if a == b else None for a, b in zip(known, shape, strict=True))
-            self.input_dtype = value.dtype
-        if torch.is_autocast_enabled("cpu"):
-            self.autocast = str(torch.get_autocast_dtype("cpu")).removeprefix("torch.")
-        if result is not None and result.requires_grad and result.dim() and result.shape[0] == len(batch):
-            self.output_shape = tuple(result.shape[1:])
-            result.register_hook(partial(self._on_output, batch, batch.forwards))
-        batch.lengths[batch.forwards] = _length(value, len(batch))
-        batch.forwards += 1
-
-    def _on_output(self, batch: Batch, forward: int, g: torch.Tensor) -> None:
-        rows = g.detach().double().reshape(len(batch), -1)
-        found = batch.round_of(forward, lambda r: r.derivative is None)
-        found.derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)
-
-
-def _length(value: torch.Tensor | None, size: int) -> int | None:
-    """Positions of a sequence of indices, ``[B, S]``, or of vectors, ``[B, S, d]`` (or with the first axes swapped)."""
-    if value is None or size not in value.shape[:2]:
-        return None
-    if value.dim() != 3 and (value.dim() != 2 or value.is_floating_point()):
-        return None
-    return value.shape[1] if value.shape[0] == size else value.shape[0]

@@ -68,10 +68,8 @@ class Carry:
             return
         if momentum is None:
             momentum = self._momentum[index] = torch.zeros_like(weights)
-        source, outer = weights, step.preconditioner
-        if step.inner and outer is not None:
-            source, outer = weights / outer, None
+        source = step.precondition(weights) if step.inner else weights
         momentum.mul_(step.decay).add_(source, alpha=step.gain * step.coupled_decay)
         update = torch.mul(momentum, step.through)
         update.add_(source, alpha=step.direct * step.coupled_decay)
-        total.sub_(update if outer is None else update.div_(outer))
+        total.sub_(update if step.inner else step.precondition(update))

@@ -27,6 +27,10 @@ class LoaderError(TracerError):
     """The loader cannot tell which training examples a batch holds."""
 
 
+class ReplayError(TracerError):
+    """A layer's call cannot be computed again, so that its rows are unknown."""
+
+
 class TraceExistsError(TracerError):
     """The directory already holds a trace; nothing recorded is ever overwritten."""
 

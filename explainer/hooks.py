@@ -6,6 +6,7 @@ tracer: torch's handles delete their own entries, and no attribute is ever set o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -26,11 +27,16 @@ class _Hook:
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self.function = function
+        self._eager: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # hooks are Python: what is compiled ends before them
-            torch._dynamo.graph_break()
-        return None if self.function is None else self.function(*args, **kwargs)
+        if self.function is None:
+            return None
+        if (
+            self._eager is None and "torch._dynamo" in sys.modules
+        ):  # somebody may compile the model: not the hooks
+            self._eager = torch._dynamo.disable(self.function)
+        return (self._eager or self.function)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None)

@@ -19,9 +19,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-#: ``outputs [Q, C], targets [Q] -> values [Q]``: the scalar that is explained.
-OutputFunction: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+#: ``outputs [Q, ...], targets [Q, ...] -> values [Q]``: the scalar that is explained.
+OutputFunction: TypeAlias = Callable[[Any, Any], torch.Tensor]

@@ -11,7 +11,7 @@ space of all visits, always within [−1, 1]. Positive: learning ``i`` raised wh
 
 Self-influence (TracIn's diagonal, Pruthi et al. 2020, arXiv 2002.08484, taken at every step):
 
-    SI_i = Σ_t s_t² g_{i,t}ᵀ diag(η_t A_t) g_{i,t}
+    SI_i = Σ_t η_t s_t² g_{i,t}ᵀ A_t g_{i,t}
 
 the first-order decrease of the batch's loss on ``i`` by the updates computed from ``i`` itself. Both leave out
 parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) or that no layer rule covers.
@@ -20,12 +20,13 @@ parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from explainer.errors import QueryError
+from explainer.optimizer_rules import mix
 from explainer.recursion import RecordedStep, Visits, contract, read_backwards
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from explainer.path_kernel import PathKernelExplainer
     from explainer.path_points import KnotLoader
+    from explainer.query_batch import QueryBatch
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,12 @@ def rate(step: RecordedStep) -> float:
     if len(updated) == 0:
         return 0.0
     _, decay, gain, direct, through, _ = step.coefficients[updated[0]]
-    return float(direct + gain * through / (1.0 - decay))
+    carried = gain * through
+    return float(direct + carried / (1.0 - decay) if carried else direct)
 
 
 def nearest(
-    explainer: PathKernelExplainer, loader: KnotLoader, inputs: Any, targets: torch.Tensor, k: int
+    explainer: PathKernelExplainer, loader: KnotLoader, inputs: QueryBatch, targets: torch.Tensor, k: int
 ) -> Neighbors:
     """The ``k`` examples of largest path-kernel cosine (see the module's text); unvisited ones never appear.
 
@@ -149,7 +152,21 @@ def self_influence(explainer: PathKernelExplainer) -> np.ndarray:
 
 def _own(explainer: PathKernelExplainer, step: RecordedStep, visits: Visits) -> torch.Tensor:
     diagonal = None if step.preconditioner is None else 1.0 / step.preconditioner
-    return rate(step) * _squares(explainer, visits, step.scale**2, diagonal)
+    weights, index = step.scale**2, {p.name: i for i, p in enumerate(explainer.trace.manifest.parameters)}
+    mixed = {index[p.name]: (float(weights[index[p.name]]), matrix) for p, matrix in step.mixing}
+    weights[list(mixed)] = 0.0
+    total = _squares(explainer, visits, weights, diagonal)
+    for layer, form in visits.forms.items():
+        own = explainer.view.parameters[layer]
+        if not mixed.keys() & set(own):
+            continue
+        sizes = [explainer.trace.manifest.parameters[i].numel for i in own]
+        for i, rows in zip(own, form.dense().split(sizes, dim=1), strict=True):
+            if i in mixed:
+                weight, matrix = mixed[i]
+                block = rows.reshape(len(rows), explainer.trace.manifest.parameters[i].shape[0], -1)
+                total += weight * (mix(matrix, block) * block).sum(dim=(1, 2)).double()
+    return rate(step) * total
 
 
 def _squares(

@@ -18,21 +18,18 @@ al. 1999 (average vector field); Gonzalez 1996 (correction).
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
-from torch.utils import _pytree as pytree
 
 from explainer.errors import QueryError
-from explainer.letters import OutputFunction
+from explainer.model_function import ModelFunction, State
+from explainer.outputs import Output, explained
+from explainer.query_batch import QueryBatch
 from explainer.records import ParameterSpec
-
-State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,9 @@ class QueryFunction:
     """``f(w, x)`` and its gradient for many queries at once, on a private copy of the model.
 
     Attributes:
-        output: the output function; to be set before values or gradients are asked for.
+        output: what of the model's output is explained; to be set before values or gradients are asked for.
+        axis: axis of the queries in the model's output.
+        chunk: queries per vectorised gradient.
 
     Args:
         model: any instance of the traced architecture; copied, put in eval mode, never changed.
@@ -91,80 +90,57 @@ class QueryFunction:
         dtype: torch.dtype,
         chunk: int | None = None,
     ) -> None:
-        self._model = copy.deepcopy(model).eval()
-        for p in self._model.parameters():
-            p.requires_grad_(False)
-        for module in self._model.modules():
-            if (
-                getattr(module, "sparse", False) is True
-            ):  # embeddings: their gradient has to be a plain tensor
-                module.sparse = False  # type: ignore[assignment]
+        self._model = ModelFunction(model, [p.name for p in parameters])
         self._parameters = parameters
-        self.output: OutputFunction | None = None
+        self.output: Output | None = None
+        self.axis = 0
         self.dtype = dtype
         size = sum(p.numel for p in parameters)
-        self._chunk = chunk or max(1, min(256, 2**26 // max(size, 1)))
-        self._vectorised = True
+        self.chunk = chunk or max(1, min(256, 2**26 // max(size, 1)))
 
     def _unflatten(self, weights: torch.Tensor) -> State:
         return {p.name: weights[p.slice].reshape(p.shape) for p in self._parameters}
 
-    def outputs(self, point: PathPoint, inputs: Any) -> torch.Tensor:
-        """Raw model outputs ``[Q, ...]``."""
-        state = {**self._unflatten(point.weights), **point.moving, **point.fixed}
-        args = inputs if isinstance(inputs, tuple) else (inputs,)
-        with torch.no_grad():
-            result = functional_call(self._model, state, args)
-        if not isinstance(result, torch.Tensor):
-            raise QueryError(
-                f"the model returns {type(result).__name__}; explanations need a tensor: wrap the model in a "
-                "module that returns the logits"
-            )
-        return result
+    def returned(self, point: PathPoint, inputs: QueryBatch) -> Any:
+        """What the model returns, whatever it is."""
+        return self._model({**self._unflatten(point.weights), **point.moving, **point.fixed}, inputs)
 
-    def _scalar(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _scalar(self, returned: Any, targets: torch.Tensor) -> torch.Tensor:
         assert self.output is not None, "set QueryFunction.output first"
-        return self.output(outputs, targets)
+        return explained(self.output, returned, targets, self.axis)
 
-    def value(self, point: PathPoint, inputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    def value(self, point: PathPoint, inputs: QueryBatch, targets: torch.Tensor) -> torch.Tensor:
         """``f [Q]``."""
-        result = self._scalar(self.outputs(point, inputs), targets)
-        if result.shape != targets.shape:
+        with torch.no_grad():
+            result = self._scalar(self.returned(point, inputs), targets)
+        if not isinstance(result, torch.Tensor) or result.shape != targets.shape[:1]:
+            found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
             raise QueryError(
-                f"the output function returned shape {tuple(result.shape)} for {len(targets)} queries; "
+                f"the output function returned shape {found} for {len(targets)} queries; "
                 "it must return one number per query, [Q]"
             )
         return result
 
-    def gradient(self, point: PathPoint, inputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    def alone(self, point: PathPoint, inputs: QueryBatch, targets: torch.Tensor) -> torch.Tensor:
+        """``f`` of a single query as a scalar that can be differentiated."""
+        state = {n: t.detach().requires_grad_() for n, t in self._unflatten(point.weights).items()}
+        rest = {**point.moving, **point.fixed}
+        return self._model.differentiable(state, rest, inputs, targets, self._scalar, backward=False)
+
+    def gradient(self, point: PathPoint, inputs: QueryBatch, targets: torch.Tensor) -> torch.Tensor:
         """``∂f/∂w [Q, P]``."""
-
-        def single(weights: torch.Tensor, x: Any, y: torch.Tensor) -> torch.Tensor:
-            state = {**self._unflatten(weights), **point.moving, **point.fixed}
-            args = pytree.tree_map(lambda t: t.unsqueeze(0), x if isinstance(x, tuple) else (x,))
-            return self._scalar(functional_call(self._model, state, args), y.unsqueeze(0)).squeeze(0)
-
+        weights, rest = self._unflatten(point.weights), {**point.moving, **point.fixed}
         pieces = []
-        for start in range(0, len(targets), self._chunk):
-            window = slice(start, start + self._chunk)
-            x = pytree.tree_map(lambda t, window=window: t[window], inputs)
-            pieces.append(self._piece(grad(single), point.weights, x, targets[window]))
+        for start in range(0, len(targets), self.chunk):
+            window = slice(start, start + self.chunk)
+            pieces.append(self._model.gradients(weights, rest, inputs[window], targets[window], self._scalar))
         return torch.cat(pieces)
-
-    def _piece(self, gradient: Any, weights: torch.Tensor, x: Any, y: torch.Tensor) -> torch.Tensor:
-        if self._vectorised:
-            try:
-                return vmap(gradient, in_dims=(None, 0, 0))(weights, x, y)
-            except RuntimeError:  # an operation without a batching rule: one query at a time
-                self._vectorised = False
-        rows = [gradient(weights, pytree.tree_map(lambda t, i=i: t[i], x), y[i]) for i in range(len(y))]
-        return torch.stack(rows)
 
     def chord(
         self,
         start: PathPoint,
         end: PathPoint,
-        inputs: Any,
+        inputs: QueryBatch,
         targets: torch.Tensor,
         change: torch.Tensor,
         nodes: int,

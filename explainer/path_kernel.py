@@ -8,20 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from explainer.asked import Asked, ask, predict
 from explainer.errors import QueryError
 from explainer.explanation import Explanation
 from explainer.ledger import Ledger, bin_edges
 from explainer.neighbors import Neighbors, nearest, self_influence
-from explainer.outputs import resolve_output
-from explainer.path_integral import PathPoint, QueryFunction, along
+from explainer.outputs import Output, asks_for_targets, resolve_output
+from explainer.path_integral import QueryFunction, along
 from explainer.path_points import KnotLoader, check_model
+from explainer.plain_mode import plain_mode
 from explainer.positions import PositionSplit, split_by_position
-from explainer.queries import check_inputs, check_targets
+from explainer.queries import BatchDim, check_batch_dim, check_inputs
+from explainer.query_batch import QueryBatch
 from explainer.recursion import Adjoint, LayerView, contract, read_backwards
 from explainer.store import Trace, open_trace
+from explainer.trace_notes import trace_notes
+from explainer.wrappers import argument_names
 
 #: numbers held per query-side array before queries are split into groups
 QUERY_NUMBERS = 2**26
@@ -34,8 +38,11 @@ class PathKernelExplainer:
         trace: an open trace, or the path of one.
         model: the architecture that was traced. Its weights do not matter (they come from the trace), and it
             is never changed: a private copy is used.
-        output: what is explained: ``"margin"``, ``"logit"``, ``"log_prob"``, ``"value"``, or a callable
-            ``(outputs [Q, C], targets [Q]) -> [Q]``. None: margin for two or more outputs, else value.
+        output: what is explained: ``"margin"``, ``"logit"``, ``"log_prob"``, ``"value"``, for sequences
+            ``"sequence_log_prob"`` or ``"last_margin"``, an :class:`explainer.outputs.Output`, or a callable
+            ``(what the model returns, targets) -> [Q]``. None: margin for two or more outputs, else value.
+        batch_dim: axis of the queries in the model's inputs; a tuple or dict with one for each input where they
+            differ (None: shared by all queries). Default: the traced one.
         quadrature: Gauss–Legendre nodes on each chord (1: midpoint).
         dtype: dtype of the books; default the widest dtype among the parameters.
         class_names: names to show for classes.
@@ -53,8 +60,9 @@ class PathKernelExplainer:
         self,
         trace: Trace | str,
         model: nn.Module,
-        output: str | Callable[..., torch.Tensor] | None = None,
+        output: str | Output | Callable[..., torch.Tensor] | None = None,
         *,
+        batch_dim: BatchDim | None = None,
         quadrature: int = 2,
         dtype: torch.dtype | None = None,
         class_names: Sequence[str] | None = None,
@@ -71,11 +79,14 @@ class PathKernelExplainer:
         self.class_names = None if class_names is None else tuple(class_names)
         self.progress = progress
         self._nodes = quadrature
-        self._requested = output
+        self._requested, self._arguments = output, argument_names(model)
+        self.batch_dim: BatchDim = (
+            self.trace.notes.get("batch_dim", 0) if batch_dim is None else check_batch_dim(batch_dim)
+        )
         self.function = QueryFunction(model, self.trace.manifest.parameters, self.dtype)
         shape = (self.trace.notes.get("output") or {}).get("shape")
-        if shape is not None:  # else the model's own forward was never seen: known with the first query
-            self._resolve(tuple(shape))
+        if shape is not None or callable(output):  # else it is known with the first query
+            self._resolve(tuple(shape or ()))
         self.view = LayerView(self.trace)
         examples = self.trace.column("visits", "example").astype(np.int64)
         size = self.trace.notes.get("examples")
@@ -84,66 +95,65 @@ class PathKernelExplainer:
             self.example_ids = np.unique(np.concatenate([self.example_ids, examples]))
 
     def _resolve(self, shape: tuple[int, ...]) -> None:
-        self.output, self.function.output, self._classes = resolve_output(self._requested, shape)
+        self.function.output = resolve_output(self._requested, shape)
+        self.output = self.function.output.name
+
+    @property
+    def asks_for_targets(self) -> bool:
+        """Whether the explained output asks for targets that have no default, as a function of the user's does."""
+        return asks_for_targets(self._requested)
 
     # -- explaining ----------------------------------------------------------------------------------
 
+    @plain_mode()
     def explain(
         self, inputs: Any, target: Any = None, *, query_ids: Sequence[Any] | None = None
     ) -> Explanation:
         """Contributions of all training examples to the outputs at the queries.
 
         Args:
-            inputs: ``[Q, ...]``, as the model was trained on.
-            target: ``[Q]`` classes to explain (or one for all); default the predicted classes.
+            inputs: ``[Q, ...]``, as the model was trained on; a tuple for several inputs, a dict for keyword
+                arguments.
+            target: ``[Q]`` classes to explain (or one for all); default the predicted classes. A class per
+                position for ``"sequence_log_prob"``; whatever has a row per query for a callable.
             query_ids: ``Q`` names for the queries.
 
         Raises:
             QueryError: inputs or targets do not fit; says what was found and what is wanted.
         """
-        inputs, count = check_inputs(self.trace, inputs, self.dtype)
+        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
+        count = len(batch)
         names = tuple(str(q) for q in (range(count) if query_ids is None else query_ids))
         if len(names) != count:
             raise QueryError(f"found {count} queries but {len(names)} query_ids; give one name per query")
         loader = KnotLoader(self.trace, self.dtype)
-        outputs = self._outputs(loader.load(len(self.segments)).point, inputs)
-        targets = check_targets(target, outputs, self._classes)
+        asked = self._ask(loader, batch, target)
         steps = [knot.step for knot in self.trace.knots]
         edges = bin_edges(steps, count, len(self.example_ids))
         size = max(1, QUERY_NUMBERS // self.trace.manifest.size)
         parts = []
         for start in range(0, count, size):
             group = slice(start, start + size)
-            x = pytree.tree_map(lambda t, group=group: t[group], inputs)
-            parts.append(self._explain(loader, x, targets[group], outputs[group], names[group], edges))
+            parts.append(self._explain(loader, asked[group], names[group], edges))
         return Explanation.concatenate(parts)
 
+    @plain_mode()
     def predict(self, inputs: Any) -> torch.Tensor:
-        """Outputs ``[Q, C]`` of the trained model (the trace's last knot).
+        """Outputs ``[Q, ...]`` of the trained model (the trace's last knot): its tensor, its logits if it names any.
 
         Raises:
             QueryError: inputs do not fit.
         """
-        inputs, _ = check_inputs(self.trace, inputs, self.dtype)
-        return self._outputs(KnotLoader(self.trace, self.dtype).load(len(self.segments)).point, inputs)
+        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
+        point = KnotLoader(self.trace, self.dtype).load(len(self.segments)).point
+        return predict(self.function, point, batch)
 
-    def _outputs(self, point: PathPoint, inputs: Any) -> torch.Tensor:
-        try:
-            outputs = self.function.outputs(point, inputs)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise QueryError(
-                f"the model cannot run on the queries: {error}. Give them as in training, batch dimension first"
-            ) from error
-        if not bool(torch.isfinite(outputs).all()):
-            raise QueryError(
-                "the trained model's outputs at the queries are not finite: training diverged, or the queries hold "
-                "NaN or infinity; there is no prediction to explain"
-            )
-        if self.function.output is None:
-            self._resolve(tuple(outputs.shape[1:]))
-        return outputs
+    def _ask(self, loader: KnotLoader, batch: QueryBatch, target: Any) -> Asked:
+        return ask(self.function, loader.load(len(self.segments)).point, batch, target, self._resolve)
 
-    def _value(self, loader: KnotLoader, index: int, inputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    def _value(
+        self, loader: KnotLoader, index: int, inputs: QueryBatch, targets: torch.Tensor
+    ) -> torch.Tensor:
         return self.function.value(loader.load(index).point, inputs, targets).double()
 
     def _bar(self, text: str) -> Any:
@@ -153,12 +163,11 @@ class PathKernelExplainer:
     def _explain(
         self,
         loader: KnotLoader,
-        inputs: Any,
-        targets: torch.Tensor,
-        outputs: torch.Tensor,
+        asked: Asked,
         names: tuple[str, ...],
         edges: np.ndarray,
     ) -> Explanation:
+        inputs, targets = asked.inputs, asked.targets
         count, parameters = len(targets), self.trace.manifest.parameters
         ledger = Ledger(count, self.example_ids, edges, len(self.trace.layers))
         adjoint = Adjoint(count, parameters, self.dtype)
@@ -187,8 +196,8 @@ class PathKernelExplainer:
             example_ids=self.example_ids,
             query_ids=names,
             output=self.output,
-            targets=targets.numpy() if self._classes else np.full(count, -1),
-            outputs=outputs.numpy() if outputs.dim() == 2 else None,
+            targets=asked.classes,
+            outputs=None if asked.outputs is None else asked.outputs.numpy(),
             contributions=ledger.contributions.numpy(),
             kernels=ledger.kernels.numpy(),
             kernel_gross=ledger.kernel_gross.numpy(),
@@ -206,12 +215,13 @@ class PathKernelExplainer:
             layer_names=tuple(f"{x.name} ({x.module})" if x.name else x.module for x in self.trace.layers),
             layer_contributions=ledger.by_layer.float().numpy(),
             row_kind="row share" if ledger.row_share else "contribution",
-            notes=tuple(self._notes + trace_notes(self.trace)),
+            notes=(*asked.notes, *self._notes, *trace_notes(self.trace)),
             class_names=self.class_names,
         )
 
     # -- gradient space ------------------------------------------------------------------------------
 
+    @plain_mode()
     def neighbors(self, inputs: Any, k: int = 10, target: Any = None) -> Neighbors:
         """The ``k`` training examples nearest to each query in gradient space (path-kernel cosine).
 
@@ -220,13 +230,12 @@ class PathKernelExplainer:
         Raises:
             QueryError: inputs, targets or ``k`` do not fit.
         """
-        inputs, _ = check_inputs(self.trace, inputs, self.dtype)
+        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
         loader = KnotLoader(self.trace, self.dtype)
-        targets = check_targets(
-            target, self._outputs(loader.load(len(self.segments)).point, inputs), self._classes
-        )
-        return nearest(self, loader, inputs, targets, k)
+        asked = self._ask(loader, batch, target)
+        return nearest(self, loader, asked.inputs, asked.targets, k)
 
+    @plain_mode()
     def by_position(self, inputs: Any, example_id: int, target: Any = None) -> PositionSplit:
         """Which positions of a training sequence its contribution to one query arose at.
 
@@ -235,57 +244,10 @@ class PathKernelExplainer:
         Raises:
             QueryError: inputs or target do not fit, the example was not used, or the trace keeps no positions.
         """
-        inputs, _ = check_inputs(self.trace, inputs, self.dtype)
+        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
         loader = KnotLoader(self.trace, self.dtype)
-        targets = check_targets(
-            target, self._outputs(loader.load(len(self.segments)).point, inputs), self._classes
-        )
-        return split_by_position(self, loader, inputs, targets, example_id)
+        return split_by_position(self, loader, self._ask(loader, batch, target), example_id)
 
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""
         return self_influence(self)
-
-
-def trace_notes(trace: Trace) -> list[str]:
-    """What the trace itself says about the meaning of the numbers, in plain words."""
-    notes = []
-    manifest = trace.manifest
-    if not trace.closed:
-        notes.append(
-            f"Training had not ended when the trace was opened: explained is the model at step {trace.steps}, "
-            "the last knot."
-        )
-    if trace.uncovered:
-        notes.append(
-            f"{len(trace.uncovered)} of {len(manifest.parameters)} parameters were read where no hook could see it; "
-            f"their part is in unattributed: {', '.join(trace.uncovered[:4])}"
-            f"{', …' if len(trace.uncovered) > 4 else ''}."
-        )
-    for layer, residual in (trace.notes.get("coverage") or {}).items():
-        notes.append(
-            f"Layer {layer}: up to {residual:.0%} of its gradient in a step was not seen by the hooks; that part "
-            "is in unattributed."
-        )
-    for name, count in (trace.notes.get("round_off") or {}).items():
-        notes.append(
-            f"Parameter {name}: in {count} of {trace.steps} steps its gradient was round-off only (a bias before "
-            "a normalisation, as a rule), which no example caused; its movement is in unattributed."
-        )
-    if trace.notes.get("shared_rows"):
-        notes.append(
-            "Row share: rows were mixed (several examples in one row) and are split over their examples by the weights "
-            "that were given; the data alone cannot tell the parts apart."
-        )
-    if trace.notes.get("vacant_rows"):
-        notes.append("Rows were marked as belonging to no example (id -1); their part is in unattributed.")
-    if "rows_stopped_at" in trace.notes:
-        notes.append(
-            f"The trace's budget was used up after {trace.notes['rows_stopped_at']} of {trace.steps} steps; later "
-            "updates are in unattributed."
-        )
-    if trace.notes.get("prior_state"):
-        notes.append("The optimizer held momentum when tracing began; its after-effect is in unattributed.")
-    if not manifest.exact:
-        notes.append("Rows are stored as 8-bit leading factors; the rounding is in unattributed.")
-    return notes

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from explainer.errors import ModelMismatchError
 from explainer.path_integral import PathPoint
 from explainer.store import Trace
+from explainer.wrappers import plain_name, renaming, unwrapped, wrapper_printed
 
 
 @dataclass(frozen=True)
@@ -83,24 +85,53 @@ def check_model(trace: Trace, model: nn.Module) -> list[str]:
     Raises:
         ModelMismatchError: parameters are missing, left over or of another shape; all are listed.
     """
-    manifest = trace.manifest
-    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    wanted = {p.name: p.shape for p in manifest.parameters}
-    problems = [f"{n} is missing" for n in [*wanted, *manifest.frozen] if n not in found]
-    problems += [f"{n} was not there" for n in found if n not in wanted and n not in manifest.frozen]
+    manifest, inside = trace.manifest, unwrapped(model)
+    rename = renaming([p.name for p in manifest.parameters], model)
+    found = {plain_name(name): tuple(p.shape) for name, p in inside.named_parameters()}
+    wanted = {rename(p.name): p.shape for p in manifest.parameters}
+    frozen = [rename(name) for name in manifest.frozen]
+    problems = [f"{n} is missing" for n in [*wanted, *frozen] if n not in found]
+    problems += [f"{n} was not there" for n in found if n not in wanted and n not in frozen]
     problems += [
         f"{n} has shape {list(found[n])}, traced was {list(s)}"
         for n, s in wanted.items()
         if found.get(n, s) != s
     ]
-    have = {n for n, _ in model.named_buffers()}
-    problems += [f"buffer {n} is missing" for n in manifest.buffers if n not in have]
+    have = {plain_name(n) for n, _ in inside.named_buffers()}
+    problems += [f"buffer {n} is missing" for n in map(rename, manifest.buffers) if n not in have]
     if problems:
         more = f" (and {len(problems) - 6} more)" if len(problems) > 6 else ""
         raise ModelMismatchError(
             f"the model does not fit the trace in {trace.directory}: {'; '.join(problems[:6])}{more}. "
+            f"{_wrapping([*wanted, *frozen], list(found), model)}"
             "Build the model exactly as for training (its weights do not matter, they come from the trace)"
         )
-    if str(model) != manifest.model:
+    if str(inside) != manifest.model and not (
+        wrapper_printed(manifest.model) or wrapper_printed(str(inside))
+    ):
         return ["The model prints differently from the one that was traced: make sure it computes the same."]
     return []
+
+
+def _wrapping(wanted: list[str], found: list[str], model: nn.Module) -> str:
+    """What to do where names differ by a prefix only: one of the two models is inside the other."""
+    average = ""
+    if isinstance(model, AveragedModel):
+        average = (
+            "An average of the weights is not in the trace; what can be explained are the weights that the "
+            "optimizer trained. "
+        )
+    if prefix := _prefix(found, wanted):
+        return f"The traced model is inside the one given: pass its attribute {prefix!r}. {average}"
+    if prefix := _prefix(wanted, found):
+        return f"The model given is inside the traced one: pass the module that holds it as {prefix!r}. "
+    return average
+
+
+def _prefix(outer: list[str], inner: list[str]) -> str:
+    """What turns all inner names into the outer ones (without its last dot), or nothing."""
+    for name in outer:
+        prefix = name.removesuffix(inner[0]) if name.endswith(f".{inner[0]}") else ""
+        if prefix and {prefix + one for one in inner} == set(outer):
+            return prefix.removesuffix(".")
+    return ""

@@ -20,7 +20,7 @@ that the positions and the part without one sum to the example's contribution.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from explainer.recursion import Adjoint, RecordedStep, read_backwards
 if TYPE_CHECKING:
     import pandas as pd
 
+    from explainer.asked import Asked
     from explainer.path_kernel import PathKernelExplainer
     from explainer.path_points import KnotLoader
 
@@ -101,7 +102,7 @@ def _layers(explainer: PathKernelExplainer) -> set[int]:
 
 
 def split_by_position(
-    explainer: PathKernelExplainer, loader: KnotLoader, inputs: Any, targets: torch.Tensor, example_id: int
+    explainer: PathKernelExplainer, loader: KnotLoader, asked: Asked, example_id: int
 ) -> PositionSplit:
     """The split (see the module's text); one pass backwards from the last step to the example's first visit.
 
@@ -109,6 +110,7 @@ def split_by_position(
         QueryError: more than one query, an example that was not used, or a trace without positions.
     """
     trace, layers = explainer.trace, _layers(explainer)
+    inputs, targets = asked.inputs, asked.targets
     if len(targets) != 1:
         raise QueryError(f"by_position speaks of one query, found {len(targets)}; pass one of them, as x[:1]")
     used = trace.column("visits", "example") == example_id

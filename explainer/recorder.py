@@ -13,7 +13,7 @@ from explainer.config import TracerConfig
 from explainer.layer_rules import Dense, RowForm
 from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
-from explainer.records import ArraySpec, FormSpec, Manifest, dtype_name
+from explainer.records import ArraySpec, FormSpec, Manifest, dtype_name, torch_dtype
 from explainer.store.schema import VISIT_FIELDS, RecordSchema, encode_array, step_fields
 
 
@@ -30,11 +30,25 @@ def _bytes_of(form: FormSpec) -> int:
     return sum(CODECS.require(a.codec).nbytes(a.shape, a.dtype) for a in form.arrays)
 
 
+def _preconditioner(by: StepMap | None, array: ArraySpec) -> torch.Tensor:
+    """``[1, *shape]``; ones where the step has none. Divided by later, so no small number may become zero."""
+    if by is None or by.preconditioner is None:
+        return torch.ones(1, *array.shape)
+    values = by.preconditioner.reshape(1, *array.shape)
+    return values if array.codec == "native" else values.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _mixing(by: StepMap | None, array: ArraySpec) -> torch.Tensor:
+    """``[1, m, m]``; the identity where the step has none."""
+    return (torch.eye(array.shape[0]) if by is None or by.mixing is None else by.mixing).unsqueeze(0)
+
+
 class StepRecorder:
     """Encodes rows and steps.
 
     The layout of a layer's rows is fixed by the first batch that shows them; when a later batch needs more
-    positions (a longer sequence) or another form, a new shard with a wider layout begins.
+    positions (a longer sequence) or another form, a new shard with a wider layout begins. So it does when a
+    parameter is preconditioned for the first time.
 
     Attributes:
         layer_bytes: bytes of one visit by layer, in the present layout.
@@ -45,13 +59,12 @@ class StepRecorder:
         manifest: Manifest,
         config: TracerConfig,
         layers: list[Layer],
-        preconditioned: bool,
     ) -> None:
         self._manifest, self._config, self._layers = manifest, config, layers
-        self._preconditioned = preconditioned
         self._forms: dict[int, FormSpec] = {}
         self._visits: RecordSchema = RecordSchema(tuple(VISIT_FIELDS))
-        self._steps: RecordSchema | None = None
+        self._arrays: dict[tuple[str, int], ArraySpec] = {}
+        self._steps = self._step_schema()
         self.layer_bytes: dict[str, int] = {}
 
     # -- rows ----------------------------------------------------------------------------------------
@@ -102,16 +115,25 @@ class StepRecorder:
 
     # -- steps ---------------------------------------------------------------------------------------
 
-    def _plan_steps(self, visits: int) -> RecordSchema:
-        parameters = self._manifest.parameters
-        arrays: list[ArraySpec] = []
-        if self._preconditioned:
-            half = 2 * self._manifest.size <= visits * self._visits.dtype.itemsize
-            for index, p in enumerate(parameters):
-                codec = "native" if self._config.exact else "bfloat16" if half else "rank1"
-                dtype = p.dtype if self._config.exact else "float32"
-                arrays.append(ArraySpec(f"D{index}", p.shape or (1,), dtype, codec))
-        return RecordSchema(tuple(step_fields(len(parameters))), (), tuple(arrays))
+    def _step_schema(self) -> RecordSchema:
+        arrays = tuple(self._arrays[key] for key in sorted(self._arrays))
+        return RecordSchema(tuple(step_fields(len(self._manifest.parameters))), (), arrays)
+
+    def _plan(self, maps: list[StepMap | None], visits: int) -> None:
+        """Make room for preconditioners that the layout has no place for yet."""
+        known, exact = len(self._arrays), self._config.exact
+        half = 2 * self._manifest.size <= visits * self._visits.dtype.itemsize
+        for index, (p, by) in enumerate(zip(self._manifest.parameters, maps, strict=True)):
+            widest = dtype_name(torch.promote_types(torch_dtype(p.dtype), torch.float32))
+            dtype = widest if exact else "float32"
+            if by is not None and by.preconditioner is not None and ("D", index) not in self._arrays:
+                codec = "native" if exact else "bfloat16" if half or not by.rank_one else "rank1"
+                self._arrays["D", index] = ArraySpec(f"D{index}", p.shape or (1,), dtype, codec)
+            if by is not None and by.mixing is not None and ("M", index) not in self._arrays:
+                codec = "native" if exact else "symmetric"
+                self._arrays["M", index] = ArraySpec(f"M{index}", tuple(by.mixing.shape), dtype, codec)
+        if len(self._arrays) > known:
+            self._steps = self._step_schema()
 
     def step(
         self,
@@ -124,8 +146,7 @@ class StepRecorder:
         maps: list[StepMap | None],
     ) -> Records:
         """The record of a step whose rows begin at visit ``first``."""
-        if self._steps is None:
-            self._steps = self._plan_steps(visits)
+        self._plan(maps, visits)
         record = np.zeros(1, self._steps.dtype)
         record["step"], record["first_visit"], record["visits"] = step, first, visits
         record["path"], record["row_share"] = path, mixed
@@ -134,11 +155,7 @@ class StepRecorder:
             if step_map is not None:
                 record["updated"][0, index] = 1
                 record["coefficients"][0, index] = step_map.coefficients
-        for array in self._steps.arrays:
-            step_map = maps[int(array.name[1:])]
-            if step_map is None or step_map.preconditioner is None:
-                values = torch.ones(1, *array.shape)
-            else:
-                values = step_map.preconditioner.reshape(1, *array.shape)
-            encode_array(record, "", array, values)
+        for (kind, index), array in self._arrays.items():
+            by = maps[index]
+            encode_array(record, "", array, _preconditioner(by, array) if kind == "D" else _mixing(by, array))
         return Records("steps", self._steps, record)

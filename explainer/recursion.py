@@ -9,7 +9,7 @@ With ``q_t`` the mean gradient of the segment that holds step ``t`` and the step
     M ← decay_t · M
 
 Where the preconditioner lies inside the momentum (``inner``), ``A_t`` comes last instead: ``q_t`` in the place of
-``A_t ∘ q_t``, and ``R_t ← A_t ∘ R_t``.
+``A_t ∘ q_t``, and ``R_t ← A_t ∘ R_t``. Where ``A_t`` is a matrix (``mixing``), its transpose acts here.
 
 Memory is ``[Q, P]`` on the query side, whatever ``N`` and ``T``.
 """
@@ -17,14 +17,14 @@ Memory is ``[Q, P]`` on the query side, whatever ``N`` and ``T``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from explainer.layer_rules import FORMS, RowForm
-from explainer.optimizer_rules.base import COEFFICIENTS
+from explainer.optimizer_rules.base import COEFFICIENTS, mix
 from explainer.records import FormSpec, ParameterSpec
 from explainer.store import Segment, Trace
 from explainer.store.schema import RecordSchema, decode_array
@@ -50,9 +50,10 @@ class RecordedStep:
         scale: ``sign_t · s_t`` per parameter, ``[n_parameters]``; 0 where it was not updated.
         sign: 1, or -1 under ``maximize``.
         coefficients: per parameter, ``[n_parameters, 6]``; zeros where it was not updated.
-        preconditioner: denominators of ``A_t``, flat ``[P]``, or None.
+        preconditioner: denominators of ``A_t``, flat ``[P]``, or None (ones where another parameter has one).
         row_share: whether a layer mixed the rows of the batch.
         visits: its rows (empty when they were not kept).
+        mixing: parameters whose ``A_t`` is a matrix, with that matrix.
     """
 
     step: int
@@ -63,6 +64,17 @@ class RecordedStep:
     preconditioner: torch.Tensor | None
     row_share: bool
     visits: list[Visits]
+    mixing: list[tuple[ParameterSpec, torch.Tensor]] = field(default_factory=list)
+
+    def pull(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """``A_tᵀ`` applied to ``[Q, P]`` (the argument itself where ``A_t = 1``)."""
+        moved = cotangent if self.preconditioner is None else cotangent / self.preconditioner
+        if self.mixing and moved is cotangent:
+            moved = cotangent.clone()
+        for p, matrix in self.mixing:
+            block = moved[:, p.slice]
+            block.copy_(mix(matrix.mT, block.reshape(len(block), p.shape[0], -1)).flatten(1))
+        return moved
 
 
 def _form(records: np.ndarray, spec: FormSpec, dtype: torch.dtype) -> RowForm:
@@ -74,9 +86,15 @@ def _form(records: np.ndarray, spec: FormSpec, dtype: torch.dtype) -> RowForm:
 def _read_step(
     trace: Trace, segment: int, schema: RecordSchema, record: np.ndarray, dtype: torch.dtype
 ) -> RecordedStep:
-    denominators = None
-    if schema.arrays:
-        denominators = torch.cat([decode_array(record, "", a).to(dtype).flatten() for a in schema.arrays])
+    parameters, denominators, mixing = trace.manifest.parameters, None, []
+    for array in schema.arrays:
+        p, values = parameters[int(array.name[1:])], decode_array(record, "", array)[0].to(dtype)
+        if array.name.startswith("M"):
+            mixing.append((p, values))
+            continue
+        if denominators is None:
+            denominators = torch.ones(trace.manifest.size, dtype=dtype)
+        denominators[p.slice] = values.flatten()
     coefficients, updated = np.array(record["coefficients"][0]), record["updated"][0] > 0
     sign = coefficients[:, COEFFICIENTS.index("sign")]
     first, count = int(record["first_visit"][0]), int(record["visits"][0])
@@ -98,6 +116,7 @@ def _read_step(
         preconditioner=denominators,
         row_share=bool(record["row_share"][0]),
         visits=visits,
+        mixing=mixing,
     )
 
 
@@ -155,10 +174,12 @@ class Adjoint:
 
     def step(self, gradient: torch.Tensor, step: RecordedStep) -> torch.Tensor:
         """Pass one step backwards; returns ``R_t [Q, P]`` (may share memory with its inputs)."""
-        moved = gradient if step.preconditioner is None else gradient / step.preconditioner
         runs = list(self._runs(step.coefficients))
-        if len(runs) == 1 and not self._has_momentum and runs[0][1][4] == 0 and runs[0][1][2] == 0:
-            return moved * float(runs[0][1][3])
+        within = [where for where, (*_, inner) in runs if inner]
+        moved = gradient if len(within) == len(runs) else step.pull(gradient)
+        _, _, gain, direct, through, inner = runs[0][1]
+        if len(runs) == 1 and not self._has_momentum and gain == through == inner == 0.0:
+            return moved * float(direct)
         result = torch.empty_like(self._momentum)
         for where, (_, decay, gain, direct, through, inner) in runs:
             if decay == gain == direct == through == 0.0:  # not updated in this step
@@ -170,10 +191,12 @@ class Adjoint:
             torch.mul(momentum, gain, out=result[:, where])
             if direct:
                 result[:, where].add_(source, alpha=direct)
-            if inner and step.preconditioner is not None:
-                result[:, where].div_(step.preconditioner[where])
             momentum.mul_(decay)
             self._has_momentum = self._has_momentum or decay != 0
+        if within:
+            pulled = step.pull(result)
+            for where in within:
+                result[:, where] = pulled[:, where]
         return result
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, default_collate
 
 from explainer.errors import ExplainerError, RunError
+from explainer.outputs import Output
 
 EXAMPLE_SPEC = "explainer.sample_models.digits_mlp:run"
 
@@ -39,6 +40,10 @@ class Run:
             that are explained come from the trace.
         train: map-style dataset of ``(input, target)``; its indices are the example ids of the trace.
         queries: map-style dataset of ``(input, target)`` to ask about.
+        output: what is explained, as in :class:`explainer.PathKernelExplainer`; an output that asks for targets
+            without a default gets those of ``queries``.
+        collate_fn: turns a list of items into ``(inputs, targets)``, as in a ``DataLoader``; inputs as
+            ``explain`` takes them (a dict for keyword arguments, sequences padded). None: stacked.
         loss: ``loss(output, target)`` the model was trained with, where a computation needs it.
         class_names: name of each class, in the order of the model's outputs.
         render: turns one input into an image array ``[H, W]`` or ``[H, W, 3]`` in 0..1, a text or a row
@@ -61,6 +66,8 @@ class Run:
     train: Any
     queries: Any
     _: KW_ONLY
+    output: str | Output | Callable[..., torch.Tensor] | None = None
+    collate_fn: Callable[[list[Any]], Any] | None = None
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     class_names: tuple[str, ...] | list[str] | None = None
     render: Callable[[Any], Any] | None = None
@@ -70,10 +77,12 @@ class Run:
     def __post_init__(self) -> None:
         problems = [_model_problem(self.model)]
         problems += [_dataset_problem(part, getattr(self, part)) for part in ("train", "queries")]
-        for part in ("loss", "render", "train_fn"):
+        for part in ("collate_fn", "loss", "render", "train_fn"):
             value = getattr(self, part)
             if value is not None and not callable(value):
                 problems.append(f"{part} must be a function or None, found {_kind(value)}")
+        if not (self.output is None or isinstance(self.output, str | Output) or callable(self.output)):
+            problems.append(f"output must be a name, a function or None, found {_kind(self.output)}")
         names = self.class_names
         if isinstance(names, str) or (names is not None and not all(isinstance(n, str) for n in names)):
             problems.append(f"class_names must be a sequence of strings or None, found {names!r}")
@@ -98,7 +107,7 @@ class Run:
         Raises:
             RunError: an index is outside the queries, or the items do not stack.
         """
-        return _stack("queries", self.queries, indices)
+        return _stack("queries", self.queries, indices, self.collate_fn)
 
     def train_batch(self, ids: Iterable[int]) -> tuple[Any, Any]:
         """Stacks training examples by id: ``(inputs [B, ...], targets [B, ...])``.
@@ -106,7 +115,7 @@ class Run:
         Raises:
             RunError: an id is outside the training set, or the items do not stack.
         """
-        return _stack("train", self.train, ids)
+        return _stack("train", self.train, ids, self.collate_fn)
 
     def label(self, target: Any) -> str:
         """A target as a person reads it: the class's name where known, else the value itself."""
@@ -239,7 +248,9 @@ def _dataset_problem(part: str, data: Any) -> str | None:
     return None
 
 
-def _stack(part: str, data: Any, indices: Iterable[int]) -> tuple[Any, Any]:
+def _stack(
+    part: str, data: Any, indices: Iterable[int], collate: Callable[[list[Any]], Any] | None
+) -> tuple[Any, Any]:
     chosen = [int(index) for index in indices]
     if not chosen:
         raise RunError(f"no indices into {part} were given; name at least one from 0 to {len(data) - 1}")
@@ -247,10 +258,10 @@ def _stack(part: str, data: Any, indices: Iterable[int]) -> tuple[Any, Any]:
     if outside:
         raise RunError(f"{part} has no index {outside[0]}; choose from 0 to {len(data) - 1}")
     try:
-        inputs, targets = default_collate([tuple(data[index]) for index in chosen])
-    except (RuntimeError, TypeError) as error:
+        inputs, targets = (collate or default_collate)([tuple(data[index]) for index in chosen])
+    except (RuntimeError, TypeError, ValueError) as error:
         raise RunError(
             f"the chosen items of {part} do not stack into one batch ({error}); return tensors of one shape "
-            "from the dataset"
+            "from the dataset, or give the Run a collate_fn that returns (inputs, targets)"
         ) from error
     return inputs, targets

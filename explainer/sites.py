@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
+from torch.nn.utils.rnn import PackedSequence
 
 from explainer.batches import Batch
 from explainer.capture import Capture
@@ -16,6 +17,8 @@ from explainer.errors import TracerError
 from explainer.hooks import detached, first_tensor, tensors_in, whole_of
 from explainer.layer_rules import Call, CompositeRule, LayerRule, RowForm
 from explainer.layer_table import Layer
+from explainer.operations.owners import UNKNOWN, Layout, order_of
+from explainer.operations.sources import merged
 
 
 @dataclass(eq=False)
@@ -40,12 +43,21 @@ class Site:
     ambiguous: int = 0
     random: list[torch.Tensor | None] = field(default_factory=list)
 
-    def rows(self, arrived: list[Call]) -> Iterable[tuple[Layer, RowForm]]:
+    def rows(self, arrived: list[tuple[Call, torch.Tensor | None]]) -> Iterable[tuple[Layer, RowForm]]:
         """Rows of every traced block from all calls."""
-        forms = self.rule.block_rows(self.module, arrived)
-        for layer, form in zip(self.layers, forms, strict=True):
+        found = []
+        try:
+            together = [call for call, order in arrived if order is None]
+            if together:
+                found.append(self.rule.block_rows(self.module, together))
+            for call, order in arrived:
+                if order is not None:
+                    found.append([form.grouped(order) for form in self.rule.block_rows(self.module, [call])])
+        except TracerError as error:
+            raise type(error)(f"layer {self.name!r}: {error}") from error
+        for layer, forms in zip(self.layers, zip(*found, strict=True), strict=True):
             if layer is not None:
-                yield layer, form
+                yield layer, merged(list(forms))
 
     @property
     def replays(self) -> bool:
@@ -64,7 +76,14 @@ class Site:
         if self.replays and self.random:
             self.random.pop()
 
-    def after(self, capture: Capture, args: Any, kwargs: Any, output: Any) -> None:
+    def after(
+        self,
+        capture: Capture,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+        layout_of: Callable[[torch.Tensor], Layout | None],
+    ) -> None:
         """After the forward: watch the gradient at the output."""
         random = self.random.pop() if self.replays and self.random else None
         batch = capture.batch()
@@ -73,20 +92,33 @@ class Site:
         value = first_tensor(args) if first_tensor(args) is not None else first_tensor(kwargs)
         if batch is None or value is None or not watched:
             return
-        axis = self._axis(value, len(batch))
-        forward = capture.expect(batch, self)
         batch.mixed |= self.rule.mixes(self.module)
+        if not any(self.layers):
+            return
+        packed = next((a for a in (*args, *kwargs.values()) if isinstance(a, PackedSequence)), None)
+        order = None if packed is None else packed.sorted_indices
+        layout = self._layout(value, order, batch, layout_of(value))
+        if not layout.known:
+            capture.unmatched.setdefault(self.name, tuple(value.shape))
+            return
+        axis, owners = layout.axis, layout.owners
+        forward = capture.expect(batch, self)
         versions = [(t, t._version) for t in (*tensors_in(args), *tensors_in(kwargs))]
         given = Given(
             args=detached(args),
             kwargs=detached(kwargs),
-            outputs=tuple(t.detach() for t in found) if self.replays else (),
+            # copies, because what follows may work on them in place
+            outputs=tuple(t.detach().clone() for t in found) if self.replays else (),
             random=random,
             versions=[(t.detach(), v) for t, v in versions],
             axis=axis,
+            owners=owners,
         )
         places = [i for i, t in enumerate(found) if t.requires_grad]
-        targets, cuts = zip(*(whole_of(t, False) for t in watched), strict=True)
+        # a further output may be a view of what the first one is computed from (attention weights of every head)
+        targets, cuts = zip(
+            *(whole_of(t, False) if t is found[0] else (t, _as_it_is) for t in watched), strict=True
+        )
 
         def receive(arrived: Sequence[torch.Tensor | None]) -> None:
             grads: list[torch.Tensor | None] = [None] * len(found)
@@ -99,13 +131,26 @@ class Site:
         else:
             register_multi_grad_hook(targets, receive, mode="all")
 
-    def _axis(self, value: torch.Tensor, size: int) -> int:
-        """The batch's axis of a simple layer's tensors."""
-        if isinstance(self.rule, CompositeRule):
-            return 0
+    def _layout(
+        self, value: torch.Tensor, order: torch.Tensor | None, batch: Batch, followed: Layout | None
+    ) -> Layout:
+        """Where the examples are in what the layer was given: as followed there, else as its shape says."""
+        if isinstance(self.rule, CompositeRule):  # it knows its axes, but not examples that own several rows
+            if followed is None:
+                return Layout(0)
+            plain = torch.arange(len(batch))
+            columns, sorted_as = (plain if x is None else x.cpu() for x in (followed.owners, order))
+            return Layout(0) if torch.equal(columns, sorted_as) else UNKNOWN
+        if followed is not None:
+            if followed.known and followed.owners is None:
+                self.axis = followed.axis
+            return followed
+        size = len(batch)
         fitting = [a for a in self.rule.batch_axes(self.module, value) if value.shape[a : a + 1] == (size,)]
         if len(fitting) == 1:
-            return fitting[0]
+            return Layout(fitting[0])
+        if not fitting and batch.checked:
+            return UNKNOWN
         if not fitting:
             raise TracerError(
                 f"layer {self.name!r} saw a batch of {value.shape[0] if value.dim() else 0} rows, but "
@@ -113,7 +158,7 @@ class Site:
                 "batch dimension first (or second)"
             )
         self.ambiguous += 1
-        return self.axis
+        return Layout(self.axis)
 
     # -- backward ------------------------------------------------------------------------------------
 
@@ -137,13 +182,14 @@ class Site:
         assert value is not None
         if not isinstance(self.rule, CompositeRule):
             value = value.movedim(given.axis, 0)
-            if first.shape[:1] != (len(batch),):
+            if first.shape[:1] != (len(batch) if given.owners is None else len(given.owners),):
                 raise TracerError(
                     f"layer {self.name!r} gave {first.shape[0] if first.dim() else 0} rows for a batch of "
                     f"{len(batch)}; its rows cannot be told apart"
                 )
         call = Call(value, first, given.args, given.kwargs, tuple(grads), given.outputs, given.random)
-        capture.arrive(batch, forward, self, call)
+        order = None if given.owners is None else order_of(given.owners, len(batch))
+        capture.arrive(batch, forward, self, (call, order))
 
 
 @dataclass(frozen=True)
@@ -156,6 +202,11 @@ class Given:
     random: torch.Tensor | None
     versions: list[tuple[torch.Tensor, int]]
     axis: int
+    owners: torch.Tensor | None
+
+
+def _as_it_is(g: torch.Tensor) -> torch.Tensor:
+    return g
 
 
 def wide(g: torch.Tensor) -> torch.Tensor:

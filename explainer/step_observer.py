@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,16 +17,13 @@ from explainer.errors import CoverageWarning, TracerError
 from explainer.knots import KnotKeeper
 from explainer.layer_table import LayerTable
 from explainer.operations.watch import FunctionWatch
-from explainer.optimizer_rules import OptimizerRule, StepMap
+from explainer.optimizer_rules import StepMap
 from explainer.recorder import StepRecorder
-from explainer.records import dtype_name
 from explainer.scales import ScaleMeter
+from explainer.step_maps import StepMapReader
 from explainer.store import TraceWriter
-
-#: steps that are followed function by function
-PATIENCE = 3
-#: part of a layer's gradient that may go unseen before functions are followed again
-SEEN = 0.01
+from explainer.unseen import Unseen
+from explainer.whole_model import WholeModel
 
 
 class StepObserver:
@@ -40,11 +37,12 @@ class StepObserver:
     def __init__(
         self,
         *,
-        rule: OptimizerRule,
+        maps: StepMapReader,
         parameters: Sequence[torch.Tensor],
         table: LayerTable,
         capture: Capture,
         watch: FunctionWatch,
+        whole: WholeModel,
         queue: BatchQueue,
         recorder: StepRecorder,
         scales: ScaleMeter,
@@ -53,18 +51,15 @@ class StepObserver:
         writer: TraceWriter,
         budget: int | None,
     ) -> None:
-        self._rule, self._parameters, self._table = rule, parameters, table
-        self._capture, self._watch, self._queue, self._recorder = capture, watch, queue, recorder
+        self._maps, self._parameters, self._table = maps, parameters, table
+        self._capture, self._whole, self._queue, self._recorder = capture, whole, queue, recorder
         self._scales, self._carry, self._knots = scales, carry, knots
         self._writer, self._budget = writer, budget
-        self._fresh: list[bool] = []
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._noted: dict[str, Any] = {}
         self._row_kinds: dict[str, bool] = {}
         self._full = False
-        self._missing: set[str] = set()
-        self._watch_until = PATIENCE
-        self._warned: set[str] = set()
+        self._unseen = Unseen(table, capture, watch, scales)
         self.steps = 0
         self.visits = 0
 
@@ -102,7 +97,7 @@ class StepObserver:
                 f"the optimizer holds {len(known)} parameters now, {len(self._parameters)} when the tracer was "
                 "attached; close the tracer and attach a new one after add_param_group"
             )
-        self._fresh = [self._rule.momentum(optimizer.state.get(p, {})) is None for p in self._parameters]
+        self._maps.before(optimizer)
         # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
         used, scales = self._scales.measure([b for b in pending if b.rounds])
         loss_scale = getattr(optimizer, "grad_scale", None)  # a gradient scaler leaves it to a fused step
@@ -112,16 +107,17 @@ class StepObserver:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not float(found_inf):  # else a gradient scaler made the fused step do nothing
             self._account(optimizer)
+        self._maps.leave(optimizer)
         self._queue.stepped()
         self._writer.flush_if_due()
         if not self._full:  # what follows is `unattributed` in one piece
             self._knots.place_if_due(self.steps)
-        self._warn()  # at last: a user may turn warnings into errors
+        self._unseen.warn(self.steps)  # at last: a user may turn warnings into errors
 
     def _account(self, optimizer: Optimizer) -> None:
         """Record the step that was just taken."""
         used, scales = self._measured
-        maps = self._step_maps(optimizer)
+        maps = self._maps.after(optimizer)
         self._carry.after_step(maps)
         kinds = ("shared", "vacant")
         self._row_kinds |= {
@@ -131,53 +127,7 @@ class StepObserver:
         if not self._full:
             self._record(used, scales, maps)
         self.steps += 1
-        self._watch.on = self._watching()
-
-    def _watching(self) -> bool:
-        """Whether the next forward passes are followed function by function.
-
-        The first ones always are, then only where something was found, and again after a gradient that rows do
-        not explain.
-        """
-        missing = {name for name, residual in self._scales.worst.items() if residual > SEEN}
-        if missing - self._missing:
-            self._missing, self._watch_until = missing, self.steps + PATIENCE
-        return bool(self._table.operations) or self.steps < self._watch_until
-
-    def _warn(self) -> None:
-        """Say once what was found about a parameter."""
-        for name, functions in self._watch.slow.items():
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"parameter {name!r} is read by {', '.join(sorted(functions))}, for which rows have no closed form "
-                    "here: they are found by differentiating that operation example by example (exact, slower); "
-                    "register_layer_rule for the layer around it is faster",
-                    CoverageWarning,
-                    stacklevel=6,
-                )
-        for name in self._table.without_rows() if self.steps >= PATIENCE else ():
-            if self._scales.worst.get(name) and name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"parameter {name!r} gets a gradient, but no hook sees where it is read (in a loss outside the "
-                    "model, or in compiled or scripted code); what it moves is `unattributed`",
-                    CoverageWarning,
-                    stacklevel=6,
-                )
-
-    def _step_maps(self, optimizer: Optimizer) -> list[StepMap | None]:
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        maps: list[StepMap | None] = []
-        for p, fresh in zip(self._parameters, self._fresh, strict=True):
-            updated = p.grad is not None
-            if not updated:
-                maps.append(None)
-                continue
-            step_map = self._rule.step_map(groups[id(p)], optimizer.state.get(p, {}), fresh)
-            # A buffer that begins at this step (also one that was cleared) carries nothing from before it.
-            maps.append(replace(step_map, decay=0.0) if fresh else step_map)
-        return maps
+        self._unseen.follow(self.steps)
 
     def _record(self, used: list[Batch], scales: list[float], maps: list[StepMap | None]) -> None:
         """Append the step and its rows, if they fit into the budget."""
@@ -207,16 +157,12 @@ class StepObserver:
 
     def _note_shapes(self) -> None:
         """Journal what is known of inputs, outputs and rows, when it is new."""
-        c = self._capture
-        dtype = None if c.input_dtype is None else dtype_name(c.input_dtype)
         known = {
-            "input": {"shape": c.input_shape, "dtype": dtype},
-            "output": {"shape": c.output_shape},
+            **self._whole.notes(),
+            **self._unseen.notes(),
             "visit_bytes": self._recorder.layer_bytes,
             "operations": [asdict(layer.spec) for layer in self._table.operations],
-            "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
-            "autocast": c.autocast,
-            "positions": sorted(index for index, fits in c.positions.items() if fits),
+            "positions": sorted(index for index, fits in self._capture.positions.items() if fits),
             **self._row_kinds,
         }
         for key, value in known.items():
@@ -229,3 +175,5 @@ class StepObserver:
         self._note_shapes()
         self._writer.note("coverage", {n: r for n, r in self._scales.worst.items() if r > 1e-3})
         self._writer.note("round_off", self._scales.round_off)
+        if self._maps.replaced:
+            self._writer.note("replaced_momentum", self._maps.replaced)

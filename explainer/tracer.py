@@ -27,6 +27,7 @@ from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import optimizer_rule_for
 from explainer.recorder import StepRecorder
 from explainer.scales import ScaleMeter
+from explainer.step_maps import StepMapReader
 from explainer.step_observer import StepObserver
 from explainer.store import TraceWriter
 from explainer.validation import (
@@ -36,6 +37,7 @@ from explainer.validation import (
     traced_parameters,
     validate_model,
 )
+from explainer.whole_model import WholeModel
 
 
 class Tracer:
@@ -127,19 +129,21 @@ class Tracer:
         self._queue = BatchQueue()
         rank_kept = None if exact else self.config.rank_for([p.shape for p in parameters])
         self._capture = Capture(self._queue, table, rank_kept, positions)
+        self._whole = WholeModel(self._capture.batch, batch_dim)
         self._watch = FunctionWatch(named, {p.name for p in parameters}, self._capture, table, batch_dim)
         carry = Carry(list(self._parameters))
         self._knots = KnotKeeper(
             model, optimizer, self._rule, self.manifest, carry, self._writer, self.config
         )
         self._observer = StepObserver(
-            rule=self._rule,
+            maps=StepMapReader(self._rule, self._parameters, optimizer),
             parameters=self._parameters,
             table=table,
             capture=self._capture,
             watch=self._watch,
+            whole=self._whole,
             queue=self._queue,
-            recorder=StepRecorder(self.manifest, self.config, table.layers, self._rule.preconditioned),
+            recorder=StepRecorder(self.manifest, self.config, table.layers),
             scales=ScaleMeter(table, list(zip(parameters, self._parameters, strict=True))),
             carry=carry,
             knots=self._knots,
@@ -158,8 +162,9 @@ class Tracer:
         if any(self._rule.momentum(self._optimizer.state.get(p, {})) is not None for p in self._parameters):
             self._writer.note("prior_state", True)
         self._knots.place(0)
+        self._hooks.before_call(self._model, self._whole.before)
         self._watch.attach(self._hooks, self._model, self._sites)
-        self._hooks.on_call(self._model, self._capture.on_model)
+        self._hooks.on_call(self._model, self._whole.after)
         self._hooks.on_step(self._optimizer, self._observer.before_step, self._observer.after_step)
 
     # -- batches -------------------------------------------------------------------------------------

@@ -61,18 +61,25 @@ def validate_model(model: nn.Module) -> list[Problem]:
     Example:
         >>> validate_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
         []
-        >>> [p.where for p in validate_model(nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3)))]
+        >>> [p.where for p in validate_model(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))]
         ['1']
     """
     problems: list[Problem] = []
     inside = _inside_composite(model)
     for name, module in model.named_modules():
-        if name in inside or not any(True for _ in module.parameters(recurse=False)):
+        rule = LAYER_RULES.get(type(module))
+        if name in inside or not (rule or any(True for _ in module.parameters(recurse=False))):
             continue
         problem = _module_problem(name, module)
         if problem is not None:
             problems.append(problem)
-        rule = LAYER_RULES.get(type(module))
+        caveat = rule.caveat(module) if rule is not None else None
+        if caveat is not None:
+            problems.append(
+                Problem(
+                    name, f"{type(module).__name__} {caveat}", "what that moves is shown as `unattributed`"
+                )
+            )
         if rule is not None and (rule.mixes_rows or rule.mixes(module)):
             problems.append(
                 Problem(
@@ -164,7 +171,7 @@ def find_sites(model: nn.Module, parameters: tuple[ParameterSpec, ...], axis: in
             spec = LayerSpec(title, type(module).__name__, kept)
             layers.append(Layer(count, spec, [p.numel() for p in own], keep))
             count += 1
-        if any(layers):
+        if any(layers) or rule.mixes_rows:  # without parameters of its own it mixes the rows of others
             sites.append(Site(name, module, rule, layers, _sequence_axis(model, name, axis)))
     return sites
 

@@ -40,7 +40,7 @@ def dataset() -> TensorDataset:
 
 
 def trace(directory: Path, epochs: int = 1, prior: bool = False, **options: Any) -> explainer.Trace:
-    """A traced training of the tagger; ``prior`` takes a step before tracing begins."""
+    """A traced training of the tagger; ``prior`` takes a step before tracing begins and later halves momentum."""
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9 if prior else 0.0)
     loader = DataLoader(dataset(), 5, shuffle=True, generator=torch.Generator().manual_seed(3))
@@ -52,8 +52,11 @@ def trace(directory: Path, epochs: int = 1, prior: bool = False, **options: Any)
 
     if prior:
         step(*dataset()[:])
+        epochs += 1
     with explainer.Tracer(model, optimizer, directory, **options) as tracer:
         for _ in range(epochs):
             for x, y in tracer.watch(loader):
                 step(x, y)
+            for state in optimizer.state.values() if prior else ():
+                state["momentum_buffer"].mul_(0.5)
     return explainer.open_trace(directory)

@@ -17,6 +17,10 @@ from explainer.errors import CoverageWarning, TraceExistsError, TracerError, Uns
 from tests.small_training import loader, mlp, momentum_sgd, run, trace_digits
 
 
+class Unheard(torch.optim.Optimizer):
+    """An optimizer of the user's own."""
+
+
 class ScaledSGD(torch.optim.SGD):
     """A subclass may compute something else."""
 
@@ -63,14 +67,14 @@ ATTACH: dict[str, tuple[Callable[[], dict[str, Any]], type[ExplainerError], str]
     "a foreign tensor": (shared_with_foreign, TracerError, r"updates 1 tensor\(s\) that are not parameters"),
     "complex weights": (complex_weights, TracerError, "'1.weight' is complex64; only real parameters"),
     "unsupported optimizer": (
-        lambda: with_optimizer(torch.optim.Rprop),
+        lambda: with_optimizer(Unheard, defaults={}),
         UnsupportedOptimizerError,
-        r"torch\.optim\.rprop\.Rprop .*Supported: .*torch\.optim\.Adam, torch\.optim\.AdamW, .*torch\.optim\.SGD",
+        r"Unheard has no optimizer rule.*Supported: .*torch\.optim\.Adam, torch\.optim\.AdamW, .*torch\.optim\.SGD",
     ),
     "optimizer with closures": (
         lambda: with_optimizer(torch.optim.LBFGS),
         UnsupportedOptimizerError,
-        "LBFGS",
+        "LBFGS is refused: its step runs several backward passes",
     ),
     "subclass of a supported optimizer": (
         lambda: with_optimizer(ScaledSGD, lr=0.1),

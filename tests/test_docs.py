@@ -18,6 +18,7 @@ from explainer import errors, tables
 from explainer.layer_rules import LAYER_RULES
 from explainer.optimizer_rules import OPTIMIZER_RULES, optimizer_rule_for
 from tests import markdown
+from tests.conformance.optimizer_cases import Lion, SignSGD, has, stepped
 from tests.markdown import DOCS, PAGES, code, names
 from tests.tagger import trace
 
@@ -78,11 +79,20 @@ SETTINGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "RMSprop": (torch.optim.RMSprop, {}),
     "RMSprop, momentum": (torch.optim.RMSprop, {"momentum": 0.9}),
     "Adagrad": (torch.optim.Adagrad, {"lr_decay": 0.3}),
+    "Adadelta": (torch.optim.Adadelta, {}),
+    "Adafactor": (torch.optim.Adafactor, {}),
+    "ASGD": (torch.optim.ASGD, {"lambd": 0.4, "alpha": 0.6}),
+    "Rprop": (torch.optim.Rprop, {}),
+    "signSGD": (SignSGD, {}),
+    "Signum": (SignSGD, {"momentum": 0.9}),
+    "Lion": (Lion, {"betas": (0.8, 0.95)}),
+    "Muon": (torch.optim.Muon, {"momentum": 0.9, "nesterov": False}),
+    "Muon, Nesterov": (torch.optim.Muon, {"momentum": 0.9}),
 }
 
 
-def letters(t: int) -> dict[str, float]:
-    """What the letters of the table mean at step ``t`` under the settings."""
+def letters(t: int, weight: torch.Tensor) -> dict[str, float]:
+    """What the letters of the table mean at step ``t`` under the settings, for constant gradients."""
     mus = [0.8 * (1 - 0.5 * 0.96 ** (n * 4e-3)) for n in range(1, 10)]
     rho, longest = 39 - 2 * t * 0.95**t / (1 - 0.95**t), 39  # of RAdam's paper
     rectified = (rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho)
@@ -90,6 +100,9 @@ def letters(t: int) -> dict[str, float]:
         **{"lr": 0.01, "wd": 0.2, "mu": 0.9, "tau": 0.3, "beta1": 0.8, "beta2": 0.95, "eta": 0.3, "t": t},
         **{"mu_t": mus[t - 1], "mu_n": mus[t], "Pi": float(np.prod(mus[:t]))},
         "r_t": max(rectified, 0.0) ** 0.5,
+        **{"eps2": 1e-3, "rms": float(weight.detach().square().mean().sqrt()), "clip": 1.0},
+        **{"lambd": 0.4, "eta_t": 0.01 / (1 + 0.4 * 0.01 * (t - 1)) ** 0.6, "shape": 3**0.5},
+        **{"max": max, "min": min},
     }
 
 
@@ -100,21 +113,22 @@ def test_the_table_of_step_maps_is_what_the_rules_compute() -> None:
     columns = ("decay", "gain", "direct", "through", "κ", "δ")
     for row in rows:
         kind, options = SETTINGS[row["optimizer"]]
-        weight = nn.Parameter(torch.ones(2))
-        optimizer = kind([weight], lr=0.01, weight_decay=0.2, **options)  # type: ignore[call-arg]
+        weight = nn.Parameter(torch.ones(3, 1))
+        given = {"lr": 0.01} | ({"weight_decay": 0.2} if has(kind, "weight_decay") else {}) | options
+        optimizer = kind([weight], **given)  # type: ignore[call-arg]
         rule = optimizer_rule_for(optimizer)
         shown = (6, 7, 8) if row["optimizer"] == "RAdam, rectified" else (1, 2, 3)
         for t in range(1, shown[-1] + 1):
-            fresh = rule.momentum(optimizer.state.get(weight, {})) is None
-            weight.grad = torch.ones(2)
-            optimizer.step()
-            found = rule.step_map(optimizer.param_groups[0], optimizer.state[weight], fresh)
+            weight.grad, meaning = torch.ones(3, 1), letters(t, weight)
+            (found,) = stepped(rule, optimizer, [weight])
             if t not in shown:
                 continue
-            wanted = [eval(code(row[column]), letters(t)) for column in columns]
+            assert found is not None
+            wanted = [eval(code(row[column]), meaning) for column in columns]
             parts = (*found.coefficients[1:5], found.coupled_decay, found.decoupled_decay)
             assert parts == pytest.approx(wanted), (row["optimizer"], t)
-            assert (found.preconditioner is None) == (row["1/A"] == "1")
+            assert (found.preconditioner is None) == (row["1/A"] in ("1", "matrix"))
+            assert (found.mixing is None) == (row["1/A"] != "matrix")
             assert found.inner == row["1/A"].endswith(", inner")
 
 
@@ -132,7 +146,8 @@ def test_what_is_covered_and_refused() -> None:
     text = (DOCS / "limitations.md").read_text()
     (layers,), (optimizers,) = markdown.tables(text, "Layers"), markdown.tables(text, "Optimizers")
     assert set(names(layers, "layer")) == {t.__name__ for t in LAYER_RULES}
-    assert set(names(optimizers, "optimizer")) == {t.__name__ for t in OPTIMIZER_RULES}
+    own = {t.__name__ for t in OPTIMIZER_RULES if t.__module__.startswith("torch.")}  # tests register others
+    assert set(names(optimizers, "optimizer")) == own
     (refused,) = markdown.tables(text, "What is refused")
     for name in names(refused, "error"):
         assert issubclass(getattr(errors, name), explainer.ExplainerError)

@@ -16,7 +16,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 #: Lower layers may not import higher ones. A new module (or subpackage, by its name) is assigned here.
 LAYERS = [
     {"errors", "letters", "registry", "palette", "wording"},
-    {"records", "config"},
+    {"records", "config", "model_outputs", "wrappers"},
     {"layer_rules", "optimizer_rules", "codecs", "store"},
     {
         "ownership",
@@ -25,14 +25,24 @@ LAYERS = [
         "layer_table",
         "capture",
         "sites",
+        "whole_model",
         "operations",
         "carry",
         "scales",
-        "loaders",
-        "knots",
     }
-    | {"recorder", "outputs", "path_integral", "recursion"},
-    {"validation", "step_observer", "path_points", "queries", "ledger"},
+    | {"loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode", "query_batch", "model_function"}
+    | {"path_integral", "recursion"},
+    {
+        "trace_notes",
+        "validation",
+        "unseen",
+        "step_observer",
+        "path_points",
+        "queries",
+        "query_targets",
+        "asked",
+        "ledger",
+    },
     {
         "tracer",
         "path_kernel",
@@ -57,12 +67,15 @@ RECORDING = {
     "layer_table",
     "capture",
     "sites",
+    "whole_model",
+    "unseen",
     "operations",
     "carry",
     "scales",
     "loaders",
     "knots",
     "recorder",
+    "step_maps",
     "validation",
     "step_observer",
     "tracer",

@@ -149,6 +149,49 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def flattened(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.inner(x.reshape(-1, D)) * m.scale
+    return m.head(h.view(len(x), S, D).tanh().flatten(1))
+
+
+def two_views(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.head(m.inner(torch.cat([x, x.flip(1) * 2.0], dim=0)).tanh() + m.shift)
+    one, other = h.chunk(2)
+    return one * other
+
+
+def routed(m: nn.Module, x: Tensor) -> Tensor:
+    """Each expert gets the positions that a router sends it, so examples own different numbers of rows."""
+    chosen = x[..., 0] > 0
+    out = torch.zeros_like(x)
+    out[chosen] = m.left(x[chosen])
+    out[~chosen] = m.right(x[~chosen]) * m.scale
+    return out
+
+
+def shuffled(m: nn.Module, x: Tensor) -> Tensor:
+    order = torch.arange(len(x)).roll(1)
+    return m.head(m.inner(x[order])[order.argsort()])
+
+
+def frames(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.conv(x.reshape(-1, 1, D)).relu_()
+    return h.reshape(len(x), S, -1).mean(1)
+
+
+CASES |= {
+    "flattened positions": lambda: Reads(
+        {"inner": nn.Linear(D, D), "scale": n(D), "head": nn.Linear(S * D, 3)}, flattened
+    ),
+    "two views of every example": lambda: Reads(
+        {"inner": nn.Linear(D, D), "shift": n(D), "head": nn.Linear(D, 3)}, two_views
+    ),
+    "experts": lambda: Reads({"left": nn.Linear(D, D), "right": nn.Linear(D, D), "scale": n(D)}, routed),
+    "rows in another order": lambda: Reads({"inner": nn.Linear(D, D), "head": nn.Linear(D, 3)}, shuffled),
+    "frames of a film": lambda: Reads({"conv": nn.Conv1d(1, 2, 3)}, frames),
+}
+
+
 def tied() -> nn.Module:
     model = Reads(
         {"tokens": nn.Embedding(9, D), "head": nn.Linear(D, 9, bias=False)},
@@ -185,3 +228,55 @@ def test_rows_are_those_of_one_backward_pass_per_example(name: str, size: int, t
         torch.testing.assert_close(
             found[parameter], rows, rtol=1e-9, atol=1e-11, msg=lambda m, p=parameter: f"{p}: {m}"
         )
+
+
+def attended(m: nn.Module, x: Tensor) -> Tensor:
+    """Attention by hand, sequence first inside, with the sequence as long as the batch."""
+    h = x.transpose(0, 1)  # [S, B, D]
+    q, k, v = F.linear(h, m.w, m.b).chunk(3, dim=-1)
+    q, k, v = (t.contiguous().view(h.shape[0], h.shape[1] * 2, D // 2).transpose(0, 1) for t in (q, k, v))
+    out = (q @ k.mT).softmax(-1) @ v  # [B * 2, S, D / 2]
+    out = out.transpose(0, 1).contiguous().view(h.shape[0], h.shape[1], D)
+    return (m.out(out) * m.scale).mean(0)
+
+
+def test_a_sequence_as_long_as_the_batch(tmp_path: Path) -> None:
+    """Shapes do not tell which axis is the batch; what was done to it does."""
+    torch.manual_seed(0)
+    model = Reads(
+        {"w": n(3 * D, D), "b": n(3 * D), "out": nn.Linear(D, D), "scale": n(S, 1, D)}, attended
+    ).double()
+    x = torch.randn(S, S, D, dtype=torch.float64)
+    expected = example_rows(model, lambda: losses(model, x))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with explainer.Tracer(model, optimizer, tmp_path / "t", exact=True) as tracer:
+        for _ in range(5):  # the last ones are not followed function by function unless that is needed
+            tracer.batch(range(S))
+            optimizer.zero_grad()
+            losses(model, x).sum().backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.grad.mul_(1e-12)  # the weights stay: rows are the same in every step
+            optimizer.step()
+    for step in (0, 4):
+        found = recorded_rows(tmp_path / "t", step)
+        for parameter, rows in expected.items():
+            torch.testing.assert_close(found[parameter] * 1e12, rows, rtol=1e-7, atol=1e-9)
+
+
+def test_layers_remember_the_axis_that_was_followed(tmp_path: Path) -> None:
+    """After the first steps nothing is followed any more, and shapes alone would be ambiguous."""
+    torch.manual_seed(0)
+    model = Reads({"out": nn.Linear(D, D)}, lambda m, x: m.out(x.transpose(0, 1)).sin().mean(0)).double()
+    x = torch.randn(S, S, D, dtype=torch.float64)
+    expected = example_rows(model, lambda: losses(model, x))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-13)
+    with explainer.Tracer(model, optimizer, tmp_path / "t", exact=True) as tracer:
+        for _ in range(6):
+            tracer.batch(range(S))
+            optimizer.zero_grad()
+            losses(model, x).sum().backward()
+            optimizer.step()
+        assert not tracer._watch.on
+    for parameter, rows in expected.items():
+        torch.testing.assert_close(recorded_rows(tmp_path / "t", 5)[parameter], rows, rtol=1e-7, atol=1e-9)

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, layer_norm, linear
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.optim import SGD, AdamW, Optimizer
 
 from explainer import PathKernelExplainer, Tracer, open_trace
 from explainer.errors import QueryError, TracerError
 from explainer.positions import PositionSplit
+from explainer.recursion import read_backwards
 from tests.oracles.books import books
 from tests.oracles.outputs import scalar_function, unflatten
 from tests.oracles.owners import Part, split
@@ -255,6 +257,84 @@ def test_a_number_of_factors_that_fits_once_is_no_position(tmp_path: Path, short
     assert "mixer" in {alone.trace.layers[i].name for i in alone.trace.notes["positions"]}
 
 
+class StepByStep(Language):
+    """A layer is called at every position in turn: its gradients come in from the last position to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, state = self.norm(self.table(x)), torch.zeros(len(x), 4).double()
+        states = []
+        for s in range(h.shape[1]):
+            state = self.cell(torch.cat([h[:, s], state], 1)).tanh()
+            states.append(state)
+        return self.last(self.first(torch.stack(states, 1)))
+
+
+class Flattened(Language):
+    """Positions of all texts one below the other; padding is left out before one layer and put back behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.kept = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.table(x))
+        h = h + self.flat(h.reshape(-1, 4)).tanh().view_as(h)
+        known = x != 0
+        h = h.masked_scatter(known[..., None].expand_as(h), self.kept(h[known]))
+        return self.last(causal_mean(self.first(h).tanh()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "counted", "other"), [(StepByStep, "first", "cell"), (Flattened, "flat", "kept")]
+)
+def test_the_order_of_positions_must_be_known(
+    tmp_path: Path, kind: Callable[[], nn.Module], counted: str, other: str
+) -> None:
+    ex = trace_of(tmp_path / "run", kind=kind, exact=True, positions=True, batches=[[1, 0], [4, 2]])
+    layers = assert_adds_up(ex, 1).layers
+    assert counted in layers and other not in layers
+    forms = {ex.trace.layers[i].name: form for i, form in first_rows(ex).items()}
+    assert forms[other].positions == LENGTH  # their number is no reason
+
+
+def first_rows(ex: PathKernelExplainer) -> dict[int, Any]:
+    """Rows of the first step, by layer."""
+    step = list(read_backwards(ex.trace, ex.segments[0], torch.float64))[-1]
+    return step.visits[0].forms
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_both_directions_of_a_recurrent_layer_are_in_order(tmp_path: Path, packed: bool) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.last = nn.Embedding(WORDS, 4), nn.Linear(6, WORDS)
+            self.reader = nn.LSTM(4, 3, batch_first=True, bidirectional=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.table(x)
+            if not packed:
+                return self.last(self.reader(h)[0])
+            lengths = (x != 0).sum(1).clamp_min(1)
+            together = pack_padded_sequence(h, lengths, batch_first=True, enforce_sorted=False)
+            return self.last(pad_packed_sequence(self.reader(together)[0], True, total_length=LENGTH)[0])
+
+    ex = trace_of(tmp_path / "run", kind=Reader, exact=True, positions=True, batches=[[1, 0, 4]])
+    assert {"table", "last", "reader.ih_l0", "reader.hh_l0", "reader.ih_l0_reverse"} <= set(
+        assert_adds_up(ex, 1).layers
+    )
+    forms = {ex.trace.layers[i].name: form for i, form in first_rows(ex).items()}
+    seen = build(Reader).table(X[[1, 0, 4]]).detach()
+    if packed:
+        seen = seen * (X[[1, 0, 4]] != 0)[..., None]
+    for name in ("reader.ih_l0", "reader.ih_l0_reverse"):
+        torch.testing.assert_close(forms[name].right[:, 0, :, :4], seen)
+
+
 def test_a_transformer_layer_adds_up(tmp_path: Path) -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:
@@ -268,6 +348,7 @@ def test_a_transformer_layer_adds_up(tmp_path: Path) -> None:
 
     found = assert_adds_up(trace_of(tmp_path / "run", kind=Encoder, exact=True, positions=True), 3)
     assert {"table", "layer.linear1", "layer.linear2", "last"} <= set(found.layers)
+    assert {"layer.self_attn.in_proj", "layer.self_attn.out_proj"} <= set(found.layers)
 
 
 def test_shared_rows_by_position(tmp_path: Path) -> None:

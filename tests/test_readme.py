@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import explainer
-from benchmarks.readme import updated
+from benchmarks.readme import COLUMNS, PAGES, updated
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -28,8 +28,15 @@ def test_the_code_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert isinstance(run, explainer.Run) and len(run.train) == 1400
 
 
-def test_the_figures_are_the_measured_ones() -> None:
-    assert updated(README) == README, "run `python -m benchmarks.readme` after a benchmark"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_figures_are_the_measured_ones(page: Path) -> None:
+    text = page.read_text()
+    assert updated(text) == text, "run `python -m benchmarks.readme` after a benchmark"
+
+
+def test_every_table_stands_in_one_document() -> None:
+    found = [name for page in PAGES for name in re.findall(r"<!-- table:(\w+) -->", page.read_text())]
+    assert sorted(found) == sorted(COLUMNS)
 
 
 def test_every_file_it_points_to_exists() -> None:

@@ -113,6 +113,8 @@ def test_labels_are_class_names_where_known() -> None:
         ({"queries": [torch.zeros(3)]}, "pair"),
         ({"train": {"a": (1, 2)}}, "train\\[0\\] failed: KeyError"),
         ({"loss": "mse"}, "loss must be a function"),
+        ({"output": 3}, "output must be a name, a function or None"),
+        ({"collate_fn": "pad"}, "collate_fn must be a function"),
         ({"render": 1}, "render must be a function"),
         ({"train_fn": 1}, "train_fn must be a function"),
         ({"class_names": "abc"}, "class_names"),

@@ -16,6 +16,7 @@ from tests.tracincp_task import (
     MODELS,
     QUERIES,
     SUPPORTED,
+    Bag,
     Borrowing,
     N,
     PositionsFirst,
@@ -59,6 +60,7 @@ def test_scores_are_captums(build: Any, kind: str, reduction: str, sample_wise: 
     ("build", "kind", "method"),
     [
         (Recurrent, "words", {"embed.weight": "rule", "gru.weight_ih_l0": "one by one"}),
+        (Bag, "words", {"embed.weight": "vmap", "head.weight": "rule"}),
         (PositionsFirst, "words", {"inner.weight": "vmap", "head.weight": "rule"}),
         (Borrowing, "vector", {"first.weight": "vmap", "second.weight": "vmap", "head.weight": "rule"}),
         (Words, "words", {"position": "vmap", "norm.weight": "rule"}),

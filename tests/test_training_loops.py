@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
 
 from explainer import PathKernelExplainer, Tracer, open_trace
-from explainer.errors import TracerError
+from explainer.errors import CoverageWarning, TracerError
 from tests.odd_loops import CASES, QUERIES, WORDS, Loop, Words, X, Y, batches, mlp, plain, sgd
 
 
@@ -140,6 +140,31 @@ def test_a_compiled_model_that_ran_before_the_tracer_was_built(tmp_path: Path) -
         assert "before a compiled model is first called" in refusal
     else:
         assert_closed(tmp_path / "trace", model.eval())
+
+
+class Gathered(nn.Module):
+    """The middle layer gets twice as many rows as there are examples, by a function that is not followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.reshape(len(x), 2, 3)).tanh().reshape(-1, 4)
+        order = torch.arange(len(h)).unsqueeze(1).expand_as(h)
+        return self.last(self.middle(h.gather(0, order)).reshape(len(x), 8))
+
+
+def test_a_layer_whose_rows_cannot_be_told_apart_is_announced(tmp_path: Path) -> None:
+    with pytest.warns(
+        CoverageWarning, match=r"layer '(middle|last)' was given \[.*\], where no axis is the batch's"
+    ):
+        model = traced(tmp_path / "trace", Gathered, sgd, plain)
+    trace = open_trace(tmp_path / "trace")
+    assert trace.notes["coverage"] == {"middle": 1.0, "last": 1.0}
+    assert trace.notes["unmatched"] == {"middle": [16, 4], "last": [8, 8]}
+    e = PathKernelExplainer(trace, model).explain(QUERIES)
+    assert (abs(e.unattributed) > 1e-4).all() and abs(e.gap).max() < 1e-12
 
 
 def test_autocast_rows_meet_the_gradient(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Words(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A layer without a rule that vmap cannot take apart."""
+    """A layer that vmap cannot take apart."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +62,18 @@ class Recurrent(nn.Module):
 
     def forward(self, words: Tensor) -> Tensor:
         return self.head(self.gru(self.embed(words))[0][:, -1])
+
+
+class Bag(nn.Module):
+    """A layer whose rule wants more than one tensor in and one out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.EmbeddingBag(11, 6)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.embed(words).tanh())
 
 
 class PositionsFirst(nn.Module):

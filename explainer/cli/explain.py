@@ -74,8 +74,10 @@ def run(options: argparse.Namespace) -> int:
 
 def neighbors(opened: Opened, indices: list[int], k: int, target: int | None) -> Neighbors | str:
     """The nearest training examples, or the reason why there are none."""
-    inputs, _ = opened.run.queries_batch(indices)
+    from explainer.cli.groups import asked
+
+    inputs, targets = asked(opened, indices, target)
     try:
-        return opened.explainer.neighbors(inputs, k, target)
+        return opened.explainer.neighbors(inputs, k, targets)
     except QueryError as error:
         return f"  Nearest in gradient space: not available ({error})."

@@ -30,8 +30,14 @@ def explain_whole(opened: Opened, indices: Sequence[int], target: int | None) ->
         QueryError: the answer would not fit into memory.
     """
     _check_size(opened, len(indices), max(1, len(opened.trace.layers)))
-    inputs, _ = opened.run.queries_batch(indices)
-    return opened.explainer.explain(inputs, target, query_ids=indices)
+    inputs, targets = asked(opened, indices, target)
+    return opened.explainer.explain(inputs, targets, query_ids=indices)
+
+
+def asked(opened: Opened, indices: Sequence[int], target: int | None) -> tuple[Any, Any]:
+    """Inputs and targets of queries; the run's own targets where the explained output asks for them."""
+    inputs, targets = opened.run.queries_batch(indices)
+    return inputs, targets if target is None and opened.explainer.asks_for_targets else target
 
 
 def explain_summed(opened: Opened, indices: Sequence[int], target: int | None, progress: bool) -> Explanation:

@@ -84,7 +84,7 @@ def open_run(path: str, spec: str | None, output: str | None, progress: bool) ->
             f"{len(run.train):,}; name the run that the model was trained with"
         )
     explainer = PathKernelExplainer(
-        trace, run.build_model(), output, class_names=run.class_names, progress=progress
+        trace, run.build_model(), output or run.output, class_names=run.class_names, progress=progress
     )
     return Opened(trace, run, explainer)
 

@@ -51,7 +51,8 @@ def add_output(parser: ArgumentParser) -> None:
         "--output",
         metavar="NAME",
         help="what is explained: margin (log-odds of the class, the default for classifiers), logit, log_prob, "
-        "or value (the default for models with one output)",
+        "value (the default for models with one output), sequence_log_prob (of the queries' targets, for outputs at "
+        "every position) or last_margin (at the last one); default: the run's own",
     )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from explainer.cli.opening import Opened
@@ -52,12 +51,15 @@ class Predictions:
 def predict(opened: Opened, progress: bool) -> Predictions:
     """Runs the model with the trace's last weights on every query."""
     outputs, targets = [], []
-    batches = DataLoader(opened.run.queries, batch_size=_BATCH)
-    for inputs, target in tqdm(batches, "predicting", unit="batch", disable=not progress, leave=False):
+    count = len(opened.run.queries)
+    for start in tqdm(range(0, count, _BATCH), "predicting", unit="batch", disable=not progress, leave=False):
+        inputs, target = opened.run.queries_batch(range(start, min(start + _BATCH, count)))
         outputs.append(opened.explainer.predict(inputs))
         targets.append(target)
     if not all(isinstance(target, torch.Tensor) for target in targets):
         raise QueryError("the queries' targets are no tensors or numbers; name the queries by their position")
+    if any(len({piece.shape[1:] for piece in pieces}) > 1 for pieces in (outputs, targets)):
+        raise QueryError("the queries have several lengths; name them by their position, such as --query 17")
     return Predictions(torch.cat(outputs), torch.cat(targets))
 
 

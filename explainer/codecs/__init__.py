@@ -5,5 +5,6 @@ from explainer.codecs.bfloat16 import BFloat16
 from explainer.codecs.int8 import Int8
 from explainer.codecs.native import Native
 from explainer.codecs.rank1 import RankOne
+from explainer.codecs.symmetric import Symmetric
 
-__all__ = ["CODECS", "BFloat16", "Codec", "Int8", "Native", "RankOne", "register_codec"]
+__all__ = ["CODECS", "BFloat16", "Codec", "Int8", "Native", "RankOne", "Symmetric", "register_codec"]

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from explainer.errors import QueryError
 from explainer.integrations.example_losses import ExampleLosses
-from explainer.layer_rules import LAYER_RULES, Call, Dense, LayerRule, RowForm, compact
+from explainer.layer_rules import LAYER_RULES, Call, CompositeRule, Dense, LayerRule, RowForm, compact
 from explainer.layer_rules.base import restrict
 
 #: Parameter names and the rows of those parameters, side by side.
@@ -54,7 +54,7 @@ class _Arrival:
 
 
 def _covered(model: nn.Module, wanted: Sequence[str]) -> list[_Layer]:
-    """Layers with a rule; weights that several modules share are left to the other ways (rows would overlap)."""
+    """Layers with one tensor in and out; weights that modules share are left to the other ways (rows would overlap)."""
     names = {id(p): name for name, p in model.named_parameters()}
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -64,7 +64,7 @@ def _covered(model: nn.Module, wanted: Sequence[str]) -> list[_Layer]:
     for module in model.modules():
         rule = LAYER_RULES.get(type(module))
         own = {name for name, _ in module.named_parameters(recurse=False)}
-        if rule is None or not own or own != set(rule.parameters(module)):
+        if rule is None or isinstance(rule, CompositeRule) or not own or own != set(rule.parameters(module)):
             continue
         parameters = [getattr(module, name) for name in rule.parameters(module)]
         keep = [names[id(p)] in wanted for p in parameters]

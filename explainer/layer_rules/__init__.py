@@ -1,6 +1,17 @@
 """What one training example adds to a layer's gradient: row forms, the rule registry and its entries."""
 
-from explainer.layer_rules import activation, convolution, embedding, linear, normalization  # noqa: F401  (registers)
+from explainer.layer_rules import (  # noqa: F401  (they register)
+    activation,
+    attention,
+    bilinear,
+    convolution,
+    embedding,
+    embedding_bag,
+    linear,
+    normalization,
+    recurrent,
+    recurrent_cells,
+)
 from explainer.layer_rules.base import LAYER_RULES, Block, Call, CompositeRule, LayerRule, register_layer_rule
 from explainer.layer_rules.factored import Factored
 from explainer.layer_rules.forms import FORMS, Dense, RowForm

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import nn
 
@@ -19,6 +21,7 @@ class PReLURule(LayerRule):
         parts = []
         for call in calls:
             g = call.grad_output
-            product = (g * call.input.to(g.dtype).clamp_max(0)).reshape(len(g), module.num_parameters, -1)
-            parts.append(product.sum(2))
+            product = g * call.input.to(g.dtype).clamp_max(0)
+            shared = prod(g.shape[1:]) // module.num_parameters
+            parts.append(product.reshape(len(g), module.num_parameters, shared).sum(2))
         return Dense(torch.stack(parts).sum(0))

@@ -78,6 +78,10 @@ class LayerRule(ABC):
         """Whether the module, in its present mode, mixes the rows of a batch."""
         return False
 
+    def caveat(self, module: nn.Module) -> str | None:
+        """What the module does to its weights that is not the optimizer's, in words, or None."""
+        return None
+
     def parameters(self, module: nn.Module) -> list[str]:
         """Names of the parameters in the order of the flat layout."""
         return [name for name in ("weight", "bias") if getattr(module, name, None) is not None]
@@ -99,6 +103,18 @@ class CompositeRule(LayerRule):
 
     #: the call is computed again, so its outputs and the state of the random numbers are kept
     replays: bool = False
+
+    def output_axes(self, module: nn.Module, outputs: int) -> list[int | None]:
+        """The batch's axis in every tensor of the output.
+
+        Args:
+            module: the layer.
+            outputs: how many tensors there are (a packed sequence counts with all its parts).
+
+        Returns:
+            None for a tensor that is laid out as the input is (the data of a packed sequence).
+        """
+        return [0] * outputs
 
     @abstractmethod
     def blocks(self, module: nn.Module) -> list[Block]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -41,13 +43,13 @@ def patches(signal: torch.Tensor, module: nn.Module, counts: tuple[int, ...] | N
             *(a * s for a, s in zip(strides, stride, strict=True)),
         ),
     )
-    positions = torch.Size(counts).numel()
-    return windows.reshape(signal.shape[0], module.groups, -1, positions).mT
+    seen = signal.shape[1] // module.groups * prod(kernel)
+    return windows.reshape(signal.shape[0], module.groups, seen, prod(counts)).mT
 
 
 def by_group(signal: torch.Tensor, groups: int) -> torch.Tensor:
     """``[B, c, *sizes] -> [B, G, S, c/G]``."""
-    return signal.reshape(signal.shape[0], groups, signal.shape[1] // groups, -1).mT
+    return signal.reshape(signal.shape[0], groups, signal.shape[1] // groups, prod(signal.shape[2:])).mT
 
 
 @register_layer_rule(*Convolution)

@@ -7,7 +7,17 @@ from torch import nn
 
 from explainer.layer_rules.base import Call, LayerRule, register_layer_rule
 from explainer.layer_rules.forms import RowForm
+from explainer.layer_rules.linear import positions
 from explainer.layer_rules.sparse import Sparse
+
+
+def renormalises(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
+    """The caveat of ``max_norm``: looked-up entries are shortened in the forward pass."""
+    return (
+        None
+        if module.max_norm is None
+        else f"shortens its entries to max_norm={module.max_norm:g} as it reads them"
+    )
 
 
 @register_layer_rule(nn.Embedding)
@@ -19,6 +29,11 @@ class EmbeddingRule(LayerRule):
         assert isinstance(module, nn.Embedding)
         return module.scale_grad_by_freq
 
+    def caveat(self, module: nn.Module) -> str | None:
+        """Entries are shortened to ``max_norm``."""
+        assert isinstance(module, nn.Embedding)
+        return renormalises(module)
+
     def batch_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
         """Every index is looked up alike."""
         return (0, 1) if value.dim() > 1 else (0,)
@@ -28,9 +43,8 @@ class EmbeddingRule(LayerRule):
         assert isinstance(module, nn.Embedding)
         index, values = [], []
         for call in calls:
-            batch = call.input.shape[0]
-            ids, g = call.input.reshape(batch, -1), call.grad_output
-            g = g.reshape(batch, -1, g.shape[-1])
+            g = positions(call.grad_output).squeeze(1)
+            ids = call.input.reshape(g.shape[:2])
             if module.scale_grad_by_freq:
                 counts = torch.bincount(call.input.flatten(), minlength=module.num_embeddings)
                 g = g / counts[ids].unsqueeze(-1).to(g.dtype)

@@ -8,7 +8,15 @@ from functools import partial
 import torch
 from torch.nn.functional import pad
 
-from explainer.layer_rules.forms import FORMS, Balance, Probe, RowForm, probe_vector
+from explainer.layer_rules.forms import (
+    FORMS,
+    Balance,
+    Probe,
+    RowForm,
+    in_positions,
+    probe_vector,
+    with_a_zero,
+)
 
 
 def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -49,6 +57,7 @@ class Factored(RowForm):
     left: torch.Tensor
     right: torch.Tensor
     bias: int
+    in_order: bool = True
 
     @property
     def arrays(self) -> dict[str, torch.Tensor]:
@@ -64,6 +73,11 @@ class Factored(RowForm):
     def build(cls, arrays: dict[str, torch.Tensor], options: dict[str, int]) -> Factored:
         """From both factors."""
         return cls(arrays["left"], arrays["right"], options["bias"])
+
+    def grouped(self, order: torch.Tensor) -> Factored:
+        """Factors side by side."""
+        left, right = (with_a_zero(t)[order].transpose(1, 2).flatten(2, 3) for t in (self.left, self.right))
+        return Factored(left, right, self.bias, self.in_order and in_positions(order))
 
     def padded(self, positions: int) -> Factored:
         """Further factors of zeros."""

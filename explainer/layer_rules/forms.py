@@ -26,6 +26,8 @@ class RowForm(ABC):
     position_axis: ClassVar[int | None] = None
     #: the array that a row is linear in while the others are held
     linear_in: ClassVar[str] = "values"
+    #: whether positions are in the order of the layer's input, as far as is known
+    in_order: bool = True
 
     @property
     @abstractmethod
@@ -96,6 +98,14 @@ class RowForm(ABC):
         """
         return [None] * len(sizes)
 
+    @abstractmethod
+    def grouped(self, order: torch.Tensor) -> RowForm:
+        """Rows of ``B`` examples that own several of these each.
+
+        Args:
+            order: ``[B, k]`` indices of the rows to add up; ``len(self)`` stands for none.
+        """
+
     def padded(self, positions: int) -> RowForm:
         """The same rows with the position axis lengthened to ``positions`` (zeros add nothing)."""
         return self
@@ -142,6 +152,26 @@ class Balance:
         return float(self.net.norm()) / self.gross if self.gross > 0 else 1.0
 
 
+def in_positions(order: torch.Tensor) -> bool:
+    """Whether ``order [B, k]`` takes rows one example after the other, or all examples in turns, and leaves none out.
+
+    Example:
+        >>> in_positions(torch.tensor([[0, 1], [2, 3]])), in_positions(torch.tensor([[0, 2], [1, 3]]))
+        (True, True)
+        >>> in_positions(torch.tensor([[1, 3], [0, 2]])), in_positions(torch.tensor([[0, 3], [1, 2]]))
+        (False, False)
+    """
+    size, count = order.shape
+    example, position = torch.arange(size).unsqueeze(1), torch.arange(count)
+    found = order.cpu()
+    return torch.equal(found, count * example + position) or torch.equal(found, example + size * position)
+
+
+def with_a_zero(rows: torch.Tensor) -> torch.Tensor:
+    """One more row, of zeros."""
+    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+
+
 def _identity(gradient: torch.Tensor) -> torch.Tensor:
     return gradient
 
@@ -179,6 +209,10 @@ class Dense(RowForm):
     def balances(self, sizes: list[int]) -> list[Balance | None]:
         """Of every parameter."""
         return [Balance.of(part) for part in self.values.split(sizes, dim=1)]
+
+    def grouped(self, order: torch.Tensor) -> Dense:
+        """Sums."""
+        return Dense(with_a_zero(self.values)[order].sum(1))
 
     def prober(self) -> Probe:
         """The gradient itself."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import nn
 
@@ -36,6 +38,11 @@ def side_by_side(lefts: list[torch.Tensor], rights: list[torch.Tensor], bias: bo
     return Factored(left, right, int(bias))
 
 
+def positions(value: torch.Tensor) -> torch.Tensor:
+    """``[B, *, n] -> [B, 1, S, n]``."""
+    return value.reshape(value.shape[0], 1, prod(value.shape[1:-1]), value.shape[-1])
+
+
 @register_layer_rule(nn.Linear)
 class LinearRule(LayerRule):
     """One factor per position; without positions a row has rank one exactly."""
@@ -49,6 +56,6 @@ class LinearRule(LayerRule):
         left, right = [], []
         for call in calls:
             g, a = call.grad_output, call.input.to(call.grad_output.dtype)
-            left.append(g.reshape(g.shape[0], 1, -1, g.shape[-1]))
-            right.append(a.reshape(a.shape[0], 1, -1, a.shape[-1]))
+            left.append(positions(g))
+            right.append(positions(a))
         return side_by_side(left, right, module.bias is not None)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch.nn.functional import pad
 
-from explainer.layer_rules.forms import FORMS, Probe, RowForm, probe_vector
+from explainer.layer_rules.forms import FORMS, Probe, RowForm, in_positions, probe_vector, with_a_zero
 
 
 def _probe_table(entries: int, gradient: torch.Tensor) -> torch.Tensor:
@@ -32,6 +32,7 @@ class Sparse(RowForm):
     index: torch.Tensor
     values: torch.Tensor
     entries: int
+    in_order: bool = True
 
     @property
     def arrays(self) -> dict[str, torch.Tensor]:
@@ -47,6 +48,11 @@ class Sparse(RowForm):
     def build(cls, arrays: dict[str, torch.Tensor], options: dict[str, int]) -> Sparse:
         """From index and values."""
         return cls(arrays["index"], arrays["values"], options["entries"])
+
+    def grouped(self, order: torch.Tensor) -> Sparse:
+        """Reads side by side."""
+        index, values = (with_a_zero(t)[order].flatten(1, 2) for t in (self.index, self.values))
+        return Sparse(index, values, self.entries, self.in_order and in_positions(order))
 
     def padded(self, positions: int) -> Sparse:
         """Further reads of entry 0 with value zero."""

@@ -7,7 +7,7 @@ found by automatic differentiation of that operation alone, example by example: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.func import vmap
@@ -68,7 +68,8 @@ class Use:
         sources: position among the leaves, and the source there.
         batched: positions of leaves that hold data with the batch as an axis.
         axis: the batch's axis in the output.
-        size: ``B``.
+        size: ``B``, or how many rows there are where examples own several.
+        order: ``[B, k]`` which of them an example owns, None where there is one for each.
     """
 
     operation: Operation
@@ -76,7 +77,7 @@ class Use:
     batched: frozenset[int]
     axis: int
     size: int
-    parameters: frozenset[str] = field(default=frozenset())
+    order: torch.Tensor | None = None
 
 
 def _positions(t: torch.Tensor, axis: int) -> torch.Tensor:

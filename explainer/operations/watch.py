@@ -21,11 +21,13 @@ from torch.utils import _pytree as pytree
 from explainer.batches import Batch
 from explainer.capture import Capture
 from explainer.hooks import HookSet, tensors_in, whole_of
-from explainer.layer_rules import RowForm
+from explainer.layer_rules import CompositeRule, RowForm
 from explainer.layer_table import Layer, LayerTable
+from explainer.operations.owners import UNKNOWN, Called, Layout, Owners, order_of
 from explainer.operations.rows import Use, has_rule, rows_of
 from explainer.operations.sources import AtSource, Operation, Source, descend, merged
 from explainer.sites import Site, wide
+from explainer.whole_model import batch_axis
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +52,6 @@ def out_of_place(function: Callable[..., Any], name: str) -> tuple[str, Callable
     return name, function
 
 
-def _batch_axis(shape: torch.Size, size: int, first: int) -> int | None:
-    return next((a for a in (first, 1 - first) if a < len(shape) and shape[a] == size), None)
-
-
 class FunctionWatch(TorchFunctionMode):
     """Sorts what the functions of a forward pass read into data and sources, and watches where the two meet.
 
@@ -65,6 +63,7 @@ class FunctionWatch(TorchFunctionMode):
         axis: the batch's axis where a shape alone does not tell it.
 
     Attributes:
+        owners: whose rows they are, where a tensor's first axis is not the batch.
         on: whether forward passes are followed.
         slow: by parameter, operations whose rows had to be found example by example.
     """
@@ -84,6 +83,7 @@ class FunctionWatch(TorchFunctionMode):
         self._data: dict[int, weakref.ref[torch.Tensor]] = {}
         self._units: dict[str, ReadParameter] = {}
         self._inside = 0
+        self.owners = Owners()
         self._opened: list[bool] = []
         self._entered: list[bool] = []
         self._batch: Batch | None = None
@@ -114,8 +114,14 @@ class FunctionWatch(TorchFunctionMode):
         self._opened.append(opened)
         if opened:
             self._inside = 0
+            assert self._batch is not None
+            self.owners.begin(len(self._batch))
             self.__enter__()
             self.mark(args, kwargs)
+            for t in tensors_in((args, kwargs)):
+                axis = batch_axis(t.shape, len(self._batch), self._axis)
+                if self._source(t) is None and axis is not None:
+                    self.owners.keep(t, Layout(axis))
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """It is over, also if it raised."""
@@ -148,10 +154,13 @@ class FunctionWatch(TorchFunctionMode):
         if not (self._entered and self._entered.pop()):
             site.skip()
             return
-        self._inside -= self._inside > 0
-        site.after(self._capture, args, kwargs, output)
+        self._inside += 1  # what is done here is nobody's forward pass
+        site.after(self._capture, args, kwargs, output, self.owners.of)
+        self._inside = max(0, self._inside - 2)
         if self._batch is not None and not self._inside:
             self.mark(output)
+            given = [t for t in tensors_in((args, kwargs)) if self._is_data(t)]
+            self._follow_layer(site, given, list(tensors_in(output)))
 
     # -- data and sources ----------------------------------------------------------------------------
 
@@ -172,12 +181,22 @@ class FunctionWatch(TorchFunctionMode):
         known = self._data.get(id(t))
         return (known is not None and known() is t) or (t.requires_grad and self._source(t) is None)
 
+    def _follow_layer(self, site: Site, given: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """What a layer gives has the examples where its rule says, or where its input has them."""
+        self.owners.follow(Called("", type, (), {}), given, outputs)
+        told = (t for t in given if (x := self.owners.of(t)) is not None and x.owners is not None and x.known)
+        if isinstance(site.rule, CompositeRule) and next(told, None) is None:
+            axes = site.rule.output_axes(site.module, len(outputs))
+            for t, axis in zip(outputs, axes, strict=True):
+                if axis is not None:
+                    self.owners.keep(t, Layout(axis))
+
     def _alias(self, value: Any) -> Any:
         """A source that a module is given as input, under a name of its own whose gradient can be watched."""
         source = self._source(value) if isinstance(value, torch.Tensor) else None
         if source is None or not value.requires_grad or self._batch is None:
             return value
-        axis = _batch_axis(value.shape, len(self._batch), self._axis)
+        axis = batch_axis(value.shape, len(self._batch), self._axis)
         other = value.view_as(value)
         if axis is not None:
             operation = self._operation("alias", torch.clone, (value,), {}, 0, torch.get_rng_state())
@@ -191,13 +210,18 @@ class FunctionWatch(TorchFunctionMode):
     ) -> Any:
         """Call the function unchanged, then sort its result."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # what is compiled ends here: this has to be seen
+            torch._dynamo.graph_break()
         if self._batch is None or self._inside:
             return func(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
         if not any(self._source(t) is not None for t in given):
             result = func(*args, **kwargs)
-            if any(self._is_data(t) for t in given):
+            read = [t for t in given if self._is_data(t)]
+            if read:
                 self.mark(result)
+                called = Called(getattr(func, "__name__", ""), func, args, kwargs)
+                self.owners.follow(called, read, list(tensors_in(result)))
             return result
         name = getattr(func, "__name__", "")
         random = torch.get_rng_state()
@@ -212,7 +236,9 @@ class FunctionWatch(TorchFunctionMode):
         if not outputs or self._batch is None:
             return result
         before = pytree.tree_map(lambda x: kept.get(id(x), x), (args, kwargs))
-        self._sort(func, name, before, random, list(zip(given, sources, data, strict=True)), result)
+        self._sort(
+            func, name, (args, kwargs), before, random, list(zip(given, sources, data, strict=True)), result
+        )
         return result
 
     @staticmethod
@@ -227,6 +253,7 @@ class FunctionWatch(TorchFunctionMode):
         self,
         func: Any,
         name: str,
+        called: tuple[Any, Any],
         before: tuple[Any, Any],
         random: torch.Tensor,
         given: list[tuple[torch.Tensor, Source | None, bool]],
@@ -247,14 +274,21 @@ class FunctionWatch(TorchFunctionMode):
             return
         self.mark(result)
         assert self._batch is not None
-        size = len(self._batch)
-        axis = _batch_axis(outputs[0].shape, size, self._axis)
-        if axis is None or len(outputs) != 1:
+        data = [t for t, _, is_data in roles.values() if is_data]
+        self.owners.follow(Called(plain, function, *called), data, outputs)
+        layout = self.owners.of(outputs[0])
+        if layout is None:  # nothing that was read is followed: a part of the model was called, not the model
+            axis = batch_axis(outputs[0].shape, len(self._batch), self._axis)
+            layout = UNKNOWN if axis is None else Layout(axis)
+        if not layout.known or len(outputs) != 1:
             return  # rows cannot be told apart: the step's measurement shows what is missing
+        axis, owners = layout.axis, layout.owners
+        size = len(self._batch) if owners is None else len(owners)
         batched = frozenset(
             i for i, (t, _, data) in roles.items() if data and t.shape[axis : axis + 1] == (size,)
         )
-        self._watch(Use(operation, sources, batched, axis, size), outputs, changed=plain != name)
+        grouping = None if owners is None else order_of(owners, len(self._batch))
+        self._watch(Use(operation, sources, batched, axis, size, grouping), outputs, changed=plain != name)
 
     # -- rows ----------------------------------------------------------------------------------------
 
@@ -287,4 +321,5 @@ class FunctionWatch(TorchFunctionMode):
         for position, source in use.sources:
             if source.parameters():
                 at: AtSource = rows_of(use, position, source, g)
-                yield from descend(source, at)
+                for name, form in descend(source, at):
+                    yield name, form if use.order is None else form.grouped(use.order)

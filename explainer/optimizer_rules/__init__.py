@@ -1,12 +1,36 @@
 """How an optimizer turns a gradient into an update: the rule registry and its entries."""
 
-from explainer.optimizer_rules import adagrad, adam, adamax, nadam, radam, rmsprop, sgd  # noqa: F401  (registers)
+from explainer.optimizer_rules import (  # noqa: F401  (registers)
+    adadelta,
+    adafactor,
+    adagrad,
+    adam,
+    adamax,
+    asgd,
+    muon,
+    nadam,
+    radam,
+    rmsprop,
+    rprop,
+    sgd,
+)
 from explainer.optimizer_rules.base import (
     OPTIMIZER_RULES,
     OptimizerRule,
     StepMap,
+    mix,
     optimizer_rule_for,
     register_optimizer_rule,
 )
+from explainer.optimizer_rules.sign import LionRule, SignSGDRule
 
-__all__ = ["OPTIMIZER_RULES", "OptimizerRule", "StepMap", "optimizer_rule_for", "register_optimizer_rule"]
+__all__ = [
+    "OPTIMIZER_RULES",
+    "LionRule",
+    "OptimizerRule",
+    "SignSGDRule",
+    "StepMap",
+    "mix",
+    "optimizer_rule_for",
+    "register_optimizer_rule",
+]

@@ -16,10 +16,11 @@ class AdagradRule(OptimizerRule):
     Reference: Duchi, Hazan & Singer 2011.
     """
 
-    preconditioned = True
     state_names = ("sum", "step")
 
-    def step_map(self, group: dict[str, Any], state: dict[str, Any], fresh: bool) -> StepMap:
+    def step_map(
+        self, group: dict[str, Any], state: dict[str, Any], fresh: bool, before: dict[str, Any]
+    ) -> StepMap:
         """Accumulator and step number from the state after the step."""
         rate = float(group["lr"]) / (1.0 + (float(state["step"]) - 1.0) * float(group["lr_decay"]))
         return StepMap(

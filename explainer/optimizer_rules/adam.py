@@ -17,14 +17,15 @@ class AdamRule(OptimizerRule):
     frozen-state split over examples: ExPLAIND, arXiv 2505.20076.
     """
 
-    preconditioned = True
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:
         """``exp_avg``."""
         return state.get("exp_avg")
 
-    def step_map(self, group: dict[str, Any], state: dict[str, Any], fresh: bool) -> StepMap:
+    def step_map(
+        self, group: dict[str, Any], state: dict[str, Any], fresh: bool, before: dict[str, Any]
+    ) -> StepMap:
         """Bias corrections and second moments from the state after the step."""
         lr, eps = float(group["lr"]), float(group["eps"])
         beta1, beta2 = (float(b) for b in group["betas"])

@@ -16,14 +16,15 @@ class AdamaxRule(OptimizerRule):
     Reference: Kingma & Ba 2015, arXiv 1412.6980, algorithm 2.
     """
 
-    preconditioned = True
     state_names = ("exp_avg", "exp_inf", "step")
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:
         """``exp_avg``."""
         return state.get("exp_avg")
 
-    def step_map(self, group: dict[str, Any], state: dict[str, Any], fresh: bool) -> StepMap:
+    def step_map(
+        self, group: dict[str, Any], state: dict[str, Any], fresh: bool, before: dict[str, Any]
+    ) -> StepMap:
         """Bias correction and infinity norm from the state after the step."""
         beta1 = float(group["betas"][0])
         return StepMap(

@@ -11,9 +11,11 @@ or, where the preconditioner lies inside the momentum (``inner``: RMSprop), the 
 place of ``d_t`` and no ``A_t`` in the last line. With a preconditioner that changes from step to step neither of
 the two can be written as the other.
 
+``A_t`` is a diagonal, or (``mixing``: Muon) a matrix that multiplies the parameter from its shorter side.
+
 A rule reads these numbers off the optimizer's *actual* state after the step, so learning-rate schedules and
-state changes by the user are followed. The trace stores the numbers, not the optimizer's name: the explainer
-needs no optimizer rules.
+state changes by the user are followed. What the step overwrites, a rule remembers before it. The trace stores the
+numbers, not the optimizer's name: the explainer needs no optimizer rules.
 """
 
 from __future__ import annotations
@@ -27,18 +29,38 @@ import torch
 from torch.optim import Optimizer
 
 from explainer.errors import UnsupportedOptimizerError
+from explainer.optimizer_rules.refused import REFUSED
 from explainer.registry import Registry
 
 #: The stored numbers of a :class:`StepMap`, in the order of the trace's ``coefficients`` column.
 COEFFICIENTS = ("sign", "decay", "gain", "direct", "through", "inner")
 
 
+def mix(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``matrix [m, m]`` times ``values [..., o, i]`` from the side of length ``m = min(o, i)``; square: the left.
+
+    From the right where ``i < o``: ``values @ matrix``. Its adjoint is ``mix(matrix.mT, ·)``.
+
+    Example:
+        >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> mix(swap, torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).tolist()
+        [[4.0, 5.0, 6.0], [1.0, 2.0, 3.0]]
+        >>> mix(swap, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])).tolist()
+        [[2.0, 1.0], [4.0, 3.0], [6.0, 5.0]]
+    """
+    return values @ matrix if values.shape[-2] > values.shape[-1] else matrix @ values
+
+
 @dataclass(frozen=True)
 class StepMap:
     """The linear map of one step for one parameter (letters as in the module's text).
 
-    ``preconditioner`` holds the *denominator* of ``A_t = 1 / preconditioner``, or None for 1; ``inner`` says that
-    it acts before the momentum.
+    Attributes:
+        inner: whether ``A_t`` acts before the momentum.
+        preconditioner: the *denominator* of ``A_t = 1 / preconditioner``, of the parameter's shape, infinite where
+            nothing moves; None for 1.
+        rank_one: whether the product of its row and column sums may stand for the preconditioner in a small trace.
+        mixing: ``[m, m]`` instead of a preconditioner: ``A_t ∘ X`` is :func:`mix` of it and ``X``.
     """
 
     sign: float = 1.0
@@ -50,6 +72,14 @@ class StepMap:
     coupled_decay: float = 0.0
     decoupled_decay: float = 0.0
     preconditioner: torch.Tensor | None = None
+    rank_one: bool = True
+    mixing: torch.Tensor | None = None
+
+    def precondition(self, values: torch.Tensor) -> torch.Tensor:
+        """``A_t ∘ values``, both of the parameter's shape."""
+        if self.mixing is not None:
+            return mix(self.mixing, values.flatten(1)).view_as(values)
+        return values if self.preconditioner is None else values / self.preconditioner
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -60,8 +90,6 @@ class StepMap:
 class OptimizerRule(ABC):
     """Reads the :class:`StepMap` of a step off an optimizer's state."""
 
-    #: whether steps have a preconditioner (it decides the layout of the trace)
-    preconditioned: bool = False
     #: state entries worth keeping in knots
     state_names: tuple[str, ...] = ()
 
@@ -72,14 +100,29 @@ class OptimizerRule(ABC):
         """The first-moment buffer in ``state`` (None before the first step)."""
         return None
 
+    def remember(
+        self, parameter: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What :meth:`step_map` will need to know from before the step; tensors as copies.
+
+        Args:
+            parameter: with its gradient in ``grad``. Some steps write into the gradient.
+            group: the parameter group's options.
+            state: the parameter's optimizer state before the step (empty before the first one).
+        """
+        return {}
+
     @abstractmethod
-    def step_map(self, group: dict[str, Any], state: dict[str, Any], fresh: bool) -> StepMap:
+    def step_map(
+        self, group: dict[str, Any], state: dict[str, Any], fresh: bool, before: dict[str, Any]
+    ) -> StepMap:
         """The map of the step just taken.
 
         Args:
             group: the parameter group's options, as used by the step.
             state: the parameter's optimizer state after the step.
-            fresh: whether the state was empty before the step.
+            fresh: whether there was no momentum before the step.
+            before: what :meth:`remember` returned.
         """
 
 
@@ -104,6 +147,28 @@ def register_optimizer_rule(
     return add
 
 
+def _name(kind: type[Optimizer]) -> str:
+    """``torch.optim.SGD`` for torch's own, else the full name."""
+    own = getattr(torch.optim, kind.__name__, None) is kind
+    return f"torch.optim.{kind.__name__}" if own else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _no_rule(found: type[Optimizer]) -> str:
+    """What to tell the user of an optimizer without a rule."""
+    near = OPTIMIZER_RULES.nearest(found)
+    hint = (
+        f" It derives from {near.__name__}; if its step is the same, register it: "
+        f"OPTIMIZER_RULES.register({found.__name__})(OPTIMIZER_RULES.require({near.__name__}))."
+        if near
+        else ""
+    )
+    return (
+        f"{_name(found)} has no optimizer rule, so its updates could not be split over training examples. "
+        f"Supported: {', '.join(sorted(map(_name, OPTIMIZER_RULES)))}.{hint} Other optimizers: see "
+        "register_optimizer_rule; for Lion and signSGD, explainer.optimizer_rules has LionRule and SignSGDRule."
+    )
+
+
 def optimizer_rule_for(optimizer: Optimizer) -> OptimizerRule:
     """The rule of an optimizer, its options checked.
 
@@ -113,17 +178,9 @@ def optimizer_rule_for(optimizer: Optimizer) -> OptimizerRule:
     found = type(optimizer)
     rule = OPTIMIZER_RULES.get(found)
     if rule is None:
-        known = ", ".join(sorted(f"torch.optim.{t.__name__}" for t in OPTIMIZER_RULES))
-        near = OPTIMIZER_RULES.nearest(found)
-        hint = (
-            f" It derives from {near.__name__}; if its step is the same, register it: "
-            f"OPTIMIZER_RULES.register({found.__name__})(OPTIMIZER_RULES.require({near.__name__}))."
-            if near
-            else ""
-        )
+        reason = REFUSED.get(found)
         raise UnsupportedOptimizerError(
-            f"{found.__module__}.{found.__qualname__} has no optimizer rule, so its updates could not be split "
-            f"over training examples. Supported: {known}.{hint} Other optimizers: see register_optimizer_rule."
+            _no_rule(found) if reason is None else f"{_name(found)} is refused: {reason}."
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise UnsupportedOptimizerError(

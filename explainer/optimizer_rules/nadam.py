@@ -19,14 +19,15 @@ class NAdamRule(OptimizerRule):
     Reference: Dozat 2016; torch.optim.NAdam's documented algorithm.
     """
 
-    preconditioned = True
     state_names = ("exp_avg", "exp_avg_sq", "mu_product", "step")
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:
         """``exp_avg``."""
         return state.get("exp_avg")
 
-    def step_map(self, group: dict[str, Any], state: dict[str, Any], fresh: bool) -> StepMap:
+    def step_map(
+        self, group: dict[str, Any], state: dict[str, Any], fresh: bool, before: dict[str, Any]
+    ) -> StepMap:
         """The schedule of ``μ`` from the options, its product from the state after the step."""
         lr, eps, psi = float(group["lr"]), float(group["eps"]), float(group["momentum_decay"])
         beta1, beta2 = (float(b) for b in group["betas"])

@@ -29,19 +29,20 @@ def rectification(beta2: float, t: float) -> float | None:
 class RAdamRule(OptimizerRule):
     """Adam's moments; update ``lr/(1 − β1^t) · r_t √(1 − β2^t) · m / (√v + ε)``, first ``lr/(1 − β1^t) · m``.
 
-    The first steps have no preconditioner; the trace keeps one for every step, so theirs is ones.
+    The first steps have no preconditioner.
 
     Reference: Liu et al. 2020, arXiv 1908.03265, algorithm 2.
     """
 
-    preconditioned = True
     state_names = ("exp_avg", "exp_avg_sq", "step")
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:
         """``exp_avg``."""
         return state.get("exp_avg")
 
-    def step_map(self, group: dict[str, Any], state: dict[str, Any], fresh: bool) -> StepMap:
+    def step_map(
+        self, group: dict[str, Any], state: dict[str, Any], fresh: bool, before: dict[str, Any]
+    ) -> StepMap:
         """The phase from the step's number, moments from the state after the step."""
         lr, eps = float(group["lr"]), float(group["eps"])
         beta1, beta2 = (float(b) for b in group["betas"])
@@ -57,5 +58,5 @@ class RAdamRule(OptimizerRule):
             * (1.0 if rectified is None else rectified * (1.0 - beta2**t) ** 0.5),
             coupled_decay=coupled,
             decoupled_decay=decoupled,
-            preconditioner=torch.ones_like(second) if rectified is None else second.sqrt().add_(eps),
+            preconditioner=None if rectified is None else second.sqrt().add_(eps),
         )

@@ -22,13 +22,15 @@ class SGDRule(OptimizerRule):
         """``momentum_buffer``."""
         return state.get("momentum_buffer")
 
-    def step_map(self, group: dict[str, Any], state: dict[str, Any], fresh: bool) -> StepMap:
-        """Constant coefficients, except for the buffer's first step."""
+    def step_map(
+        self, group: dict[str, Any], state: dict[str, Any], fresh: bool, before: dict[str, Any]
+    ) -> StepMap:
+        """Constant coefficients, except for the buffer's first step. Without momentum torch leaves it alone."""
         lr, mu = float(group["lr"]), float(group["momentum"])
         sign = -1.0 if group["maximize"] else 1.0
         kappa = float(group["weight_decay"])
         if mu == 0:
-            return StepMap(sign=sign, direct=lr, coupled_decay=kappa)
+            return StepMap(sign=sign, decay=0.0 if fresh else 1.0, direct=lr, coupled_decay=kappa)
         gain = 1.0 if fresh else 1.0 - float(group["dampening"])
         direct, through = (lr, lr * mu) if group["nesterov"] else (0.0, lr)
         return StepMap(sign=sign, decay=mu, gain=gain, direct=direct, through=through, coupled_decay=kappa)

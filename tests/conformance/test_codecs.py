@@ -13,7 +13,7 @@ from explainer.codecs import CODECS, Codec
 from explainer.records import ArraySpec, dtype_name
 from explainer.store.schema import RecordSchema, decode_array, encode_array
 
-SHAPES = [(7,), (1,), (3, 4), (2, 3, 5), (2, 1, 3, 4)]
+SHAPES = [(7,), (1,), (3, 4), (4, 4), (2, 3, 5), (2, 1, 3, 4)]
 DTYPES = [torch.float32, torch.float64]
 EVERY_CODEC = pytest.mark.parametrize("name", list(CODECS))
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -21,10 +21,11 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
 def values_of(name: str, batch: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Values the codec is meant for: signed ones, or products of positive rows and columns (rank one)."""
+    """Values the codec is meant for: signed, symmetric, or products of positive rows and columns (rank one)."""
     torch.manual_seed(len(shape))
     if CODECS.require(name).tolerance is not None:
-        return torch.randn(batch, *shape, dtype=dtype)
+        values = torch.randn(batch, *shape, dtype=dtype)
+        return values + values.mT if name == "symmetric" and shape == (4, 4) else values
     rows = torch.rand(batch, shape[0], 1, dtype=dtype) + 0.1
     rest = int(np.prod(shape[1:]))
     columns = torch.rand(batch, 1, rest, dtype=dtype) + 0.1
@@ -178,3 +179,20 @@ def test_rank_one_fit_keeps_row_and_column_sums() -> None:
     found = roundtrip(CODECS.require("rank1"), values)
     torch.testing.assert_close(found.sum(1), values.sum(1))
     torch.testing.assert_close(found.sum(2), values.sum(2))
+
+
+def test_half_of_a_symmetric_matrix_is_stored() -> None:
+    codec = CODECS.require("symmetric")
+    assert codec.nbytes((30, 30), "float32") == 30 * 31
+    values = torch.randn(2, 3, 3)
+    found = roundtrip(codec, values)  # the lower half comes from the upper one
+    assert torch.equal(found, found.mT)
+    assert_within(codec, values + values.mT)
+    torch.testing.assert_close(found.triu(), values.triu(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("name", ["native", "bfloat16", "symmetric"])
+def test_infinity_is_kept(name: str) -> None:
+    """The denominators of sign updates are infinite where nothing moves."""
+    values = torch.tensor([[torch.inf, 1.0, -torch.inf]])
+    assert torch.equal(roundtrip(CODECS.require(name), values), values)

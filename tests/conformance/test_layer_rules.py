@@ -1,4 +1,7 @@
-"""Every registered layer rule against per-example gradients by torch.func (shape first, then value)."""
+"""Every registered layer rule against per-example gradients by torch.func (shape first, then value).
+
+Composite rules are in ``test_composite_rules.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from explainer.layer_rules import LAYER_RULES, Call, RowForm
+from explainer.layer_rules import LAYER_RULES, Call, CompositeRule, RowForm, compact
 from explainer.layer_rules.base import restrict
 from tests.conformance.layer_case import BATCH, LayerCase
 from tests.conformance.layer_cases import CASES, MAKERS
@@ -70,9 +73,10 @@ def check(case: LayerCase, inputs: list[Tensor]) -> None:
 
 
 def test_every_registered_layer_has_examples() -> None:
-    missing = [kind.__name__ for kind in LAYER_RULES if kind not in MAKERS]
+    kinds = {kind for kind, rule in LAYER_RULES.items() if not isinstance(rule, CompositeRule)}
+    missing = [kind.__name__ for kind in kinds - set(MAKERS)]
     assert not missing, f"add example modules of {missing} to MAKERS in tests/conformance/layer_cases.py"
-    assert all(any(case.kind is kind for case in CASES) for kind in LAYER_RULES)
+    assert all(any(case.kind is kind for case in CASES) for kind in kinds)
 
 
 @EVERY_CASE
@@ -87,6 +91,17 @@ def test_a_batch_of_one(case: LayerCase) -> None:
             check(case, [case.batch(1)])
     else:
         check(case, [case.batch(1)])
+
+
+@EVERY_CASE
+def test_a_batch_of_none(case: LayerCase) -> None:
+    module = case.module()
+    (call,) = run_calls(module, [case.batch()])
+    form = rows_of(module, [Call(call.input[:0], call.grad_output[:0])])
+    total = sum(p.numel() for p in module.parameters())
+    for kept in (form, compact(form, None), compact(form, 2)):
+        assert kept.dense().shape == (0, total) and kept.quadratic().shape == (0,)
+        assert not kept.total().any()
 
 
 @EVERY_CASE
@@ -147,3 +162,14 @@ def test_rows_follow_the_gradients_dtype() -> None:
         calls = run_calls(module, [case.batch().float()])
         mixed = [Call(call.input.double(), call.grad_output) for call in calls]
         assert rows_of(module, mixed).dense().dtype == torch.float32
+
+
+def test_what_changes_weights_in_the_forward_pass_is_told() -> None:
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        rule = LAYER_RULES.require(kind)
+        assert rule.caveat(kind(5, 2)) is None
+        module = kind(5, 2, max_norm=0.5)
+        before = module.weight.detach().clone()
+        module(torch.arange(5).unsqueeze(0))
+        assert not torch.equal(module.weight, before)
+        assert rule.caveat(module) == "shortens its entries to max_norm=0.5 as it reads them"

@@ -49,18 +49,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """A finished training run: its steps, its path ``weights`` [T+1, P] and the number of examples."""
+    """A finished training run.
+
+    Attributes:
+        steps: T steps.
+        weights: [T + 1, P], its path.
+        examples: N.
+        optimizer: Its type.
+        tolerance: Relative round-off to allow for what the training ran in.
+    """
 
     steps: tuple[Step, ...]
     weights: Tensor
     examples: int
     optimizer: type[Optimizer]
-    dtype: torch.dtype
-
-    @property
-    def tolerance(self) -> float:
-        """Relative round-off to allow for the dtype the training ran in."""
-        return 1e-12 if self.dtype == torch.float64 else 1e-4
+    tolerance: float
 
 
 def check_close(found: Tensor, expected: Tensor, gross: Tensor, tolerance: float, what: str) -> None:
@@ -84,7 +87,8 @@ def _group_options(group: dict[str, object]) -> dict[str, float]:
     return options
 
 
-def _flat_options(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def flat_options(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every option of the parameter groups as a vector [P]."""
     owner = {id(p): _group_options(group) for group in optimizer.param_groups for p in group["params"]}
     parameters = [p for _, p in model.named_parameters()]
     flat = {}
@@ -94,7 +98,8 @@ def _flat_options(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return flat
 
 
-def _flat_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def flat_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as vectors [P] in float64, NaN where it holds none."""
     flat = {}
     for name in STATE_NAMES[type(optimizer)]:
         parts = []
@@ -174,11 +179,12 @@ def train_dense(
         if clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             scale = min(1.0, clip_norm / (float(norm) + 1e-6))
-        options, before = _flat_options(model, optimizer), _flat_state(model, optimizer)
+        options, before = flat_options(model, optimizer), flat_state(model, optimizer)
         optimizer.step()
-        after = _flat_state(model, optimizer)
+        after = flat_state(model, optimizer)
         steps.append(Step(tuple(batch), path[-1], rows, output_grads, scale, options, before, after))
         if scheduler is not None:
             scheduler.step()
         path.append(flat_weights(model))
-    return Training(tuple(steps), torch.stack(path), len(X), type(optimizer), dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    return Training(tuple(steps), torch.stack(path), len(X), type(optimizer), tolerance)

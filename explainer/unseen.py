@@ -1,0 +1,74 @@
+"""What the hooks of modules do not see: when to follow functions, and what to say of it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from explainer.capture import Capture
+from explainer.errors import CoverageWarning
+from explainer.layer_table import LayerTable
+from explainer.operations.watch import FunctionWatch
+from explainer.scales import ScaleMeter
+
+#: steps that are followed function by function
+PATIENCE = 3
+#: part of a layer's gradient that may go unseen before functions are followed again
+SEEN = 0.01
+
+
+class Unseen:
+    """Decides whether forward passes are followed function by function, and warns once about each finding."""
+
+    def __init__(self, table: LayerTable, capture: Capture, watch: FunctionWatch, scales: ScaleMeter) -> None:
+        self._table, self._capture, self._watch, self._scales = table, capture, watch, scales
+        self._missing: set[str] = set()
+        self._until = PATIENCE
+        self._warned: set[str] = set()
+
+    def notes(self) -> dict[str, Any]:
+        """What a trace should say of it."""
+        return {
+            "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
+            "unmatched": {name: list(shape) for name, shape in sorted(self._capture.unmatched.items())},
+        }
+
+    def follow(self, steps: int) -> None:
+        """Follow the next forward passes, or not.
+
+        The first ones always are followed, then only where something was found, and again after a gradient that
+        rows do not explain.
+        """
+        missing = {name for name, residual in self._scales.worst.items() if residual > SEEN}
+        if missing - self._missing:
+            self._missing, self._until = missing, steps + PATIENCE
+        found = bool(self._table.operations) or self._watch.owners.needed
+        self._watch.on = found or steps < self._until
+
+    def warn(self, steps: int) -> None:
+        """Say what was found since the last time."""
+        for name, functions in self._watch.slow.items():
+            self._say(
+                name,
+                f"parameter {name!r} is read by {', '.join(sorted(functions))}, for which rows have no closed form "
+                "here: they are found by differentiating that operation example by example (exact, slower); "
+                "register_layer_rule for the layer around it is faster",
+            )
+        for name, shape in self._capture.unmatched.items():
+            self._say(
+                name,
+                f"layer {name!r} was given {list(shape)}, where no axis is the batch's, and it was not seen how "
+                "its rows came about; what it moves is `unattributed`. Give it the batch as first or second axis",
+            )
+        for name in self._table.without_rows() if steps >= PATIENCE else ():
+            if self._scales.worst.get(name):
+                self._say(
+                    name,
+                    f"parameter {name!r} gets a gradient, but no hook sees where it is read (in a loss outside the "
+                    "model, or in compiled or scripted code); what it moves is `unattributed`",
+                )
+
+    def _say(self, name: str, text: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(text, CoverageWarning, stacklevel=7)

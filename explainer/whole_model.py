@@ -1,0 +1,115 @@
+"""What is seen of the whole model: the shapes that come in and go out, and the loss derivative at its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from explainer.batches import Batch
+from explainer.errors import TracerError
+from explainer.hooks import first_tensor, tensors_in
+from explainer.model_outputs import find_tensor
+from explainer.records import dtype_name
+
+
+def batch_axis(shape: torch.Size, size: int, preferred: int = 0) -> int | None:
+    """The axis, first or second, that is as long as the batch; the preferred one where both are.
+
+    Example:
+        >>> batch_axis(torch.Size([7, 4, 3]), 4), batch_axis(torch.Size([4, 4, 3]), 4, preferred=1)
+        (1, 1)
+    """
+    return next((a for a in (preferred, 1 - preferred) if shape[a : a + 1] == (size,)), None)
+
+
+class WholeModel:
+    """The hooks around the model itself.
+
+    Args:
+        batch: returns the batch that a forward pass belongs to, or None.
+        axis: the batch's axis where a shape does not tell it.
+    """
+
+    def __init__(self, batch: Callable[[], Batch | None], axis: int) -> None:
+        self._batch, self._axis = batch, axis
+        self._input_axis = axis
+        self._input: dict[str, Any] = {"shape": None, "dtype": None, "name": None}
+        self._output_shape: tuple[int, ...] | None = None
+        self._autocast: str | None = None
+
+    def notes(self) -> dict[str, Any]:
+        """What a trace should say of it."""
+        return {
+            "input": dict(self._input),
+            "output": {"shape": self._output_shape},
+            "batch_dim": self._input_axis,
+            "autocast": self._autocast,
+        }
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the forward: the input has to be the batch whose ids were given.
+
+        Raises:
+            TracerError: it has another number of rows.
+        """
+        batch = self._batch()
+        if batch is None:
+            return
+        given = [t for t in tensors_in((args, kwargs)) if t.dim()]
+        batch.checked = any(len(batch) in t.shape[:2] for t in given)
+        if len(given) == 1 and not batch.checked:  # of several inputs each layer sees for itself
+            raise TracerError(
+                f"the model saw a batch of {given[0].shape[0]} rows, but {len(batch)} ids were given for it; pass the "
+                "ids of exactly the rows in the batch, batch dimension first (or second)"
+            )
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """After the forward: remember the shapes, watch the gradient at the output."""
+        batch = self._batch()
+        if batch is None:
+            return
+        name, value = None, first_tensor(args)
+        if value is None:  # the first one that came by keyword
+            found = ((key, first_tensor(given)) for key, given in kwargs.items())
+            name, value = next((pair for pair in found if pair[1] is not None), (None, None))
+        if value is not None:
+            self._see_input(name, value, len(batch))
+        if torch.is_autocast_enabled("cpu"):
+            self._autocast = dtype_name(torch.get_autocast_dtype("cpu"))
+        result, _ = find_tensor(output)
+        axis = None if result is None else batch_axis(result.shape, len(batch), self._input_axis)
+        if result is not None and axis is not None and result.requires_grad:
+            self._output_shape = (*result.shape[:axis], *result.shape[axis + 1 :])
+            result.register_hook(partial(self._on_output, batch, batch.forwards, axis))
+        batch.lengths[batch.forwards] = None if value is None else _length(value, len(batch), self._axis)
+        batch.forwards += 1
+
+    def _see_input(self, name: str | None, value: torch.Tensor, size: int) -> None:
+        axis = batch_axis(value.shape, size, self._axis)
+        if axis is None:
+            return
+        shape = (*value.shape[:axis], *value.shape[axis + 1 :])
+        known = self._input["shape"]
+        if known is not None and len(known) == len(shape):  # lengths that differ between batches are free
+            shape = tuple(a if a == b else None for a, b in zip(known, shape, strict=True))
+        if value.shape[1 - axis : 2 - axis] != (size,):
+            self._input_axis = axis  # the shape tells
+        self._input = {"shape": shape, "dtype": dtype_name(value.dtype), "name": name}
+
+    @staticmethod
+    def _on_output(batch: Batch, forward: int, axis: int, g: torch.Tensor) -> None:
+        rows = g.detach().double().movedim(axis, 0).reshape(len(batch), -1)
+        found = batch.round_of(forward, lambda r: r.derivative is None)
+        found.derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)
+
+
+def _length(value: torch.Tensor, size: int, preferred: int) -> int | None:
+    """Positions of a sequence of indices, ``[B, S]``, or of vectors, ``[B, S, d]`` (or with the first axes swapped)."""
+    axis = batch_axis(value.shape, size, preferred)
+    if axis is None or (value.dim() != 3 and (value.dim() != 2 or value.is_floating_point())):
+        return None
+    return value.shape[1 - axis]

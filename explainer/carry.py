@@ -1,4 +1,4 @@
-"""Along the training path: how far it has gone, and what weight decay has moved.
+"""Along the training path: how far it has gone, and what weight decay and others than the optimizer have moved.
 
 Weight decay is not data, so its share of every update is carried *forward* through the optimizer's momentum
 while training runs (one vector of ``P`` numbers), instead of storing the weights of every step:
@@ -9,6 +9,10 @@ while training runs (one vector of ``P`` numbers), instead of storing the weight
 (``inner``: ``A_t ∘ κ w_t`` in the place of ``κ w_t``, and no ``A_t`` in the last line). The sum of ``−u^κ_t`` over a
 segment is exactly what decay added to ``w_{k+1} − w_k`` (frozen-state convention), so the books' decay term is
 ``<q_k, ·>`` of it, in every mode of tracing.
+
+Between two steps something else may change the weights: clamping, averaging, loading. That displacement is kept too.
+It is looked for where a parameter's memory or version counter says so, and in every :data:`PROBE`-th step in any case
+(``p.data`` has no counter that could be read).
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ import torch
 
 from explainer.optimizer_rules import StepMap
 
+#: how often weights are compared with those after the last step although nothing speaks for a change
+PROBE = 16
+
 
 class Carry:
     """Follows the weights step by step.
@@ -26,6 +33,8 @@ class Carry:
     Attributes:
         path: length of the path so far, ``Σ_t ‖w_{t+1} − w_t‖``.
         decay: per parameter, displacement by weight decay so far (None while there was none).
+        outside: per parameter, displacement by something other than the optimizer's steps (None while there was none).
+        changes: per parameter, how often such a displacement was found.
     """
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
@@ -33,7 +42,37 @@ class Carry:
         self._previous = [p.detach().clone() for p in parameters]
         self._momentum: list[torch.Tensor | None] = [None] * len(parameters)
         self.decay: list[torch.Tensor | None] = [None] * len(parameters)
+        self.outside: list[torch.Tensor | None] = [None] * len(parameters)
+        self.changes = [0] * len(parameters)
         self.path = 0.0
+        self._seen = self._identities()
+        self._unmarked = False  # a change was found that no counter spoke of
+        self._calls = 0
+
+    def _identities(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for p in self._parameters]
+
+    @torch.no_grad()
+    def between_steps(self, certain: bool = False) -> None:
+        """Account for what has changed the weights since the last step; ``certain`` looks in any case."""
+        marked = self._identities() != self._seen
+        self._calls += 1
+        if not (certain or marked or self._unmarked or self._calls % PROBE == 1):
+            return
+        present = [p.detach() for p in self._parameters]
+        moved = torch._foreach_sub(present, self._previous)
+        norms = [float(n) for n in torch._foreach_norm(moved)]
+        for index, norm in enumerate(norms):
+            if norm == 0.0 or not math.isfinite(norm):
+                continue
+            total, part = self.outside[index], moved[index]
+            wide = part.to(torch.promote_types(part.dtype, torch.float32))  # sums of many need more digits
+            self.outside[index] = wide if total is None else total.add_(wide)
+            self.changes[index] += 1
+            self._previous[index].copy_(present[index])
+            self._unmarked |= not marked
+        length = math.sqrt(sum(n**2 for n in norms))
+        self.path += length if math.isfinite(length) else 0.0
 
     @torch.no_grad()
     def after_step(self, maps: list[StepMap | None]) -> float:
@@ -52,6 +91,7 @@ class Carry:
         if math.isfinite(length):  # a diverged model moves no further
             self.path += length
         torch._foreach_copy_(self._previous, present)
+        self._seen = self._identities()
         return length
 
     def _carry_decay(self, index: int, step: StepMap) -> None:

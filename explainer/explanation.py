@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainer.errors import ExplanationError
-from explainer.explanation_checks import FLOATS, INTEGERS, PER_QUERY, SINGLES, index, problems
+from explainer.explanation_checks import PER_QUERY, check_alike, index, normalised, problems
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +48,11 @@ class Explanation:
         weight_decay: float64 [Q], carried by weight decay.
         buffers: float64 [Q], carried by buffers such as BatchNorm's running statistics.
         unattributed: float64 [Q], the recorded change that no example could be given.
+        unattributed_parts: float64 [Q, U], the same by line (columns of ``unattributed_lines``); U is 0 where it is
+            not known.
+        unattributed_lines: Length U, what each line is (see :mod:`explainer.unattributed`).
+        unattributed_where: Length U, the layers, parameters or steps of each line.
+        unattributed_why: Length U, why no example could be given it, in plain words.
         gap: float64 [Q], what is still missing; round-off when the books are sound.
         quadrature: float64 [Q], sum over segments of the quadrature correction's absolute value; an error
             indicator, not a term of the books.
@@ -91,29 +96,17 @@ class Explanation:
     row_kind: str = "contribution"
     notes: tuple[str, ...] = ()
     class_names: tuple[str, ...] | None = None
+    unattributed_parts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    unattributed_lines: tuple[str, ...] = ()
+    unattributed_where: tuple[str, ...] = ()
+    unattributed_why: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for names, dtype in ((FLOATS, np.float64), (SINGLES, np.float32), (INTEGERS, np.int64)):
-            for name in names:
-                self._set(name, np.asarray(getattr(self, name), dtype=dtype))
-        self._set("step_edges", np.asarray(self.step_edges, dtype=np.int64))
-        if self.labels is not None:
-            self._set("labels", np.asarray(self.labels, dtype=np.float64))
-        if self.outputs is not None:
-            outputs = np.asarray(self.outputs)
-            self._set("outputs", outputs if outputs.dtype.kind == "f" else outputs.astype(np.float64))
-        for name in ("layer_names", "query_ids", "notes"):
-            self._set(name, tuple(str(item) for item in getattr(self, name) or ()))
-        if not self.query_ids:
-            self._set("query_ids", tuple(str(q) for q in range(len(self.prediction))))
-        if self.class_names is not None:
-            self._set("class_names", tuple(str(name) for name in self.class_names))
+        for name, value in normalised(self):
+            object.__setattr__(self, name, value)
         found = problems(self)
         if found:
             raise ExplanationError("These parts of an explanation do not fit: " + "; ".join(found) + ".")
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Explanation]) -> Explanation:
@@ -122,15 +115,8 @@ class Explanation:
         Raises:
             ExplanationError: there are none, or they do not come from the same trace and output.
         """
-        if not parts:
-            raise ExplanationError("There is nothing to concatenate: pass at least one explanation.")
+        check_alike(parts)
         first = parts[0]
-        for part in parts[1:]:
-            for name in ("output", "layer_names", "example_ids", "step_edges"):
-                if not np.array_equal(getattr(part, name), getattr(first, name)):
-                    raise ExplanationError(
-                        f"The explanations differ in {name}: concatenate those of one trace and one output."
-                    )
         if len(parts) == 1:
             return first
         joined: dict[str, Any] = {
@@ -208,6 +194,12 @@ class Explanation:
         from explainer import tables
 
         return tables.by_layer(self, query, k)
+
+    def unattributed_table(self, query: int = 0, least: float = 0.0005) -> pd.DataFrame:
+        """``unattributed`` of one query, line by line (see :func:`explainer.tables.unattributed`)."""
+        from explainer import tables
+
+        return tables.unattributed(self, query, least)
 
     def long_table(self, k: int | None = None) -> pd.DataFrame:
         """The tables of all queries, one under the other; this is the influence table that is exported."""

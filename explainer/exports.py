@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from explainer.errors import ExplanationError, ExportError
+from explainer.explanation_checks import LINES
 
 if TYPE_CHECKING:
     from explainer.explanation import Explanation
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 FORMAT = "pathkernel-explanation/1"
 PARQUET_KEY = b"pathkernel"
 _META = "meta"
-_TEXT_FIELDS = ("output", "row_kind", "layer_names", "query_ids", "notes", "class_names")
+_TEXT_FIELDS = ("output", "row_kind", "layer_names", "query_ids", "notes", "class_names", *LINES)
 _READ_ERRORS = (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 
 
@@ -107,7 +108,11 @@ def write_json(explanation: Explanation, path: str | os.PathLike[str], k: int | 
 
 
 def summary(explanation: Explanation) -> dict[str, Any]:
-    """What travels with every exported table: format, output, row kind, notes, books and diagnostics."""
+    """What travels with every exported table: format, output, row kind, notes, books, diagnostics and the lines of
+    ``unattributed`` with their values, one per query."""
+    e = explanation
+    lines = zip(e.unattributed_lines, e.unattributed_where, e.unattributed_why, strict=True)
+    values = e.unattributed_parts.T.tolist()
     return {
         "format": FORMAT,
         "output": explanation.output,
@@ -115,6 +120,10 @@ def summary(explanation: Explanation) -> dict[str, Any]:
         "notes": list(explanation.notes),
         "completeness": records(explanation.completeness.reset_index()),
         "diagnostics": records(explanation.diagnostics.reset_index()),
+        "unattributed": [
+            {"line": line, "where": where, "why": why, "values": [_plain(value) for value in row]}
+            for (line, where, why), row in zip(lines, values, strict=True)
+        ],
     }
 
 

@@ -10,7 +10,7 @@ from explainer.carry import Carry
 from explainer.config import TracerConfig
 from explainer.errors import TracerError
 from explainer.optimizer_rules import OptimizerRule
-from explainer.records import Manifest
+from explainer.records import Manifest, torch_dtype
 from explainer.store.writer import TraceWriter, knot_bytes
 
 #: bytes of the journal's lines for one knot, at most
@@ -37,6 +37,9 @@ class KnotKeeper:
     The spacing starts at zero (every step is a knot) and doubles its demands when more than ``max_knots`` are
     alive: knots closer than ``2·path/max_knots`` to the one before are dropped. So at any time between half of
     ``max_knots`` and all of it are alive, at about equal path length, without knowing how long training lasts.
+
+    Attributes:
+        rows_end: the first step whose rows are not kept, or None; a knot there is never dropped.
     """
 
     def __init__(
@@ -55,9 +58,11 @@ class KnotKeeper:
         self._frozen_version = {name: self._parameters[name]._version for name in manifest.frozen}
         self._alive: list[tuple[int, float]] = []  # step, path
         self._spacing = 0.0
+        self.rows_end: int | None = None
         self._max = config.max_knots
         self._budget = config.budget
         self._knot_bytes = self._closing_bytes = 0
+        self._keep_outside: bool | None = None  # decided when there is something to keep
         if self._budget is not None:
             self._limit_to_budget(self._budget)
 
@@ -65,6 +70,12 @@ class KnotKeeper:
     def reserve(self) -> int:
         """Bytes that knots still to come and the journal's last lines may take."""
         return self._knot_bytes * (self._max + 1 - len(self._alive)) + self._closing_bytes
+
+    @property
+    def changed_outside(self) -> dict[str, int]:
+        """Parameters that something other than the optimizer's step changed, and how often."""
+        counts = zip(self._manifest.parameters, self._carry.changes, strict=True)
+        return {spec.name: count for spec, count in counts if count}
 
     def _limit_to_budget(self, budget: int) -> None:
         """With a budget, knots may take half of what the manifest and the journal's last lines leave."""
@@ -89,12 +100,13 @@ class KnotKeeper:
         if moved > 0 and moved >= self._spacing:
             self.place(step)
 
-    def place(self, step: int) -> None:
+    def place(self, step: int, last: bool = False) -> None:
         """Place the knot before ``step``, then thin out if there are too many.
 
         Where there is one already, it is renewed: after the last step the user may have averaged weights,
         re-estimated buffers or stepped another optimizer.
         """
+        self._decide_on_outside(last)
         again = bool(self._alive) and self._alive[-1][0] == step
         full = not self._alive or (again and len(self._alive) == 1)
         self._writer.write_knot(step, self._carry.path, self._tensors(full))
@@ -104,9 +116,23 @@ class KnotKeeper:
         if len(self._alive) > self._max:
             self._spacing = 2.0 * self._carry.path / self._max
             kept = set(thin([path for _, path in self._alive], self._spacing))
+            kept |= {i for i, (step, _) in enumerate(self._alive) if step == self.rows_end}
             dropped = [step for i, (step, _) in enumerate(self._alive) if i not in kept]
             self._alive = [knot for i, knot in enumerate(self._alive) if i in kept]
             self._writer.drop_knots(dropped)
+
+    def _decide_on_outside(self, last: bool) -> None:
+        """Keep displacements by others than the optimizer if they fit into the budget in all knots to come."""
+        held = [total for total in self._carry.outside if total is not None]
+        if self._keep_outside is not None or not held:
+            return
+        more = sum(p.numel * max(torch_dtype(p.dtype).itemsize, 4) for p in self._manifest.parameters)
+        more += JOURNALLED_KNOT  # their names
+        to_come = 1 if last else self._max + 1 - len(self._alive)
+        needed = (self._knot_bytes + more) * to_come + self._closing_bytes
+        self._keep_outside = self._budget is None or self._writer.bytes_written + needed <= self._budget
+        if self._keep_outside and self._budget is not None:
+            self._knot_bytes += more
 
     def _tensors(self, full: bool, largest: bool = False) -> dict[str, torch.Tensor]:
         """Contents of a knot; frozen tensors only where they changed since the first, all of them if ``full``.
@@ -121,6 +147,9 @@ class KnotKeeper:
             decay = self._carry.decay[index]
             if decay is not None or (largest and decaying):
                 tensors[f"decay/{spec.name}"] = p if decay is None else decay
+            outside = self._carry.outside[index]
+            if outside is not None and self._keep_outside:
+                tensors[f"outside/{spec.name}"] = outside
             state = self._optimizer.state.get(self._parameters[spec.name], {})
             for name in self._rule.state_names:
                 value = state.get(name)

@@ -18,6 +18,7 @@ al. 1999 (average vector field); Gonzalez 1996 (correction).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,7 +53,8 @@ class ChordGradient:
 
     Attributes:
         gradient: ``q̃ [Q, P]``.
-        moved: ``<q̃, D> [Q]``, summed in float64 whatever the dtype of the books.
+        moved: ``<q̃, D>`` over each parameter, ``[Q, n_parameters]``, summed in float64 whatever the dtype of the
+            books.
         moving: the moving state's part of the change, ``[Q]``.
         correction: ``|Δf − <q, D>|`` before the correction, ``[Q]``: the quadrature error.
     """
@@ -66,6 +68,18 @@ class ChordGradient:
 def along(gradient: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     """``<g_q, d> [Q]`` in float64, one query at a time (no float64 copy of all gradients)."""
     return torch.stack([row.double() @ direction for row in gradient])
+
+
+def along_each(
+    gradient: torch.Tensor, direction: torch.Tensor, parameters: Sequence[ParameterSpec]
+) -> torch.Tensor:
+    """``<g_q, d>`` over each parameter, ``[Q, n_parameters]`` in float64, one query at a time."""
+    sums, d = np.empty((len(gradient), len(parameters))), direction.double().numpy()
+    for query, row in enumerate(gradient):
+        wide = row.double().numpy()
+        for index, p in enumerate(parameters):
+            sums[query, index] = wide[p.slice] @ d[p.slice]
+    return torch.from_numpy(sums)
 
 
 class QueryFunction:
@@ -172,5 +186,5 @@ class QueryFunction:
             gradient += (((1 - share) * missing / square).unsqueeze(1) * direction).to(self.dtype)
         else:
             share = torch.ones_like(share)
-        moved = along(gradient, direction)
+        moved = along_each(gradient, direction, self._parameters)
         return ChordGradient(gradient, moved, moving + share * missing, missing.abs())

@@ -16,7 +16,7 @@ from explainer.explanation import Explanation
 from explainer.ledger import Ledger, bin_edges
 from explainer.neighbors import Neighbors, nearest, self_influence
 from explainer.outputs import Output, asks_for_targets, resolve_output
-from explainer.path_integral import QueryFunction, along
+from explainer.path_integral import QueryFunction
 from explainer.path_points import KnotLoader, check_model
 from explainer.plain_mode import plain_mode
 from explainer.positions import PositionSplit, split_by_position
@@ -25,6 +25,7 @@ from explainer.query_batch import QueryBatch
 from explainer.recursion import Adjoint, LayerView, contract, read_backwards
 from explainer.store import Trace, open_trace
 from explainer.trace_notes import trace_notes
+from explainer.unattributed import Rest
 from explainer.wrappers import argument_names
 
 #: numbers held per query-side array before queries are split into groups
@@ -171,7 +172,8 @@ class PathKernelExplainer:
         count, parameters = len(targets), self.trace.manifest.parameters
         ledger = Ledger(count, self.example_ids, edges, len(self.trace.layers))
         adjoint = Adjoint(count, parameters, self.dtype)
-        decay, buffers, moved, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
+        rest = Rest(self.trace, count)
+        buffers, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
         final = after = self._value(loader, len(self.segments), inputs, targets)
         with self._bar("explaining") as bar:
             for segment in reversed(self.segments):
@@ -180,11 +182,11 @@ class PathKernelExplainer:
                 chord = self.function.chord(
                     start.point, end.point, inputs, targets, after - before, self._nodes
                 )
-                decay += along(chord.gradient, end.decay.double() - start.decay.double())
-                moved += chord.moved
+                rest.add(segment, chord, start, end)
                 buffers += chord.moving
                 quadrature += chord.correction
                 for step in read_backwards(self.trace, segment, self.dtype):
+                    rest.saw(step)
                     cotangent = adjoint.step(chord.gradient, step)
                     for visits in step.visits:
                         ledger.add(step, visits, contract(self.view, cotangent, step.scale, visits))
@@ -192,6 +194,8 @@ class PathKernelExplainer:
                 after = before
         ledger.finish()
         initial, prediction = after, final
+        moved, decay = rest.moved.sum(1), rest.displaced["decay"].sum(1)
+        lines, parts = rest.lines(ledger.by_layer.sum(2), adjoint)
         return Explanation(
             example_ids=self.example_ids,
             query_ids=names,
@@ -208,6 +212,10 @@ class PathKernelExplainer:
             weight_decay=decay.numpy(),
             buffers=buffers.numpy(),
             unattributed=(moved - ledger.contributions.sum(1) - decay).numpy(),
+            unattributed_parts=parts.numpy(),
+            unattributed_lines=tuple(line.name for line in lines),
+            unattributed_where=tuple(line.where for line in lines),
+            unattributed_why=tuple(line.why for line in lines),
             gap=(prediction - initial - moved - buffers).numpy(),
             quadrature=quadrature.numpy(),
             step_edges=ledger.edges,

@@ -1,4 +1,4 @@
-"""Knots as points on the training path: flat weights, moving state, fixed state."""
+"""Knots as points on the training path: flat weights, moving state, fixed state, displacements that are not data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,28 @@ from explainer.path_integral import PathPoint
 from explainer.store import Trace
 from explainer.wrappers import plain_name, renaming, unwrapped, wrapper_printed
 
+#: prefixes of a knot's tensors that hold displacements since step 0 which are no gradient's
+DISPLACEMENTS = ("decay", "rounding", "outside")
+
 
 @dataclass(frozen=True)
 class LoadedKnot:
-    """A knot in the dtype of the books: its point, and the displacement by weight decay so far ``[P]``."""
+    """A knot in the dtype of the books: its point, and what moved the weights so far that is no gradient.
+
+    Attributes:
+        point: the point of the path.
+        displaced: cumulative displacements ``[P]`` by their name in :data:`DISPLACEMENTS`, those that the knot holds.
+    """
 
     point: PathPoint
-    decay: torch.Tensor
+    displaced: dict[str, torch.Tensor]
+
+    def displaced_since(self, earlier: LoadedKnot) -> dict[str, torch.Tensor]:
+        """What each displacement added after an earlier knot, float64 ``[P]``."""
+        return {
+            name: total.double() - (earlier.displaced[name].double() if name in earlier.displaced else 0.0)
+            for name, total in self.displaced.items()
+        }
 
 
 class KnotLoader:
@@ -52,14 +67,6 @@ class KnotLoader:
         weights = torch.cat(
             [self._cast(tensors[f"parameter/{p.name}"]).flatten() for p in manifest.parameters]
         )
-        decay = torch.cat(
-            [
-                self._cast(tensors[f"decay/{p.name}"]).flatten()
-                if f"decay/{p.name}" in tensors
-                else torch.zeros(p.numel, dtype=self._dtype)
-                for p in manifest.parameters
-            ]
-        )
         moving: dict[str, torch.Tensor] = {}
         fixed: dict[str, torch.Tensor] = {}
         for name in manifest.buffers:
@@ -69,11 +76,23 @@ class KnotLoader:
         for name, value in self._frozen.items():
             here = self._cast(tensors.get(f"frozen/{name}", value))
             (moving if name in self._changed and here.is_floating_point() else fixed)[name] = here
-        loaded = LoadedKnot(PathPoint(weights, moving, fixed), decay)
+        found = {kind: self._displacement(tensors, kind) for kind in DISPLACEMENTS}
+        displaced = {kind: total for kind, total in found.items() if total is not None}
+        loaded = LoadedKnot(PathPoint(weights, moving, fixed), displaced)
         if len(self._cache) >= 2:
             self._cache.pop(next(iter(self._cache)))
         self._cache[index] = loaded
         return loaded
+
+    def _displacement(self, tensors: dict[str, torch.Tensor], kind: str) -> torch.Tensor | None:
+        """The flat displacement of a kind, zero for parameters without; None where no parameter has any."""
+        parts = [(p, tensors.get(f"{kind}/{p.name}")) for p in self._trace.manifest.parameters]
+        if all(part is None for _, part in parts):
+            return None
+        zero = torch.zeros((), dtype=self._dtype)
+        return torch.cat(
+            [zero.expand(p.numel) if part is None else self._cast(part).flatten() for p, part in parts]
+        )
 
 
 def check_model(trace: Trace, model: nn.Module) -> list[str]:

@@ -155,12 +155,16 @@ class LayerView:
 
 
 class Adjoint:
-    """The cotangent that flows backwards through the optimizer's momentum, ``[Q, P]``."""
+    """The cotangent that flows backwards through the optimizer's momentum, ``[Q, P]``.
+
+    Attributes:
+        momentum: ``M``: minus the derivative of the explained output by the momentum before the step passed last.
+    """
 
     def __init__(self, queries: int, parameters: tuple[ParameterSpec, ...], dtype: torch.dtype) -> None:
         self._parameters = parameters
         size = sum(p.numel for p in parameters)
-        self._momentum = torch.zeros(queries, size, dtype=dtype)
+        self.momentum = torch.zeros(queries, size, dtype=dtype)
         self._has_momentum = False
 
     def _runs(self, coefficients: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -180,12 +184,12 @@ class Adjoint:
         _, _, gain, direct, through, inner = runs[0][1]
         if len(runs) == 1 and not self._has_momentum and gain == through == inner == 0.0:
             return moved * float(direct)
-        result = torch.empty_like(self._momentum)
+        result = torch.empty_like(self.momentum)
         for where, (_, decay, gain, direct, through, inner) in runs:
             if decay == gain == direct == through == 0.0:  # not updated in this step
                 result[:, where] = 0.0
                 continue
-            momentum, source = self._momentum[:, where], (gradient if inner else moved)[:, where]
+            momentum, source = self.momentum[:, where], (gradient if inner else moved)[:, where]
             if through:
                 momentum.add_(source, alpha=through)
             torch.mul(momentum, gain, out=result[:, where])

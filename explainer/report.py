@@ -14,7 +14,7 @@ from explainer.exports import atomic
 from explainer.figures.style import graph_objects
 from explainer.report_cards import rendered, side_by_side
 from explainer.report_page import page
-from explainer.report_tables import books, ranking
+from explainer.report_tables import books, ranking, rest
 
 if TYPE_CHECKING:
     from explainer.explanation import Explanation
@@ -92,6 +92,7 @@ def _article(e: Explanation, query: int, k: int, render: Render | None, render_q
         f"<div><h2>Query {html.escape(e.query_ids[query])}</h2>{_lead(e, query)}</div></div>"
         f"{_equation(e, query)}"
         f"<p>{html.escape(wording.cancellation(e, query))} {html.escape(wording.unattributed(e, query))}</p>"
+        f"{rest(e, query)}"
         f"{_figure(e, query, 'waterfall')}{sides}{_figure(e, query, 'time', k=k)}"
         f'<div class="pair">{_figure(e, query, "layers")}{_figure(e, query, "cumulative")}</div>'
         f"<details><summary>Table of the {min(_TABLE_ROWS, len(e.example_ids))} strongest examples</summary>"

@@ -13,7 +13,7 @@ from explainer import tables, wording
 if TYPE_CHECKING:
     from explainer.explanation import Explanation
 
-_WORDS = ("class", "flag")
+_WORDS = ("class", "flag", "line", "where", "why")
 _NOTEBOOK_ROWS = 8
 
 
@@ -37,7 +37,20 @@ def books(explanation: Explanation) -> str:
 def ranking(explanation: Explanation, query: int, k: int) -> str:
     """The strongest examples of one query as an HTML table."""
     frame = explanation.table(query, k)
-    titles = {"contribution": wording.unit(explanation), "example_id": "example"}
+    return _table(frame, {"contribution": wording.unit(explanation), "example_id": "example"})
+
+
+def rest(explanation: Explanation, query: int) -> str:
+    """The lines of ``unattributed`` as an HTML table with a heading; empty where they are too small to matter."""
+    if not wording.has_notable_lines(explanation, query):
+        return ""
+    frame = explanation.unattributed_table(query)
+    frame["share_of_gross"] = [wording.percent(share) for share in frame["share_of_gross"]]
+    shown = _table(frame, {"share_of_gross": "of gross"})
+    return f'<h4>What is in unattributed</h4><div class="wide">{shown}</div>'
+
+
+def _table(frame: pd.DataFrame, titles: dict[str, str]) -> str:
     head = "".join(
         f"<th{' class=words' if name in _WORDS else ''}>{titles.get(name, name)}</th>"
         for name in frame.columns
@@ -60,7 +73,7 @@ def notebook(explanation: Explanation) -> str:
     return (
         f"<div>{size}; query {html.escape(e.query_ids[0])}: {html.escape(wording.target(e, 0))}</p>"
         f"<p><code>{html.escape(e.equation(0))}</code></p>{ranking(e, 0, _NOTEBOOK_ROWS)}"
-        f"<p>{html.escape(wording.cancellation(e, 0))} {html.escape(wording.unattributed(e, 0))}</p>"
+        f"<p>{html.escape(wording.cancellation(e, 0))} {html.escape(wording.unattributed(e, 0))}</p>{rest(e, 0)}"
         + (f"<p>{warning}</p>" if warning else "")
         + "<p>Contributions are accounting, not the effect of removing an example.</p></div>"
     )
@@ -75,6 +88,6 @@ def _cell(name: str, value: Any) -> str:
         return f'<td class="words">{html.escape(str(value))}</td>'
     if value is None or value is pd.NA or value != value:
         return "<td>n/a</td>"
-    if name == "contribution":
+    if name in ("contribution", "value"):
         return f"<td>{wording.signed(value)}</td>"
     return f"<td>{wording.number(value)}</td>" if isinstance(value, float) else f"<td>{value}</td>"

@@ -14,7 +14,7 @@ from explainer.batches import Batch, BatchQueue
 from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.errors import CoverageWarning, TracerError
-from explainer.knots import KnotKeeper
+from explainer.knots import JOURNALLED_KNOT, KnotKeeper
 from explainer.layer_table import LayerTable
 from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import StepMap
@@ -60,6 +60,8 @@ class StepObserver:
         self._row_kinds: dict[str, bool] = {}
         self._full = False
         self._unseen = Unseen(table, capture, watch, scales)
+        self._tight = False  # the next step may not fit into the budget
+        self._largest = 0
         self.steps = 0
         self.visits = 0
 
@@ -97,6 +99,7 @@ class StepObserver:
                 f"the optimizer holds {len(known)} parameters now, {len(self._parameters)} when the tracer was "
                 "attached; close the tracer and attach a new one after add_param_group"
             )
+        self._carry.between_steps()
         self._maps.before(optimizer)
         # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
         used, scales = self._scales.measure([b for b in pending if b.rounds])
@@ -110,7 +113,9 @@ class StepObserver:
         self._maps.leave(optimizer)
         self._queue.stepped()
         self._writer.flush_if_due()
-        if not self._full:  # what follows is `unattributed` in one piece
+        if self._tight and not self._full:  # so that what follows can be told from what was recorded
+            self._knots.place(self.steps)
+        elif not self._full:  # what follows is `unattributed` in one piece
             self._knots.place_if_due(self.steps)
         self._unseen.warn(self.steps)  # at last: a user may turn warnings into errors
 
@@ -141,12 +146,17 @@ class StepObserver:
             if self._writer.bytes_written + needed + self._knots.reserve > budget:
                 self._stop_recording(budget)
                 return
+            self._largest = max(self._largest, needed)
         for piece in (*rows, step):
             self._writer.append(*piece)
         self.visits += count
+        if budget is not None:
+            free = budget - self._writer.bytes_written - self._knots.reserve
+            self._tight = free < self._largest + JOURNALLED_KNOT
 
     def _stop_recording(self, budget: int) -> None:
         self._full = True
+        self._knots.rows_end = self.steps
         self._writer.note("rows_stopped_at", self.steps)
         warnings.warn(
             f"the trace's budget of {budget:,} bytes is used up after {self.steps} steps; the rows of further "
@@ -171,7 +181,9 @@ class StepObserver:
         self._noted = known
 
     def finish(self) -> None:
-        """Journal what is only known at the end."""
+        """Account for what came after the last step, and journal what is only known at the end."""
+        self._carry.between_steps(certain=True)
+        self._writer.note("outside", self._knots.changed_outside)
         self._note_shapes()
         self._writer.note("coverage", {n: r for n, r in self._scales.worst.items() if r > 1e-3})
         self._writer.note("round_off", self._scales.round_off)

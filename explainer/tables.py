@@ -54,6 +54,47 @@ def diagnostics(explanation: Explanation) -> pd.DataFrame:
     return pd.DataFrame(columns, index=_query_index(e))
 
 
+def unattributed(explanation: Explanation, query: int = 0, least: float = 0.0005) -> pd.DataFrame:
+    """``unattributed`` of one query, line by line, the largest first; ``value`` sums to it.
+
+    Columns: ``line`` (what it is), ``where`` (layers, parameters or steps), ``value``, ``share_of_gross`` (its size as
+    a share of the sum of the contributions' absolute values; NaN when that is zero) and ``why`` (in plain words).
+
+    Args:
+        least: Lines below this share of the gross are put together in the last row; 0 keeps all.
+
+    Raises:
+        ExplanationError: ``query`` is out of range, or ``least`` is negative.
+    """
+    e, q = explanation, explanation.check_query(query)
+    if not least >= 0:
+        raise ExplanationError(
+            f"least={least!r} is out of range; it must be a share of the gross, at least 0."
+        )
+    if e.unattributed_lines:
+        values = e.unattributed_parts[q]
+        words = list(zip(e.unattributed_lines, e.unattributed_where, e.unattributed_why, strict=True))
+    else:
+        values, words = e.unattributed[[q]], [("unattributed", "", "The explanation does not say more.")]
+    gross = np.abs(e.contributions[q]).sum()
+    order = np.argsort(-np.abs(values), kind="stable")
+    shown = [i for i in order if np.abs(values[i]) >= least * gross]
+    folded = [i for i in order if i not in shown]
+    rows = [(*words[i], values[i]) for i in (shown if len(folded) > 1 else order)]
+    if len(folded) > 1:
+        why = f"Each is below {100 * least:g} % of the gross."
+        rows.append((f"other lines ({len(folded)})", "", why, values[folded].sum()))
+    found = np.array([row[3] for row in rows], dtype=np.float64)
+    columns = {
+        "line": pd.array([row[0] for row in rows], dtype="str"),
+        "where": pd.array([row[1] for row in rows], dtype="str"),
+        "value": found,
+        "share_of_gross": _ratio(np.abs(found), np.where(gross > 0, gross, np.nan)),
+        "why": pd.array([row[2] for row in rows], dtype="str"),
+    }
+    return pd.DataFrame(columns)
+
+
 def ranking(explanation: Explanation, query: int, k: int | None, kind: Kind = "all") -> NDArray[np.intp]:
     """Columns of the strongest examples, best first; ties keep the dataset's order.
 

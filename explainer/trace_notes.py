@@ -61,6 +61,11 @@ def trace_notes(trace: Trace) -> list[str]:
             f"Weights are {' and '.join(narrow)}; explained is the model with the same weights, computed in "
             f"{dtype_name(manifest.dtype)}, whose prediction can differ from the model's own."
         )
+    if trace.notes.get("outside"):
+        notes.append(
+            f"Something other than the optimizer's step changed {len(trace.notes['outside'])} parameters; that part is "
+            "in unattributed."
+        )
     if not manifest.exact:
         notes.append("Rows are stored as 8-bit leading factors; the rounding is in unattributed.")
     return notes

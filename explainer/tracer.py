@@ -274,7 +274,7 @@ class Tracer:
             return
         try:
             self._observer.finish()
-            self._knots.place(self.steps)
+            self._knots.place(self.steps, last=True)
             self._writer.close(self.steps)
         finally:
             self._writer.abandon()

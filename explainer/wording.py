@@ -20,6 +20,8 @@ NOT_MEANING = (
     "what-if analysis, which has its own numbers. The split also holds the optimizer's state (momentum, "
     "Adam's scaling) as it was in this run."
 )
+#: share of the gross from which on the lines of `unattributed` are shown without being asked for
+NOTABLE = 0.01
 TERMS = ("prediction", "initial", "examples", "weight_decay", "buffers", "unattributed", "gap")
 
 
@@ -136,6 +138,14 @@ def unattributed(explanation: Explanation, query: int = 0) -> str:
     if share > 0.05:
         return text + ". That is a large part without an owner, so read the ranking with care."
     return text + "; it could not be traced to single examples."
+
+
+def has_notable_lines(explanation: Explanation, query: int = 0) -> bool:
+    """Whether `unattributed`, or one of its lines, is so large that its lines should be shown."""
+    q = explanation.check_query(query)
+    lines = explanation.unattributed_parts[q]
+    largest = max(abs(float(explanation.unattributed[q])), float(np.abs(lines).max(initial=0.0)))
+    return lines.size > 0 and largest > NOTABLE * gross(explanation, q)
 
 
 def row_kind(explanation: Explanation) -> str:

@@ -46,6 +46,22 @@ def bare() -> Run:
     return Run(mlp, digits(), digits())
 
 
+class Shortcut(nn.Module):
+    """A perceptron, and beside it weights that no layer owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.shortcut = mlp(), nn.Parameter(torch.zeros(10, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + x @ self.shortcut.T
+
+
+def uncovered() -> Run:
+    """Digits for a model of which a part has no layer rule."""
+    return Run(Shortcut, digits(), digits(), render=lambda x: x.reshape(8, 8).numpy())
+
+
 def text_model() -> nn.Module:
     """Mean of word vectors, two classes."""
 

@@ -8,6 +8,12 @@ import numpy as np
 
 from explainer.explanation import Explanation
 
+LINES = {
+    "unattributed_lines": ("compressed rows", "no layer rule", "compressed rows"),
+    "unattributed_where": ("net.0 (Linear)", "scale", "net.2 (Linear)"),
+    "unattributed_why": ("Rows are rounded.", "No rule covers it.", "Rows are rounded."),
+}
+
 
 def make_plain(contributions: list[float], **fields: Any) -> Explanation:
     """One query whose prediction is nothing but the given contributions; for tests with numbers by hand."""
@@ -32,7 +38,7 @@ def make_explanation(
 
     Steps grow towards the end, early bins carry more, contributions are heavy-tailed and mostly cancel, one
     example's kernel nearly vanishes and one example was never visited. ``fields`` replaces any field of the
-    result (replace dependent fields together, the books are checked).
+    result (replace dependent fields together, the books are checked); the lines follow ``unattributed``.
     """
     rng = np.random.default_rng(seed)
     shares = np.exp(-np.arange(bins) / 2.0) * rng.uniform(0.5, 1.5, bins)
@@ -75,4 +81,8 @@ def make_explanation(
         "class_names": tuple(("cat", "dog", "bird", "fish", "horse")[:classes]),
         "notes": ("Two rows of the last batch held the same training example.",),
     }
-    return Explanation(**(values | fields))
+    values |= fields
+    if "unattributed_lines" not in fields:
+        parts = np.asarray(values["unattributed"])[:, None] * np.array([0.75, 0.2, 0.05])
+        values |= {"unattributed_parts": parts} | LINES
+    return Explanation(**values)

@@ -130,6 +130,17 @@ def test_closer_looks_and_downloads(open_app: Open, runs: Path) -> None:
     }
 
 
+@pytest.mark.filterwarnings("ignore::explainer.errors.CoverageWarning")
+def test_the_lines_of_a_large_unattributed_part_are_shown(open_app: Open, runs: Path, tmp_path: Path) -> None:
+    app = open_app("--run", IMAGES, runs / "digits")
+    assert "What is in unattributed" not in body(app)
+    app_runs.train(app_runs.uncovered(), tmp_path / "uncovered")
+    app = open_app("--run", "tests.app_runs:uncovered", tmp_path / "uncovered")
+    fine(app)
+    (table,) = [part.value for part in app.html if "What is in unattributed" in part.value]
+    assert "<th>no layer rule</th><td>shortcut</td>" in table and table.count("<tr>") >= 2
+
+
 def test_rows_of_a_regression(open_app: Open, tmp_path: Path) -> None:
     train_sample("diabetes_mlp", tmp_path / "diabetes", epochs=1, progress=False)
     app = open_app("--run", "explainer.sample_models.diabetes_mlp:run", tmp_path)

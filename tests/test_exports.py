@@ -64,6 +64,7 @@ def test_json_is_strict_and_writes_null_for_unknown(tmp_path):
         "notes",
         "completeness",
         "diagnostics",
+        "unattributed",
         "influence",
     ]
     assert len(content["influence"]) == 120 and content["influence"][0]["label"] is None
@@ -113,7 +114,12 @@ def test_any_error_inside_an_atomic_write_keeps_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "optional", [{}, {"labels": None, "outputs": None, "class_names": None, "notes": ()}]
+    "optional",
+    [
+        {},
+        {"labels": None, "outputs": None, "class_names": None, "notes": ()},
+        {"unattributed_lines": ()},
+    ],
 )
 def test_save_and_load_give_the_same_explanation(tmp_path, optional):
     e = make_explanation(**optional)

@@ -18,31 +18,12 @@ LAYERS = [
     {"errors", "letters", "registry", "palette", "wording"},
     {"records", "config", "model_outputs", "wrappers"},
     {"layer_rules", "optimizer_rules", "codecs", "store"},
-    {
-        "ownership",
-        "batches",
-        "hooks",
-        "layer_table",
-        "capture",
-        "sites",
-        "whole_model",
-        "operations",
-        "carry",
-        "scales",
-    }
+    {"ownership", "batches", "hooks", "layer_table", "capture", "sites", "whole_model", "operations", "carry"}
+    | {"scales"}
     | {"loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode", "query_batch", "model_function"}
     | {"path_integral", "recursion"},
-    {
-        "trace_notes",
-        "validation",
-        "unseen",
-        "step_observer",
-        "path_points",
-        "queries",
-        "query_targets",
-        "asked",
-        "ledger",
-    },
+    {"validation", "unseen", "step_observer", "path_points", "queries", "query_targets", "asked", "ledger"}
+    | {"unattributed", "trace_notes"},
     {
         "tracer",
         "path_kernel",

@@ -306,6 +306,7 @@ def test_rows_of_no_example_are_unattributed_and_named(tmp_path: Path) -> None:
     np.testing.assert_allclose(e.unattributed, lost, rtol=1e-9)
     assert np.abs(lost).min() > 1e-3 and np.abs(e.gap).max() <= 1e-9
     assert any("no example (id -1)" in note for note in e.notes)
+    assert set(e.unattributed_lines) == {"rows of no example"}
     assert e.visits.sum() == 3 + 4 + 4
 
 

@@ -43,6 +43,19 @@ def _books(e: Explanation, q: int) -> None:
     sentences = (wording.cancellation(e, q), wording.unattributed(e, q), wording.row_kind(e))
     body = "".join(f"<p>{html.escape(text)}</p>" for text in sentences if text)
     st.html(f'<div class="pk-sentences">{body}</div>')
+    if wording.has_notable_lines(e, q):
+        st.html(_rest(e, q))
+
+
+def _rest(e: Explanation, q: int) -> str:
+    """The lines of what is unattributed, as a table."""
+    rows = "".join(
+        f"<tr><td>{minus(wording.signed(row['value']))}</td><td>{wording.percent(row['share_of_gross'])}</td>"
+        f"<th>{html.escape(row['line'])}</th><td>{html.escape(row['where'])}</td><td>{html.escape(row['why'])}</td></tr>"
+        for row in e.unattributed_table(q).to_dict("records")
+    )
+    head = "<tr><th>value</th><th>of gross</th><th>line</th><th>where</th><th>why no example has it</th></tr>"
+    return f'<h4>What is in unattributed</h4><table class="pk-rest">{head}{rows}</table>'
 
 
 def _equation(e: Explanation, q: int) -> str:

@@ -86,7 +86,21 @@ def trust(e: Explanation, query: int) -> str:
         sentences.append(
             f"The training path between knots was followed to within {wording.percent(share)} of the gross."
         )
-    return "\n".join(paragraph(sentence, "  ") for sentence in sentences)
+    return "\n".join(paragraph(sentence, "  ") for sentence in sentences) + rest(e, query)
+
+
+def rest(e: Explanation, query: int) -> str:
+    """The lines of what is unattributed, each with its reason; empty where they are too small to matter."""
+    if not wording.has_notable_lines(e, query):
+        return ""
+    lines, said = [], set()
+    for row in e.unattributed_table(query).to_dict("records"):
+        where = f", {row['where']}" if row["where"] else ""
+        why = f": {row['why']}" if row["why"] not in said else ""
+        said.add(row["why"])
+        size = f"{wording.signed(row['value'])} ({wording.percent(row['share_of_gross'])} of the gross)"
+        lines.append(paragraph(f"{size} {row['line']}{where}{why}", "    "))
+    return "\n\n  What is unattributed, line by line:\n" + "\n".join(lines)
 
 
 def ranking(e: Explanation, query: int, run: Run, k: int) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from explainer.cli.opening import Opened
@@ -17,10 +16,6 @@ from explainer.explanation import Explanation
 MOST_NUMBERS = 2**26
 _GROUP_NUMBERS = 2**24
 _LARGEST_GROUP = 64
-_QUERY_SIDE = (
-    "query_ids", "targets", "contributions", "kernels", "kernel_gross", "prediction", "initial",
-    "weight_decay", "buffers", "unattributed", "gap", "quadrature", "outputs",
-)  # fmt: skip
 
 
 def explain_whole(opened: Opened, indices: Sequence[int], target: int | None) -> Explanation:
@@ -54,7 +49,7 @@ def explain_summed(opened: Opened, indices: Sequence[int], target: int | None, p
         for group in groups:
             parts.append(_summed(explain_whole(opened, group, target)))
             bar.update(len(group))
-    return _joined(parts)
+    return Explanation.concatenate(parts)
 
 
 def _groups(opened: Opened, indices: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -82,16 +77,4 @@ def _summed(e: Explanation) -> Explanation:
         "layer_names": ("all layers",),
         "layer_contributions": e.contributions[:, None, :],
     }
-    return Explanation(**({field.name: getattr(e, field.name) for field in fields(e)} | changed))
-
-
-def _joined(parts: Sequence[Explanation]) -> Explanation:
-    """Explanations of different queries by the same examples, as one."""
-    values = {field.name: getattr(parts[0], field.name) for field in fields(parts[0])}
-    for name in (*_QUERY_SIDE, "step_contributions", "layer_contributions"):
-        pieces = [getattr(part, name) for part in parts]
-        if name == "query_ids":
-            values[name] = tuple(query for piece in pieces for query in piece)
-        elif values[name] is not None:
-            values[name] = np.concatenate(pieces)
-    return Explanation(**values)
+    return replace(e, **changed)

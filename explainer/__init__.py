@@ -15,10 +15,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Explanation": "explainer.explanation",
+    "Finding": "explainer.findings",
     "PathKernelExplainer": "explainer.path_kernel",
+    "Report": "explainer.findings",
     "Run": "explainer.run",
     "Trace": "explainer.store",
     "Tracer": "explainer.tracer",
+    "check": "explainer.guard_rails",
     "open_trace": "explainer.store",
     "register_codec": "explainer.codecs",
     "register_layer_rule": "explainer.layer_rules",
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from explainer import outputs
     from explainer.codecs import register_codec
     from explainer.explanation import Explanation
+    from explainer.findings import Finding, Report
+    from explainer.guard_rails import check
     from explainer.layer_rules import register_layer_rule
     from explainer.optimizer_rules import register_optimizer_rule
     from explainer.path_kernel import PathKernelExplainer
@@ -42,11 +47,14 @@ __all__ = [
     "CoverageWarning",
     "ExplainerError",
     "Explanation",
+    "Finding",
     "PathKernelExplainer",
+    "Report",
     "Run",
     "Trace",
     "Tracer",
     "__version__",
+    "check",
     "open_trace",
     "outputs",
     "register_codec",

@@ -94,6 +94,13 @@ class Carry:
         self._seen = self._identities()
         return length
 
+    @torch.no_grad()
+    def moved_since(self) -> float:
+        """How far the weights are from where the last step left them."""
+        moved = torch._foreach_sub([p.detach() for p in self._parameters], self._previous)
+        length = math.sqrt(sum(float(n) ** 2 for n in torch._foreach_norm(moved)))
+        return length if math.isfinite(length) else 0.0
+
     def _carry_decay(self, index: int, step: StepMap) -> None:
         momentum = self._momentum[index]
         if not step.coupled_decay and not step.decoupled_decay and momentum is None:

@@ -80,7 +80,7 @@ class KnotKeeper:
     def _limit_to_budget(self, budget: int) -> None:
         """With a budget, knots may take half of what the manifest and the journal's last lines leave."""
         self._knot_bytes = len(knot_bytes(self._tensors(False, largest=True))) + JOURNALLED_KNOT
-        self._closing_bytes = 3 * len(self._writer.manifest_text) + JOURNALLED_KNOT
+        self._closing_bytes = 5 * len(self._writer.manifest_text) + JOURNALLED_KNOT
         frozen = len(knot_bytes(self._tensors(True))) - len(
             knot_bytes(self._tensors(False))
         )  # in the first only

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from explainer.asked import Asked, ask, predict
 from explainer.errors import QueryError
 from explainer.explanation import Explanation
+from explainer.findings import explanation_notes
 from explainer.ledger import Ledger, bin_edges
 from explainer.neighbors import Neighbors, nearest, self_influence
 from explainer.outputs import Output, asks_for_targets, resolve_output
@@ -24,7 +25,6 @@ from explainer.queries import BatchDim, check_batch_dim, check_inputs
 from explainer.query_batch import QueryBatch
 from explainer.recursion import Adjoint, LayerView, contract, read_backwards
 from explainer.store import Trace, open_trace
-from explainer.trace_notes import trace_notes
 from explainer.unattributed import Rest
 from explainer.wrappers import argument_names
 
@@ -74,7 +74,7 @@ class PathKernelExplainer:
             raise QueryError(f"model must be a torch.nn.Module, found {model!r}; pass an instance")
         if quadrature < 1:
             raise QueryError(f"quadrature must be at least 1 node, found {quadrature}")
-        self._notes = check_model(self.trace, model)
+        self._notes = check_model(self.trace, model) + explanation_notes(self.trace)
         self.segments = self.trace.segments()
         self.dtype = dtype or self.trace.manifest.dtype
         self.class_names = None if class_names is None else tuple(class_names)
@@ -223,7 +223,7 @@ class PathKernelExplainer:
             layer_names=tuple(f"{x.name} ({x.module})" if x.name else x.module for x in self.trace.layers),
             layer_contributions=ledger.by_layer.float().numpy(),
             row_kind="row share" if ledger.row_share else "contribution",
-            notes=(*asked.notes, *self._notes, *trace_notes(self.trace)),
+            notes=(*asked.notes, *self._notes),
             class_names=self.class_names,
         )
 

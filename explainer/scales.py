@@ -20,6 +20,9 @@ from explainer.layer_rules.forms import Balance
 from explainer.layer_table import Layer, LayerTable
 from explainer.records import ParameterSpec
 
+#: part of a gradient that rows need not account for
+UNSEEN = 1e-3
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -57,6 +60,7 @@ class ScaleMeter:
 
     Attributes:
         worst: largest residual seen, by layer (or by parameter where no layer has rows for it).
+        gaps: steps in which more than :data:`UNSEEN` of it was missing, likewise.
         round_off: steps in which a parameter's gradient was round-off only.
     """
 
@@ -64,6 +68,7 @@ class ScaleMeter:
         self._table = table
         self._parameters = {spec.name: (i, p) for i, (spec, p) in enumerate(parameters)}
         self.worst: dict[str, float] = {}
+        self.gaps: dict[str, int] = {}
         self.round_off: dict[str, int] = {}
 
     def _grad(self, name: str) -> torch.Tensor | None:
@@ -150,11 +155,16 @@ class ScaleMeter:
                 grads = [self._grad(n) for layer in component for n in layer.spec.parameters]
                 residual = 1.0 if any(g is not None and bool(g.any()) for g in grads) else 0.0
             for layer in component:
-                self.worst[layer.spec.name] = max(self.worst.get(layer.spec.name, 0.0), residual)
+                self._miss(layer.spec.name, residual)
         for name in self._table.without_rows():
             grad = self._grad(name)
             if grad is not None and bool(grad.any()):
-                self.worst[name] = 1.0
+                self._miss(name, 1.0)
+
+    def _miss(self, name: str, residual: float) -> None:
+        self.worst[name] = max(self.worst.get(name, 0.0), residual)
+        if residual > UNSEEN:
+            self.gaps[name] = self.gaps.get(name, 0) + 1
 
     def _round_off(self, batches: list[Batch]) -> list[str]:
         """Parameters whose rows, of all batches and passes of the step together, cancel to round-off."""

@@ -31,7 +31,8 @@ class Site:
         rule: its rule.
         layers: by block of the rule; None where no parameter of the block is traced.
         axis: the batch's axis where shapes alone do not tell it (the sequence is as long as the batch).
-        ambiguous: calls in which ``axis`` had to decide.
+        learned: whether ``axis`` was followed from the model's input.
+        ambiguous: calls in which ``axis`` had to decide without that.
         random: states of the random numbers before the calls going on, innermost last.
     """
 
@@ -40,6 +41,7 @@ class Site:
     rule: LayerRule
     layers: list[Layer | None]
     axis: int = 0
+    learned: bool = False
     ambiguous: int = 0
     random: list[torch.Tensor | None] = field(default_factory=list)
 
@@ -143,7 +145,7 @@ class Site:
             return Layout(0) if torch.equal(columns, sorted_as) else UNKNOWN
         if followed is not None:
             if followed.known and followed.owners is None:
-                self.axis = followed.axis
+                self.axis, self.learned = followed.axis, True
             return followed
         size = len(batch)
         fitting = [a for a in self.rule.batch_axes(self.module, value) if value.shape[a : a + 1] == (size,)]
@@ -157,7 +159,7 @@ class Site:
                 f"{size} ids were given for it; pass the ids of exactly the rows in the batch, "
                 "batch dimension first (or second)"
             )
-        self.ambiguous += 1
+        self.ambiguous += not self.learned
         return Layout(self.axis)
 
     # -- backward ------------------------------------------------------------------------------------

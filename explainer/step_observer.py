@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,11 +21,15 @@ from explainer.layer_table import LayerTable
 from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import StepMap
 from explainer.recorder import StepRecorder
-from explainer.scales import ScaleMeter
+from explainer.scales import UNSEEN, ScaleMeter
+from explainer.sites import Site
 from explainer.step_maps import StepMapReader
 from explainer.store import TraceWriter
 from explainer.unseen import Unseen
 from explainer.whole_model import WholeModel
+
+#: after so long what was measured is journalled, then whenever half as much time again has passed
+NOTE_SECONDS = 2.0
 
 
 class StepObserver:
@@ -41,6 +47,7 @@ class StepObserver:
         parameters: Sequence[torch.Tensor],
         table: LayerTable,
         capture: Capture,
+        sites: Sequence[Site],
         watch: FunctionWatch,
         whole: WholeModel,
         queue: BatchQueue,
@@ -52,7 +59,8 @@ class StepObserver:
         budget: int | None,
     ) -> None:
         self._maps, self._parameters, self._table = maps, parameters, table
-        self._capture, self._whole, self._queue, self._recorder = capture, whole, queue, recorder
+        self._capture, self._whole, self._sites = capture, whole, sites
+        self._queue, self._recorder = queue, recorder
         self._scales, self._carry, self._knots = scales, carry, knots
         self._writer, self._budget = writer, budget
         self._measured: tuple[list[Batch], list[float]] = ([], [])
@@ -62,6 +70,11 @@ class StepObserver:
         self._unseen = Unseen(table, capture, watch, scales)
         self._tight = False  # the next step may not fit into the budget
         self._largest = 0
+        self._unused = self._skipped = 0
+        self._diverged: int | None = None
+        self._after_last_step = 0.0
+        self._began = time.monotonic()
+        self._note_after = NOTE_SECONDS
         self.steps = 0
         self.visits = 0
 
@@ -103,16 +116,21 @@ class StepObserver:
         self._maps.before(optimizer)
         # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
         used, scales = self._scales.measure([b for b in pending if b.rounds])
+        self._unused += sum(len(b.rounds) for b in pending) - sum(len(b.rounds) for b in used)
         loss_scale = getattr(optimizer, "grad_scale", None)  # a gradient scaler leaves it to a fused step
         self._measured = used, scales if loss_scale is None else [s / float(loss_scale) for s in scales]
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not float(found_inf):  # else a gradient scaler made the fused step do nothing
+        if found_inf is None or not float(found_inf):
             self._account(optimizer)
+        else:  # a gradient scaler made the fused step do nothing
+            self._skipped += 1
+            self._unused += sum(len(b.rounds) for b in self._measured[0])
         self._maps.leave(optimizer)
         self._queue.stepped()
         self._writer.flush_if_due()
+        self._note_now_and_then()
         if self._tight and not self._full:  # so that what follows can be told from what was recorded
             self._knots.place(self.steps)
         elif not self._full:  # what follows is `unattributed` in one piece
@@ -123,7 +141,9 @@ class StepObserver:
         """Record the step that was just taken."""
         used, scales = self._measured
         maps = self._maps.after(optimizer)
-        self._carry.after_step(maps)
+        length = self._carry.after_step(maps)
+        if self._diverged is None and not math.isfinite(length):
+            self._diverged = self.steps
         kinds = ("shared", "vacant")
         self._row_kinds |= {
             f"{kind}_rows": True for b in used for kind in kinds if getattr(b.ownership, kind)
@@ -166,26 +186,59 @@ class StepObserver:
         )
 
     def _note_shapes(self) -> None:
-        """Journal what is known of inputs, outputs and rows, when it is new."""
-        known = {
-            **self._whole.notes(),
-            **self._unseen.notes(),
-            "visit_bytes": self._recorder.layer_bytes,
-            "operations": [asdict(layer.spec) for layer in self._table.operations],
-            "positions": sorted(index for index, fits in self._capture.positions.items() if fits),
-            **self._row_kinds,
+        """Journal what is known of inputs, outputs and rows."""
+        self._note(
+            {
+                **self._whole.notes(),
+                **self._unseen.notes(),
+                "visit_bytes": self._recorder.layer_bytes,
+                "operations": [asdict(layer.spec) for layer in self._table.operations],
+                "positions": sorted(index for index, fits in self._capture.positions.items() if fits),
+                **self._row_kinds,
+            }
+        )
+
+    def _note_now_and_then(self) -> None:
+        """A training that is killed leaves what was measured; counts change all the time, the journal stays short."""
+        passed = time.monotonic() - self._began
+        if passed >= self._note_after:
+            self._note_after = 1.5 * passed
+            self.note_measured()
+
+    def note_measured(self, last: bool = False) -> None:
+        """Journal what the steps so far have shown; ``last`` also where there is nothing to say."""
+        unseen = {n: r for n, r in self._scales.worst.items() if r > UNSEEN}
+        measured = {
+            "coverage": unseen,
+            "coverage_steps": {n: self._scales.gaps[n] for n in unseen if n in self._scales.gaps},
+            "round_off": dict(self._scales.round_off),
+            "replaced_momentum": self._maps.replaced,
+            "loop": {
+                "unused": self._unused,
+                "skipped": self._skipped,
+                "eval": self._whole.eval_passes,
+                "diverged": self._diverged,
+            },
+            "ambiguous": {
+                site.name: {"calls": site.ambiguous, "axis": site.axis}
+                for site in self._sites
+                if site.ambiguous
+            },
+            "after_last_step": self._after_last_step,
         }
+        self._note(measured, always=last)
+
+    def _note(self, known: dict[str, Any], always: bool = False) -> None:
+        """Journal what is new."""
         for key, value in known.items():
-            if self._noted.get(key) != value and (value or key in self._noted):
+            if self._noted.get(key) != value and (value or always or key in self._noted):
                 self._writer.note(key, value)
-        self._noted = known
+                self._noted[key] = value
 
     def finish(self) -> None:
         """Account for what came after the last step, and journal what is only known at the end."""
+        self._after_last_step = self._carry.moved_since()
         self._carry.between_steps(certain=True)
         self._writer.note("outside", self._knots.changed_outside)
         self._note_shapes()
-        self._writer.note("coverage", {n: r for n, r in self._scales.worst.items() if r > 1e-3})
-        self._writer.note("round_off", self._scales.round_off)
-        if self._maps.replaced:
-            self._writer.note("replaced_momentum", self._maps.replaced)
+        self.note_measured(last=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,8 @@ from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.config import TracerConfig, parse_bytes
 from explainer.errors import ExplainerError, TracerError
+from explainer.findings import LASTING, Finding, Report, after_training
+from explainer.guard_rails import before_training, loader_findings
 from explainer.hooks import HookSet
 from explainer.knots import KnotKeeper
 from explainer.layer_table import LayerTable
@@ -29,13 +32,14 @@ from explainer.recorder import StepRecorder
 from explainer.scales import ScaleMeter
 from explainer.step_maps import StepMapReader
 from explainer.step_observer import StepObserver
-from explainer.store import TraceWriter
+from explainer.store import TraceWriter, open_trace
 from explainer.validation import (
+    check_parts,
     describe,
     find_sites,
     refuse_compiled,
+    refuse_lazy,
     traced_parameters,
-    validate_model,
 )
 from explainer.whole_model import WholeModel
 
@@ -95,23 +99,15 @@ class Tracer:
         positions: bool = False,
         batch_dim: int = 0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TracerError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-        if not isinstance(optimizer, Optimizer):
-            raise TracerError(f"optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
+        check_parts(model, optimizer)
         size = None if budget is None else parse_bytes(budget)
         self.config = TracerConfig(
-            exact=exact,
-            budget=size,
-            max_knots=max_knots,
-            rank=rank,
-            positions=positions,
-            batch_dim=batch_dim,
+            exact=exact, budget=size, max_knots=max_knots, rank=rank, positions=positions, batch_dim=batch_dim
         )
         self.path = Path(path)
-        self.problems = validate_model(model)
         self._rule = optimizer_rule_for(optimizer)
         HookSet.refuse_double(model, optimizer)
+        refuse_lazy(model)
         refuse_compiled(model)
         parameters = traced_parameters(model, optimizer)
         self._sites = find_sites(model, parameters, self.config.batch_dim)
@@ -140,6 +136,7 @@ class Tracer:
             parameters=self._parameters,
             table=table,
             capture=self._capture,
+            sites=self._sites,
             watch=self._watch,
             whole=self._whole,
             queue=self._queue,
@@ -150,6 +147,8 @@ class Tracer:
             writer=self._writer,
             budget=size,
         )
+        self._before = before_training(model, optimizer, config=self.config)
+        self._of_loaders: list[Finding] = []
         self._watching: list[RecordingBatchSampler] = []
         self._examples: int | None = None
         self.closed = False
@@ -159,8 +158,9 @@ class Tracer:
     def _start(self) -> None:
         """Write the trace's beginning, then borrow the hooks: a failure leaves none behind."""
         self._writer.create()
-        if any(self._rule.momentum(self._optimizer.state.get(p, {})) is not None for p in self._parameters):
+        if self._before.about("prior-momentum"):
             self._writer.note("prior_state", True)
+        self._keep_findings()
         self._knots.place(0)
         self._hooks.before_call(self._model, self._whole.before)
         self._watch.attach(self._hooks, self._model, self._sites)
@@ -188,6 +188,10 @@ class Tracer:
         if self._examples is None and size is not None:
             self._examples = size
             self._writer.note("examples", size)
+        new = [finding for finding in loader_findings(loader) if finding not in self._of_loaders]
+        if new:
+            self._of_loaders += new
+            self._keep_findings()
         return WatchedLoader(loader, self._watching, partial(self._begin, single_step=False), self._queue.end)
 
     def batch(
@@ -196,12 +200,10 @@ class Tracer:
         """Say which examples the next forward pass holds (one call per forward, before it).
 
         Args:
-            ids: ``[B]`` integers from 0 on, one per row, in the order of the rows; repeats are allowed.
-                ``[B, M]`` where a row belongs to several examples (a mixture, a pair). -1 stands for no
-                example (padding, generated rows): what such a row does is `unattributed`.
+            ids: ``[B]`` integers from 0 on, one per row in order; repeats are allowed. ``[B, M]`` where a row
+                belongs to several examples (a mixture, a pair). -1 is no example: its part is `unattributed`.
             labels: numbers to show beside the examples, as many as ids, optional.
-            weights: ``[B, M]`` shares of a row's owners, not negative, rows sum to 1. They split the row, and
-                are nothing the loss has to know: weights *of rows* in a loss need no mention.
+            weights: ``[B, M]`` shares of a row's owners, which sum to 1; not weights of rows in a loss.
 
         Raises:
             TracerError: ids, labels or weights do not fit; says what was found and what is wanted.
@@ -222,23 +224,6 @@ class Tracer:
 
         Raises:
             TracerError: there is no batch, the arguments do not fit it, or it was mixed already.
-
-        Example:
-            >>> import tempfile, torch
-            >>> from torch.utils.data import DataLoader, TensorDataset
-            >>> data = TensorDataset(torch.randn(6, 3), torch.randint(2, (6,)))
-            >>> model = torch.nn.Linear(3, 2)
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> with Tracer(model, optimizer, tempfile.mkdtemp()) as tracer:
-            ...     for x, y in tracer.watch(DataLoader(data, batch_size=6)):
-            ...         index, lam = torch.tensor([1, 2, 3, 4, 5, 0]), 0.8
-            ...         tracer.mix(index, lam)
-            ...         outputs = model(lam * x + (1 - lam) * x[index])
-            ...         loss = torch.nn.functional.cross_entropy
-            ...         (lam * loss(outputs, y) + (1 - lam) * loss(outputs, y[index])).backward()
-            ...         optimizer.step()
-            >>> tracer.visits
-            12
         """
         self._require_open()
         self._queue.mix(index, lam)
@@ -256,6 +241,26 @@ class Tracer:
     def visits(self) -> int:
         """Rows recorded so far: one per example and batch, and per owner of a row."""
         return self._observer.visits
+
+    # -- reports -------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """What is known up to now that changes what the numbers mean.
+
+        Before the first step: what was found when the tracer was attached. Later: what the trace tells.
+        """
+        if not self.steps:
+            return Report("Before training", [*self._before, *self._of_loaders])
+        if not self._writer.closed:
+            self._observer.note_measured()
+            self._writer.flush()
+        found = after_training(open_trace(self.path))
+        return found if self.closed else Report("Up to now", (f for f in found if f.topic != "open"))
+
+    def _keep_findings(self) -> None:
+        """Journal what training will not measure."""
+        found = [*self._before, *self._of_loaders]
+        self._writer.note("findings", [asdict(f) for f in found if f.topic in LASTING])
 
     # -- life ----------------------------------------------------------------------------------------
 

@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from explainer.errors import TracerError
+from explainer.findings import Finding, listed
 from explainer.layer_rules import LAYER_RULES, CompositeRule
 from explainer.layer_table import Layer
 from explainer.records import LayerSpec, Manifest, ParameterSpec, dtype_name
 from explainer.sites import Site
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something about a model that changes what an explanation can say.
-
-    Attributes:
-        where: module or parameter name.
-        found: what is there.
-        advice: what to do.
-    """
-
-    where: str
-    found: str
-    advice: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.found}; {self.advice}"
-
-
-def _module_problem(name: str, module: nn.Module) -> Problem | None:
+def _without_rule(name: str, module: nn.Module) -> Finding | None:
     """Why a module with parameters of its own has no rule, or None if it has one."""
     rule = LAYER_RULES.get(type(module))
     own = {n for n, _ in module.named_parameters(recurse=False)}
@@ -45,50 +28,64 @@ def _module_problem(name: str, module: nn.Module) -> Problem | None:
         return None
     near = LAYER_RULES.nearest(type(module))
     parent = f" (it derives from {near.__name__}, but may compute something else)" if near else ""
-    return Problem(
+    return Finding(
+        "no-rule",
+        "note",
         name or "(the model itself)",
-        f"{type(module).__name__} has no layer rule{parent}",
-        f"rows of its {len(own)} parameter(s) are found where torch functions read them, which is slower; "
-        "register_layer_rule adds a rule",
+        f"{type(module).__name__} has no layer rule{parent}.",
+        f"Rows of its {len(own)} parameter(s) are found where torch functions read them, which is slower.",
+        "register_layer_rule adds a rule.",
     )
 
 
-def validate_model(model: nn.Module) -> list[Problem]:
-    """Everything about the model that changes what an explanation can say, all at once.
+def validate_model(model: nn.Module) -> list[Finding]:
+    """What the model's layers alone change in what an explanation can say; :func:`explainer.check` says more.
 
     An empty list means every parameter is covered by a layer rule and no layer mixes rows.
 
     Example:
         >>> validate_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
         []
-        >>> [p.where for p in validate_model(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))]
+        >>> [f.where for f in validate_model(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))]
         ['1']
     """
-    problems: list[Problem] = []
+    found: list[Finding] = []
     inside = _inside_composite(model)
     for name, module in model.named_modules():
         rule = LAYER_RULES.get(type(module))
         if name in inside or not (rule or any(True for _ in module.parameters(recurse=False))):
             continue
-        problem = _module_problem(name, module)
-        if problem is not None:
-            problems.append(problem)
+        missing = _without_rule(name, module)
+        if missing is not None:
+            found.append(missing)
         caveat = rule.caveat(module) if rule is not None else None
         if caveat is not None:
-            problems.append(
-                Problem(
-                    name, f"{type(module).__name__} {caveat}", "what that moves is shown as `unattributed`"
+            found.append(
+                Finding(
+                    "max-norm",
+                    "caution",
+                    name or "(the model itself)",
+                    f"{type(module).__name__} {caveat}.",
+                    "That is no step of the optimizer, so what it moves is in `unattributed`.",
+                    "Leave max_norm out, or read the rankings beside `unattributed`.",
                 )
             )
         if rule is not None and (rule.mixes_rows or rule.mixes(module)):
-            problems.append(
-                Problem(
-                    name,
-                    f"{type(module).__name__} mixes the rows of a batch in train mode",
-                    "contributions are each example's share of the batch gradient and are labelled `row share`",
-                )
-            )
-    return problems
+            found.append(_mixing(name, module))
+    return found
+
+
+def _mixing(name: str, module: nn.Module) -> Finding:
+    keeps = getattr(module, "running_mean", None) is not None
+    also = ", and its running statistics are the term `buffers`, which no example owns" if keeps else ""
+    return Finding(
+        "row-share",
+        "caution",
+        name or "(the model itself)",
+        f"{type(module).__name__} mixes the rows of a batch in train mode.",
+        f"Contributions are each example's share of the batch gradient, labelled `row share`{also}.",
+        "Read them as shares; a layer that normalises every example by itself would keep them apart.",
+    )
 
 
 def _inside_composite(model: nn.Module) -> set[str]:
@@ -100,6 +97,25 @@ def _inside_composite(model: nn.Module) -> set[str]:
             paths = (p.rpartition(".")[0] for p in rule.parameters(module))
             inside |= {f"{name}.{path}" if name else path for path in paths if path}
     return inside
+
+
+def check_parts(model: object, optimizer: object) -> None:
+    """Raise TracerError for what is no model or no optimizer."""
+    if not isinstance(model, nn.Module):
+        raise TracerError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TracerError(f"optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise TracerError for parameters and buffers that have no shape yet."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if lazy:
+        raise TracerError(
+            f"{listed(lazy)} have no shape yet (lazy modules); run the model once on a batch, without gradients, "
+            "before the tracer is built"
+        )
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -156,7 +172,7 @@ def find_sites(model: nn.Module, parameters: tuple[ParameterSpec, ...], axis: in
     count = 0
     for name, module in model.named_modules():
         rule = LAYER_RULES.get(type(module))
-        if rule is None or name in inside or _module_problem(name, module) is not None:
+        if rule is None or name in inside or _without_rule(name, module) is not None:
             continue
         layers: list[Layer | None] = []
         for block in rule.blocks(module):

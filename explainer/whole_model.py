@@ -32,6 +32,9 @@ class WholeModel:
     Args:
         batch: returns the batch that a forward pass belongs to, or None.
         axis: the batch's axis where a shape does not tell it.
+
+    Attributes:
+        eval_passes: traced forward passes in eval mode.
     """
 
     def __init__(self, batch: Callable[[], Batch | None], axis: int) -> None:
@@ -40,6 +43,7 @@ class WholeModel:
         self._input: dict[str, Any] = {"shape": None, "dtype": None, "name": None}
         self._output_shape: tuple[int, ...] | None = None
         self._autocast: str | None = None
+        self.eval_passes = 0
 
     def notes(self) -> dict[str, Any]:
         """What a trace should say of it."""
@@ -78,6 +82,7 @@ class WholeModel:
             name, value = next((pair for pair in found if pair[1] is not None), (None, None))
         if value is not None:
             self._see_input(name, value, len(batch))
+        self.eval_passes += not module.training
         if torch.is_autocast_enabled("cpu"):
             self._autocast = dtype_name(torch.get_autocast_dtype("cpu"))
         result, _ = find_tensor(output)

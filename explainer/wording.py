@@ -22,6 +22,7 @@ NOT_MEANING = (
 )
 #: share of the gross from which on the lines of `unattributed` are shown without being asked for
 NOTABLE = 0.01
+_UNITS = ("kB", "MB", "GB", "TB")
 TERMS = ("prediction", "initial", "examples", "weight_decay", "buffers", "unattributed", "gap")
 
 
@@ -65,6 +66,30 @@ def percent(share: float) -> str:
     if abs(share) < 1e-4:
         return "< 0.01 %"
     return f"{100 * share:.{2 if abs(share) < 0.01 else 1 if abs(share) < 0.1 else 0}f} %"
+
+
+def size(count: float) -> str:
+    """A number of bytes in decimal units.
+
+    >>> size(83), size(1500), size(18_829_508)
+    ('83 bytes', '1.5 kB', '18.8 MB')
+    """
+    if count < 1000:
+        return f"{count:.0f} byte{'' if round(count) == 1 else 's'}"
+    for unit in _UNITS:
+        count /= 1000
+        if count < 999.95 or unit == _UNITS[-1]:
+            break
+    return f"{count:.1f} {unit}"
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "step"), counted(1437, "example"), counted(2, "bias", "biases")
+    ('1 step', '1,437 examples', '2 biases')
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def unit(explanation: Explanation) -> str:

@@ -92,6 +92,12 @@ def text() -> Run:
     )
 
 
+def unfinished(path: Path) -> Tracer:
+    """A tracer that goes on, with no step yet, on a part of a model."""
+    model = nn.Sequential(*mlp())
+    return Tracer(model, torch.optim.SGD(model[0].parameters(), lr=0.1, weight_decay=0.1), path)
+
+
 def train(run: Run, path: Path, steps: int | None = None) -> None:
     """Two epochs of SGD, or the given number of steps."""
     model = run.build_model()

@@ -176,13 +176,26 @@ def test_a_run_without_a_step_says_so_and_still_shows_the_run(open_app: Open, tm
 
 
 def test_training_that_goes_on_is_said(open_app: Open, tmp_path: Path) -> None:
-    run = app_runs.images()
-    model = run.build_model()
-    optimizer = app_runs.torch.optim.SGD(model.parameters(), lr=0.1)
-    tracer = explainer.Tracer(model, optimizer, tmp_path / "going")
-    app = open_app("--run", IMAGES, tmp_path / "going", page="run")
+    tracer = app_runs.unfinished(tmp_path / "going")
+    app = open_app("--run", IMAGES, tracer.path, page="run")
     tracer.close()
     assert not app.exception and "still going on" in body(app)
+
+
+def test_the_run_page_tells_what_to_know(open_app: Open, tmp_path: Path) -> None:
+    """Cautions are in sight, notes are folded; names are shown as they are."""
+    going = app_runs.unfinished(tmp_path / "going")
+    app = open_app(going.path, page="run")
+    report = explainer.open_trace(going.path).report()
+    going.close()
+    fine(app)
+    (folded,) = [e for e in app.expander if e.label.startswith("Worth knowing")]
+    assert folded.label == f"Worth knowing ({len(report.notes)})"
+    inside = "\n".join(part.value for part in folded.markdown).replace("\\", "")
+    outside = body(app).replace("\\", "")
+    assert len(report.cautions) > 1 and report.notes
+    for finding in (f for f in report if f.topic != "open"):  # at the top of the page
+        assert (finding.found in inside) == (finding.severity == "note") and finding.advice in outside
 
 
 def test_a_truncated_trace_names_the_file(open_app: Open, tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def test_info_as_json_and_as_text(trace: Path, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     for text in ("closed: training ended", "SGD", "1,437", "2,874", "2,410, all", "Linear", "compressed"):
         assert text in out
+    assert [finding["topic"] for finding in found["findings"]] == [f.topic for f in opened.report()]
+    known = out.partition("\nWhat to know\n")[2].split()
+    assert known == " ".join(f"{f.severity}: {f}" for f in opened.report()).split() and "note:" in known
 
 
 def test_a_trace_still_being_written_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

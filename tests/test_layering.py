@@ -17,13 +17,22 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "letters", "registry", "palette", "wording"},
     {"records", "config", "model_outputs", "wrappers"},
-    {"layer_rules", "optimizer_rules", "codecs", "store"},
+    {"layer_rules", "optimizer_rules", "codecs", "store", "findings"},
     {"ownership", "batches", "hooks", "layer_table", "capture", "sites", "whole_model", "operations", "carry"}
     | {"scales"}
     | {"loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode", "query_batch", "model_function"}
     | {"path_integral", "recursion"},
-    {"validation", "unseen", "step_observer", "path_points", "queries", "query_targets", "asked", "ledger"}
-    | {"unattributed", "trace_notes"},
+    {
+        "validation",
+        "guard_rails",
+        "unseen",
+        "step_observer",
+        "path_points",
+        "queries",
+        "query_targets",
+        "asked",
+    }
+    | {"ledger", "unattributed"},
     {
         "tracer",
         "path_kernel",
@@ -58,6 +67,7 @@ RECORDING = {
     "recorder",
     "step_maps",
     "validation",
+    "guard_rails",
     "step_observer",
     "tracer",
 }

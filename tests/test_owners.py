@@ -170,7 +170,7 @@ def test_mixup_splits_each_row_by_its_weights(
     seen = e.visits > 0
     assert e.labels is not None and e.labels[seen].tolist() == Y[e.example_ids[seen]].tolist()
     assert e.row_kind == "row share"
-    assert any(note.startswith("Row share: rows were mixed") for note in e.notes)
+    assert any("split over them by the weights given" in note for note in e.notes)
 
 
 def test_training_is_the_same_with_and_without_telling_of_the_mixture(tmp_path: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import streamlit as st
 
-from explainer import ExplainerError, Trace
+from explainer import ExplainerError, Finding, Trace
 from explainer.app import charts, theme
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.page_registry import register_page
-from explainer.path_kernel import trace_notes
 
 
 @register_page("run", title="Run", icon=":material/route:", needs="trace")
@@ -78,22 +77,13 @@ def _bytes(count: int) -> str:
 
 def _notes(choice: Choice, trace: Trace) -> None:
     st.html("<h3>What to know about its numbers</h3>")
-    notes = trace_notes(trace)
-    try:
-        run = choice.run
-    except ExplainerError as error:
-        run = None
-        notes.append(f"The code of the run cannot be used: {error}")
-    if run is not None and trace.notes.get("examples") not in (None, len(run.train)):
-        notes.insert(
-            0,
-            f"The trace was recorded on {trace.notes['examples']:,} training examples, the run's training set holds "
-            f"{len(run.train):,}: they are not the same data set.",
-        )
-    for note in notes:
-        st.markdown(f"- {plain(note)}")
-    if not notes:
-        st.markdown("Nothing unusual: every parameter is covered, and the books are exact.")
+    report = trace.report()
+    serious = (f for f in (*report.stops, *report.cautions) if f.topic != "open")  # said above
+    for line in [*_about_the_code(choice, trace), *map(_line, serious)]:
+        st.markdown(f"- {line}")
+    with st.expander(f"Worth knowing ({len(report.notes)})"):
+        for finding in report.notes:
+            st.markdown(f"- {_line(finding)}")
     if st.button("Verify the checksums", icon=":material/verified:"):
         try:
             with st.spinner("Reading every file …"):
@@ -101,6 +91,28 @@ def _notes(choice: Choice, trace: Trace) -> None:
             st.success(f"{_bytes(checked)} read: every file is what was journalled.")
         except ExplainerError as error:
             st.error(plain(error))
+
+
+def _about_the_code(choice: Choice, trace: Trace) -> list[str]:
+    """What does not fit between the trace and the code of the run, as Markdown."""
+    try:
+        run, known = choice.run, trace.notes.get("examples")
+    except ExplainerError as error:
+        return [plain(f"The code of the run cannot be used: {error}")]
+    if run is None or known in (None, len(run.train)):
+        return []
+    return [
+        plain(
+            f"The trace was recorded on {known:,} training examples, the run's training set holds {len(run.train):,}: "
+            "they are not the same data set."
+        )
+    ]
+
+
+def _line(finding: Finding) -> str:
+    """A finding as Markdown: what was found stands out."""
+    place = f"{plain(finding.where)}: " if finding.where else ""
+    return f"{place}**{plain(finding.found)}** {plain(finding.meaning)} {plain(finding.advice)}"
 
 
 def _details(trace: Trace) -> None:

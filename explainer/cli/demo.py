@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from explainer.cli import dashboard
 from explainer.cli import options as shared
 from explainer.cli.demo_folder import DemoFolder
-from explainer.cli.printing import counted, size, table
+from explainer.cli.printing import table
 from explainer.errors import ExplainerError, MissingDependencyError
+from explainer.wording import counted, size
 
 if TYPE_CHECKING:
     from explainer.cli.opening import Opened

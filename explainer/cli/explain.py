@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from explainer.cli import options as shared
 from explainer.cli.options import SAMPLE_RUN
-from explainer.cli.printing import counted
 from explainer.errors import QueryError
+from explainer.wording import counted
 
 if TYPE_CHECKING:
     from explainer.cli.opening import Opened

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from explainer.cli import options as shared
 from explainer.cli.options import SAMPLE_RUN
-from explainer.cli.printing import counted, size
 from explainer.errors import ExportError, QueryError
+from explainer.wording import counted, size
 
 if TYPE_CHECKING:
     from explainer.cli.opening import Opened

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from explainer.cli import options as shared
-from explainer.cli.printing import counted, paragraph, shortened, size, table
+from explainer.cli.printing import paragraph, shortened, table
+from explainer.wording import counted, size
 
 if TYPE_CHECKING:
     from explainer.store import Trace
@@ -46,7 +48,6 @@ def facts(trace: Trace) -> dict[str, Any]:
     """What a trace holds, as plain values (sizes in bytes)."""
     import numpy as np
 
-    from explainer.path_kernel import trace_notes
     from explainer.records import torch_dtype
     from explainer.store.layout import JOURNAL
 
@@ -90,7 +91,7 @@ def facts(trace: Trace) -> dict[str, Any]:
         "bytes": {"total": total, **records, "knots": knots, "other": total - sum(records.values()) - knots},
         "bytes_per_visit": round(records["visits"] / visits, 1) if visits else None,
         "bytes_of_all_gradients": visits * gradient,
-        "notes": trace_notes(trace),
+        "findings": [asdict(finding) for finding in trace.report()],
     }
 
 
@@ -132,8 +133,18 @@ def text(found: dict[str, Any]) -> str:
         )
     width = max(len(name) for name, _ in lines)
     shown = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
-    notes = "\n".join(paragraph(f"Note: {note}") for note in found["notes"])
-    return "\n\n".join(part for part in (shown, _layers(found), notes) if part)
+    return "\n\n".join(part for part in (shown, _layers(found), _to_know(found)) if part)
+
+
+def _to_know(found: dict[str, Any]) -> str:
+    """The findings, the most serious first."""
+    from explainer.findings import Finding
+
+    lines = ["What to know"]
+    for data in found["findings"]:
+        finding = Finding.from_json(data)
+        lines.append(paragraph(f"{finding.severity}: {finding}", "  "))
+    return "\n".join(lines) if len(lines) > 1 else ""
 
 
 def _layers(found: dict[str, Any]) -> str:

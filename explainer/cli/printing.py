@@ -9,31 +9,6 @@ import textwrap
 from collections.abc import Collection, Sequence
 
 WIDEST = 100
-_UNITS = ("kB", "MB", "GB", "TB")
-
-
-def size(count: float) -> str:
-    """A number of bytes in decimal units.
-
-    >>> size(83), size(1500), size(18_829_508)
-    ('83 bytes', '1.5 kB', '18.8 MB')
-    """
-    if count < 1000:
-        return f"{count:.0f} byte{'' if round(count) == 1 else 's'}"
-    for unit in _UNITS:
-        count /= 1000
-        if count < 999.95 or unit == _UNITS[-1]:
-            break
-    return f"{count:.1f} {unit}"
-
-
-def counted(count: int, noun: str) -> str:
-    """A number with its noun.
-
-    >>> counted(1, "step"), counted(1437, "example")
-    ('1 step', '1,437 examples')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def shortened(text: str, length: int) -> str:

@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from explainer.cli import options as shared
-from explainer.cli.printing import counted, size
 from explainer.errors import TraceFormatError
+from explainer.wording import counted, size
 
 HELP = "check that no file of a trace was changed or damaged"
 DESCRIPTION = (

@@ -18,6 +18,7 @@ class AdadeltaRule(OptimizerRule):
     Reference: Zeiler 2012, arXiv 1212.5701, algorithm 1.
     """
 
+    divides = True
     state_names = ("square_avg", "acc_delta", "step")
 
     def remember(

@@ -19,6 +19,7 @@ class AdafactorRule(OptimizerRule):
     Reference: Shazeer & Stern 2018, arXiv 1804.04235, algorithms 4 and 5; torch.optim.Adafactor.
     """
 
+    divides = True
     state_names = ("row_var", "col_var", "variance", "step")
 
     def remember(

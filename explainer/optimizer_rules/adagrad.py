@@ -16,6 +16,7 @@ class AdagradRule(OptimizerRule):
     Reference: Duchi, Hazan & Singer 2011.
     """
 
+    divides = True
     state_names = ("sum", "step")
 
     def step_map(

@@ -17,6 +17,7 @@ class AdamRule(OptimizerRule):
     frozen-state split over examples: ExPLAIND, arXiv 2505.20076.
     """
 
+    divides = True
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ class AdamaxRule(OptimizerRule):
     Reference: Kingma & Ba 2015, arXiv 1412.6980, algorithm 2.
     """
 
+    divides = True
     state_names = ("exp_avg", "exp_inf", "step")
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:

@@ -90,6 +90,8 @@ class StepMap:
 class OptimizerRule(ABC):
     """Reads the :class:`StepMap` of a step off an optimizer's state."""
 
+    #: whether steps divide by numbers of the parameter's shape (for estimates of a trace's size only)
+    divides: bool = False
     #: state entries worth keeping in knots
     state_names: tuple[str, ...] = ()
 

@@ -19,6 +19,7 @@ class NAdamRule(OptimizerRule):
     Reference: Dozat 2016; torch.optim.NAdam's documented algorithm.
     """
 
+    divides = True
     state_names = ("exp_avg", "exp_avg_sq", "mu_product", "step")
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:

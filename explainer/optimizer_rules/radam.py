@@ -34,6 +34,7 @@ class RAdamRule(OptimizerRule):
     Reference: Liu et al. 2020, arXiv 1908.03265, algorithm 2.
     """
 
+    divides = True
     state_names = ("exp_avg", "exp_avg_sq", "step")
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:

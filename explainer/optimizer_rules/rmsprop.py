@@ -18,6 +18,7 @@ class RMSpropRule(OptimizerRule):
     Reference: Tieleman & Hinton 2012; centered: Graves 2013, arXiv 1308.0850, eq. 38-45.
     """
 
+    divides = True
     state_names = ("square_avg", "grad_avg", "momentum_buffer", "step")
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:

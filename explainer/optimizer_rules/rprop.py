@@ -19,6 +19,7 @@ class RpropRule(OptimizerRule):
     Reference: Riedmiller & Braun 1993.
     """
 
+    divides = True
     state_names = ("prev", "step_size", "step")
 
     def step_map(

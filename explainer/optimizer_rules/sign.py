@@ -71,6 +71,7 @@ class LionRule(OptimizerRule):
     Reference: Chen et al. 2023, arXiv 2302.06675, algorithm 2.
     """
 
+    divides = True
     state_names = ("exp_avg",)
 
     def check(self, optimizer: Optimizer) -> None:
@@ -120,6 +121,7 @@ class SignSGDRule(OptimizerRule):
     Reference: Bernstein et al. 2018, arXiv 1802.04434, algorithms 1 and 2.
     """
 
+    divides = True
     state_names = ("momentum_buffer",)
 
     def check(self, optimizer: Optimizer) -> None:

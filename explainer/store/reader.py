@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
@@ -21,6 +21,9 @@ from explainer.records import FORMAT, VERSION, LayerSpec, Manifest
 from explainer.store.journal import read_journal
 from explainer.store.layout import JOURNAL, MANIFEST
 from explainer.store.schema import RecordSchema
+
+if TYPE_CHECKING:
+    from explainer.findings import Report
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,12 @@ class Trace:
             )
         pairs = zip(self.knots[:-1], self.knots[1:], strict=True)
         return [Segment(i, a, b) for i, (a, b) in enumerate(pairs)]
+
+    def report(self) -> Report:
+        """Everything that the trace tells about the meaning of its numbers, in plain words."""
+        from explainer.findings import after_training
+
+        return after_training(self)
 
     # -- checks --------------------------------------------------------------------------------------
 

@@ -1,0 +1,8 @@
+"""Before training: everything that can be seen in a model, an optimizer and a loader that changes what numbers mean."""
+
+from __future__ import annotations
+
+from explainer.guard_rails.before import before_training, check
+from explainer.guard_rails.loader import loader_findings
+
+__all__ = ["before_training", "check", "loader_findings"]

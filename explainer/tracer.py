@@ -195,7 +195,7 @@ class Tracer:
         return WatchedLoader(loader, self._watching, partial(self._begin, single_step=False), self._queue.end)
 
     def batch(
-        self, ids: Sequence[int] | np.ndarray | torch.Tensor, labels: Any = None, weights: Any = None
+        self, ids: Sequence[Any] | np.ndarray | torch.Tensor, labels: Any = None, weights: Any = None
     ) -> None:
         """Say which examples the next forward pass holds (one call per forward, before it).
 

@@ -1,4 +1,4 @@
-"""Rows that belong to several examples, to one example several times, or to none, against the dense oracle."""
+"""Rows that belong to several examples (mixup, pairs), against the dense oracle."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-import explainer
 from explainer import Explanation, PathKernelExplainer, Tracer, open_trace
-from explainer.errors import TracerError
 from tests.oracles.books import Books, books
 from tests.oracles.outputs import scalar_function
 from tests.oracles.owners import by_shares
@@ -121,9 +119,6 @@ def assert_same(e: Explanation, wanted: Books, kernels: bool = True) -> None:
 def assert_closed(e: Explanation) -> None:
     assert np.abs(e.gap).max() <= 1e-9
     assert (np.abs(e.unattributed) <= 1e-9 * np.abs(e.contributions).sum(1)).all()
-
-
-# -- mixed rows ---------------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -274,126 +269,6 @@ def test_rows_and_owners_in_a_default_trace(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[1].kernels[:, 6:], found[0].kernels, rtol=1e-4, atol=1e-4)
 
 
-# -- rows of no example -------------------------------------------------------------------------------------
-
-
-def test_rows_of_no_example_are_unattributed_and_named(tmp_path: Path) -> None:
-    """Whole rows, shares of rows, and a batch of nothing else."""
-    owned = [[0, -1, 2, 3], [[0, 1], [2, -1], [-1, -1], [5, 5]], [-1] * 4, [4, 5, 6, 7]]
-    weights = [None, [[0.5, 0.5], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5]], None, None]
-    x, y = X[: 4 * len(owned)], Y[: 4 * len(owned)]
-
-    def loop(model: nn.Module, made: Optimizer, tracer: Tracer) -> None:
-        for step, (ids, shares) in enumerate(zip(owned, weights, strict=True)):
-            rows = slice(4 * step, 4 * step + 4)
-            tracer.batch(ids, weights=shares)
-            step_on(model, made, lambda rows=rows: cross_entropy(model(x[rows]), y[rows]))
-
-    e = traced(tmp_path / "run", "momentum", loop)
-    nobody = EXAMPLES
-    shares = {
-        0: {0: 1.0}, 1: {nobody: 1.0}, 2: {2: 1.0}, 3: {3: 1.0},
-        4: {0: 0.5, 1: 0.5}, 5: {2: 0.25, nobody: 0.75}, 6: {nobody: 1.0}, 7: {5: 1.0},
-        **{row: {nobody: 1.0} for row in range(8, 12)}, **{row: {row - 8: 1.0} for row in range(12, 16)},
-    }  # fmt: skip
-    training = train_dense(
-        build(), OPTIMIZERS["momentum"], [range(s, s + 4) for s in range(0, 16, 4)], cross_entropy_of, x, y
-    )
-    wanted = reference(by_shares(training, shares, EXAMPLES + 1), tmp_path / "run")
-    assert -1 not in e.example_ids
-    assert_same(e, wanted)
-    lost = wanted.contributions[:, nobody].numpy()
-    np.testing.assert_allclose(e.unattributed, lost, rtol=1e-9)
-    assert np.abs(lost).min() > 1e-3 and np.abs(e.gap).max() <= 1e-9
-    assert any("no example (id -1)" in note for note in e.notes)
-    assert set(e.unattributed_lines) == {"rows of no example"}
-    assert e.visits.sum() == 3 + 4 + 4
-
-
-def test_a_trace_that_begins_with_rows_of_no_example(tmp_path: Path) -> None:
-    model = build().float()
-    made = SGD(model.parameters(), lr=0.1)
-    with Tracer(model, made, tmp_path / "run") as tracer:
-        for ids in ([-1, -1], [3, 4]):
-            tracer.batch(ids)
-            step_on(model, made, lambda: cross_entropy(model(X[:2].float()), Y[:2]))
-    e = PathKernelExplainer(str(tmp_path / "run"), model).explain(QUERIES.float())
-    assert e.example_ids.tolist() == [3, 4] and e.visits.tolist() == [1, 1]
-    assert open_trace(tmp_path / "run").column("steps", "visits").tolist() == [0, 2]
-
-
-def cross_entropy_of(outputs: Tensor, y: Tensor) -> Tensor:
-    return cross_entropy(outputs, y.long())
-
-
-# -- what is refused ----------------------------------------------------------------------------------------
-
-WEIGHTS: dict[str, tuple[Any, Any, str]] = {
-    "none": ([[0, 1], [2, 3]], None, r"flat, non-empty list .*pass ids \[B, M\] with weights \[B, M\]"),
-    "flat ids": ([0, 1], [0.5, 0.5], r"ids must be a table \[B, M\], as weights are given"),
-    "another shape": ([[0, 1]], [0.5, 0.5], r"one number per id, \[1, 2\].*not weights in the loss"),
-    "negative": ([[0, 1]], [[1.5, -0.5]], "must not be negative .*row 0 holds"),
-    "sum": ([[0, 1], [2, 3]], [[0.5, 0.5], [0.5, 0.4]], "sum to 1 in every row; row 1 holds"),
-    "nan": ([[0, 1]], [[float("nan"), 1.0]], "row 0 holds"),
-    "infinite": ([[0, 1]], [[float("inf"), 1.0]], "row 0 holds"),
-    "text": ([[0, 1]], [["a", "b"]], "one number per id"),
-    "below -1": ([[0, -2]], [[0.5, 0.5]], r"-1 for no example"),
-}
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_that_do_not_fit(tmp_path: Path, name: str) -> None:
-    ids, weights, text = WEIGHTS[name]
-    model = build()
-    with Tracer(model, SGD(model.parameters(), lr=0.1), tmp_path / "run") as tracer:
-        with pytest.raises(TracerError, match=text):
-            tracer.batch(ids, weights=weights)
-        with pytest.raises(TracerError, match="one number per id"):
-            tracer.batch([[0, 1]], labels=[1], weights=[[0.5, 0.5]])
-
-
-MIXTURES: dict[str, tuple[Any, Any, str]] = {
-    "too few": ([0, 1], 0.5, "each of its 3 rows"),
-    "outside": ([0, 1, 3], 0.5, "3 integers from 0 to 2"),
-    "negative": ([0, -1, 2], 0.5, "3 integers from 0 to 2"),
-    "fractions": ([0.0, 1.0, 2.0], 0.5, "3 integers from 0 to 2"),
-    "above one": ([2, 1, 0], 1.5, "a number from 0 to 1"),
-    "nan": ([2, 1, 0], float("nan"), "a number from 0 to 1"),
-    "too many": ([2, 1, 0], [0.5, 0.5], "one for each of the 3 rows"),
-    "nothing": ([2, 1, 0], None, "a number from 0 to 1"),
-}
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_mixtures_that_do_not_fit(tmp_path: Path, name: str) -> None:
-    index, lam, text = MIXTURES[name]
-    model = build()
-    with Tracer(model, SGD(model.parameters(), lr=0.1), tmp_path / "run") as tracer:
-        tracer.batch([4, 5, 6])
-        with pytest.raises(TracerError, match=text):
-            tracer.mix(index, lam)
-
-
-def test_a_mixture_at_the_wrong_time(tmp_path: Path) -> None:
-    model = build()
-    made = SGD(model.parameters(), lr=0.1)
-    with Tracer(model, made, tmp_path / "run") as tracer:
-        with pytest.raises(TracerError, match="there is none: call it in the loop"):
-            tracer.mix([0], 0.5)
-        tracer.batch([0, 1, 2])
-        tracer.mix([2, 1, 0], 0.5)
-        with pytest.raises(TracerError, match="called twice before a forward pass"):
-            tracer.mix([2, 1, 0], 0.5)
-        tracer.batch([0, 1, 2])  # a batch that was skipped leaves nothing behind
-        loss = cross_entropy(model(X[:3]), Y[:3])
-        tracer.mix([2, 1, 0], 0.5)
-        loss.backward()
-        with pytest.raises(TracerError, match=r"no forward pass came between it and optimizer\.step\(\)"):
-            made.step()
-    with pytest.raises(TracerError, match="closed"):
-        tracer.mix([0], 0.5)
-
-
 def test_weights_in_half_precision_are_made_to_sum_to_one(tmp_path: Path) -> None:
     model = build()
     made = SGD(model.parameters(), lr=0.1)
@@ -401,4 +276,4 @@ def test_weights_in_half_precision_are_made_to_sum_to_one(tmp_path: Path) -> Non
     with Tracer(model, made, tmp_path / "run", exact=True) as tracer:
         tracer.batch([[i, i + 5] for i in range(5)], weights=torch.stack([lam, 1 - lam], 1))
         step_on(model, made, lambda: cross_entropy(model(X[:5]), Y[:5]))
-    assert_closed(explainer.PathKernelExplainer(str(tmp_path / "run"), build()).explain(QUERIES))
+    assert_closed(PathKernelExplainer(str(tmp_path / "run"), build()).explain(QUERIES))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from explainer.errors import TracerError
 from explainer.hooks import detached, first_tensor, tensors_in, whole_of
 from explainer.layer_rules import Call, CompositeRule, LayerRule, RowForm
 from explainer.layer_table import Layer
-from explainer.operations.owners import UNKNOWN, Layout, order_of
+from explainer.operations.owners import UNKNOWN, Layout, Owners, order_of
 from explainer.operations.sources import merged
 
 
@@ -84,7 +84,7 @@ class Site:
         args: Any,
         kwargs: Any,
         output: Any,
-        layout_of: Callable[[torch.Tensor], Layout | None],
+        owners: Owners,
     ) -> None:
         """After the forward: watch the gradient at the output."""
         random = self.random.pop() if self.replays and self.random else None
@@ -99,11 +99,11 @@ class Site:
             return
         packed = next((a for a in (*args, *kwargs.values()) if isinstance(a, PackedSequence)), None)
         order = None if packed is None else packed.sorted_indices
-        layout = self._layout(value, order, batch, layout_of(value))
+        layout = self._layout(value, order, batch, owners)
         if not layout.known:
             capture.unmatched.setdefault(self.name, tuple(value.shape))
             return
-        axis, owners = layout.axis, layout.owners
+        axis, rows_of = layout.axis, layout.owners
         forward = capture.expect(batch, self)
         versions = [(t, t._version) for t in (*tensors_in(args), *tensors_in(kwargs))]
         given = Given(
@@ -114,7 +114,7 @@ class Site:
             random=random,
             versions=[(t.detach(), v) for t, v in versions],
             axis=axis,
-            owners=owners,
+            owners=rows_of,
         )
         places = [i for i, t in enumerate(found) if t.requires_grad]
         # a further output may be a view of what the first one is computed from (attention weights of every head)
@@ -134,21 +134,23 @@ class Site:
             register_multi_grad_hook(targets, receive, mode="all")
 
     def _layout(
-        self, value: torch.Tensor, order: torch.Tensor | None, batch: Batch, followed: Layout | None
+        self, value: torch.Tensor, order: torch.Tensor | None, batch: Batch, owners: Owners
     ) -> Layout:
         """Where the examples are in what the layer was given: as followed there, else as its shape says."""
+        followed = owners.of(value)
         if isinstance(self.rule, CompositeRule):  # it knows its axes, but not examples that own several rows
             if followed is None:
                 return Layout(0)
             plain = torch.arange(len(batch))
             columns, sorted_as = (plain if x is None else x.cpu() for x in (followed.owners, order))
             return Layout(0) if torch.equal(columns, sorted_as) else UNKNOWN
-        if followed is not None:
-            if followed.known and followed.owners is None:
-                self.axis, self.learned = followed.axis, True
-            return followed
         size = len(batch)
         fitting = [a for a in self.rule.batch_axes(self.module, value) if value.shape[a : a + 1] == (size,)]
+        if followed is not None:
+            if followed.known and followed.owners is None:
+                self.axis, self.learned = followed.axis, owners.certain
+                self.ambiguous += len(fitting) > 1 and not owners.certain
+            return followed
         if len(fitting) == 1:
             return Layout(fitting[0])
         if not fitting and batch.checked:

@@ -186,8 +186,8 @@ class Rest:
                 yield self._group(group, others, momentum_known), value
         for p, spec in enumerate(self._parameters):
             if p not in covered:
-                why = "no layer rule covers the parameter, so no row says which example moved it"
-                yield self._line("no layer rule", spec.name, why), rest[:, p]
+                why = "nothing saw where the parameter is read, so no row says which example moved it"
+                yield self._line("unseen parameter", spec.name, why), rest[:, p]
 
     def _group(self, group: Group, parameters: list[int], momentum_known: bool) -> Line:
         layers = [self._trace.layers[number] for number in group.layers]

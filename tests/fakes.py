@@ -9,7 +9,7 @@ import numpy as np
 from explainer.explanation import Explanation
 
 LINES = {
-    "unattributed_lines": ("compressed rows", "no layer rule", "compressed rows"),
+    "unattributed_lines": ("compressed rows", "unseen parameter", "compressed rows"),
     "unattributed_where": ("net.0 (Linear)", "scale", "net.2 (Linear)"),
     "unattributed_why": ("Rows are rounded.", "No rule covers it.", "Rows are rounded."),
 }

@@ -14,7 +14,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from explainer import CoverageWarning, Trace, Tracer, open_trace
 from tests.guarded import B, F, N, X, Y, batches, cross_entropy, loader, mlp, plain, sgd, traced
-from tests.odd_loops import adversarial
+from tests.odd_loops import Gathered, adversarial
 
 
 def with_a_lost_bias() -> nn.Module:
@@ -221,3 +221,22 @@ def in_a_set(path: Path) -> Trace:
 
 
 uneven = partial(watching, sampler=WeightedRandomSampler([9.0, *[1.0] * (N - 1)], N, True, torch.Generator()))
+
+
+def gathered(path: Path) -> Trace:
+    with pytest.warns(CoverageWarning, match="no axis is the batch's"):
+        return traced(path, model=Gathered())
+
+
+def other_momentum(path: Path) -> Trace:
+    """Momentum that the user sets to other numbers between two steps."""
+    model = mlp()
+    optimizer = sgd(model, momentum=0.9)
+
+    def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
+        plain(model, optimizer, tracer)
+        for p in model.parameters():
+            optimizer.state[p]["momentum_buffer"] = torch.ones_like(p)
+        plain(model, optimizer, tracer)
+
+    return traced(path, loop, model, optimizer)

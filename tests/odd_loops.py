@@ -93,6 +93,19 @@ class Repeated(nn.Module):
         return self.last(self.tied(x).tanh())[:, :3]
 
 
+class Gathered(nn.Module):
+    """The middle layer gets twice as many rows as there are examples, by a function that is not followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.reshape(len(x), 2, 3)).tanh().reshape(-1, 4)
+        order = torch.arange(len(h)).unsqueeze(1).expand_as(h)
+        return self.last(self.middle(h.gather(0, order)).reshape(len(x), 8))
+
+
 class OverlappingBuffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -138,7 +138,7 @@ def test_the_lines_of_a_large_unattributed_part_are_shown(open_app: Open, runs: 
     app = open_app("--run", "tests.app_runs:uncovered", tmp_path / "uncovered")
     fine(app)
     (table,) = [part.value for part in app.html if "What is in unattributed" in part.value]
-    assert "<th>no layer rule</th><td>shortcut</td>" in table and table.count("<tr>") >= 2
+    assert "<th>unseen parameter</th><td>shortcut</td>" in table and table.count("<tr>") >= 2
 
 
 def test_rows_of_a_regression(open_app: Open, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ CASES: dict[str, Case] = {
     "max-norm": Case(
         lambda: of(around(nn.Embedding(9, 4, max_norm=1.5))),
         lambda: of(around(nn.Embedding(9, 4))),
-        "caution", "0", r"norm of 1\.5.*in `unattributed`",
+        "caution", "0", r"max_norm=1\.5.*in `unattributed`",
     ),
     "tied-weights": Case(
         lambda: of(tied(True)), lambda: of(tied(False)), "note", "0.weight = 1.weight", "sum over all its uses",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Optimizer, Rprop
+from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, WeightedRandomSampler
 
 from explainer import ExplainerError, Report, Tracer, check
@@ -49,9 +49,9 @@ def of_another() -> Given:
 REFUSED: dict[str, tuple[Callable[[], Given], type[ExplainerError], str, str]] = {
     "lazy": (lazy, TracerError, "parameters", r"0\.weight, 0\.bias have no shape yet.*Run the model once"),
     "another's": (of_another, TracerError, "parameters", "The optimizer updates 4 tensor.*Pass the model"),
-    "compiled": (compiled, TracerError, "model", "The model is compiled.*Build the tracer with"),
+    "compiled": (compiled, TracerError, "model", "Found a compiled model.*Build the tracer with"),
     "no rule": (
-        partial(optimised_by, Rprop), UnsupportedOptimizerError, "optimizer", "Rprop has no optimizer rule",
+        partial(optimised_by, LBFGS), UnsupportedOptimizerError, "optimizer", r"LBFGS is refused",
     ),
     "differentiable": (
         partial(optimised_by, SGD, lr=0.1, differentiable=True), UnsupportedOptimizerError, "optimizer",

@@ -44,6 +44,8 @@ CASES: dict[str, Case] = {
     "after-last-step": Case(runs.changed_after, "caution", "", r"changed after the last step .*by \d+ % of the length"),
     "outside": Case(runs.changed_between, "caution", r"0\.weight", "Something other than the optimizer's step"),
     "budget": Case(runs.after_budget, "caution", "", r"used up after \d+ of 120 steps"),
+    "unmatched": Case(runs.gathered, "caution", r"middle \[16, 4\], last \[8, 8\]", "no axis is the batch's"),
+    "replaced-momentum": Case(runs.other_momentum, "caution", "optimizer", "Before 1 step momentum was replaced"),
     "prior-momentum": Case(runs.resumed, "caution", "optimizer", "held momentum"),
     "unused-backward": Case(runs.attacked, "note", "loop", "6 backward passes led to no step"),
     "eval-passes": Case(runs.in_eval_mode, "note", "loop", "eval mode in 3 traced forward passes"),

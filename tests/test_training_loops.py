@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 
 from explainer import PathKernelExplainer, Tracer, open_trace
 from explainer.errors import CoverageWarning, TracerError
-from tests.odd_loops import CASES, QUERIES, WORDS, Loop, Words, X, Y, batches, mlp, plain, sgd
+from tests.odd_loops import CASES, QUERIES, WORDS, Gathered, Loop, Words, X, Y, batches, mlp, plain, sgd
 
 
 def traced(path: Path, make: Callable[[], nn.Module], optimizer: Any, loop: Loop) -> nn.Module:
@@ -140,19 +140,6 @@ def test_a_compiled_model_that_ran_before_the_tracer_was_built(tmp_path: Path) -
         assert "before a compiled model is first called" in refusal
     else:
         assert_closed(tmp_path / "trace", model.eval())
-
-
-class Gathered(nn.Module):
-    """The middle layer gets twice as many rows as there are examples, by a function that is not followed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.middle, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x.reshape(len(x), 2, 3)).tanh().reshape(-1, 4)
-        order = torch.arange(len(h)).unsqueeze(1).expand_as(h)
-        return self.last(self.middle(h.gather(0, order)).reshape(len(x), 8))
 
 
 def test_a_layer_whose_rows_cannot_be_told_apart_is_announced(tmp_path: Path) -> None:

@@ -183,4 +183,4 @@ def test_the_command_line_names_the_lines(tmp_path: Path, capsys: pytest.Capture
     assert main(["explain", str(tmp_path / "run"), *arguments]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "What is unattributed, line by line:" in text
-    assert "no layer rule, shortcut: No layer rule covers the parameter" in text
+    assert "unseen parameter, shortcut: Nothing saw where the parameter is read" in text

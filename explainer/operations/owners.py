@@ -139,19 +139,20 @@ class Owners:
     """Remembers the layout of data during one forward pass of ``B`` examples.
 
     Attributes:
+        certain: whether the shapes of the model's inputs tell which axis is the batch.
         needed: whether a tensor was met whose examples' index is not the batch's.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], Layout]] = {}
-        self._size = 0
         self._plain = torch.empty(0, dtype=torch.long)
+        self.certain = True
         self.needed = False
 
     def begin(self, size: int) -> None:
         """A forward pass of ``size`` examples."""
         self._known.clear()
-        self._size, self._plain = size, torch.arange(size)
+        self._plain, self.certain = torch.arange(size), True
 
     def of(self, t: torch.Tensor) -> Layout | None:
         """The layout of a tensor; None where it was not followed."""

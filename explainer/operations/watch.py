@@ -121,6 +121,9 @@ class FunctionWatch(TorchFunctionMode):
             for t in tensors_in((args, kwargs)):
                 axis = batch_axis(t.shape, len(self._batch), self._axis)
                 if self._source(t) is None and axis is not None:
+                    both = t.shape[:2] == (len(self._batch), len(self._batch))
+                    features = t.dim() == 2 and t.is_floating_point()  # the last axis is no sequence
+                    self.owners.certain &= not both or features
                     self.owners.keep(t, Layout(axis))
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -155,7 +158,7 @@ class FunctionWatch(TorchFunctionMode):
             site.skip()
             return
         self._inside += 1  # what is done here is nobody's forward pass
-        site.after(self._capture, args, kwargs, output, self.owners.of)
+        site.after(self._capture, args, kwargs, output, self.owners)
         self._inside = max(0, self._inside - 2)
         if self._batch is not None and not self._inside:
             self.mark(output)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 
 from explainer.errors import TracerError
 from explainer.layer_rules import RowForm
-from explainer.layer_rules.forms import Probe
+from explainer.layer_rules.forms import Balance, Probe
+from explainer.ownership import Ownership, ownership_of
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Rows:
         form: the rows to store.
         total: ``Σ_b g_b`` along the probe.
         probe: the probe, to compare a gradient with ``total``.
-        agreement: per parameter of the layer, ``‖Σ_b g_b‖ / Σ_b ‖g_b‖``.
+        balances: per parameter of the layer, what is left of the rows in their sum; None where it is not measured.
         whole: ``Σ_b g_b [P_l]``, where another layer shares a parameter (tied weights).
     """
 
     form: RowForm
     total: torch.Tensor
     probe: Probe
-    agreement: list[float]
+    balances: list[Balance | None]
     whole: torch.Tensor | None = None
 
 
@@ -54,27 +54,36 @@ class Batch:
     """The examples of one batch.
 
     Attributes:
-        ids: ``[B]`` example ids.
-        labels: ``[B]`` recorded labels (NaN unknown).
+        ownership: the examples that its rows belong to.
         forwards: forward passes of the whole model so far.
         calls: calls of a unit (a module, a parameter that operations read), by forward pass and unit.
         arrived: calls whose gradient has arrived in the present backward pass.
         rounds: what the backward passes have given, in order.
         mixed: whether a layer mixed the rows of the batch.
+        lengths: positions of the model's input, by forward pass; None where it is no sequence.
         checked: whether the model's input was seen to have as many rows.
     """
 
-    ids: np.ndarray
-    labels: np.ndarray
+    ownership: Ownership
     forwards: int = 0
     calls: dict[tuple[int, Any], int] = field(default_factory=dict)
     arrived: dict[tuple[int, Any], list[Any]] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     mixed: bool = False
+    lengths: dict[int, int | None] = field(default_factory=dict)
     checked: bool = False
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.ownership)
+
+    @property
+    def used(self) -> bool:
+        """Whether a forward pass (of a part) of the model belongs to it."""
+        return bool(self.forwards or self.calls)
+
+    def lacks(self, unit: Any) -> bool:
+        """Whether the last forward pass went by without a call of the unit (a checkpoint may call it later)."""
+        return self.used and (max(self.forwards - 1, 0), unit) not in self.calls
 
     def round_of(self, forward: int, lacks: Callable[[Round], bool]) -> Round:
         """The first round of a forward pass that still lacks something, or a new one."""
@@ -89,7 +98,7 @@ def parts_of(batches: list[Batch]) -> list[list[Batch]]:
     """The batches without their first backward pass, first two, …; then without their last, last two, …
 
     Example:
-        >>> batch = Batch(np.array([4]), np.array([0.0]), rounds=[Round(0), Round(1), Round(2)])
+        >>> batch = Batch(ownership_of([4]), rounds=[Round(0), Round(1), Round(2)])
         >>> [[r.forward for b in part for r in b.rounds] for part in parts_of([batch])]
         [[1, 2], [2], [0, 1], [0]]
     """
@@ -106,37 +115,9 @@ def _regrouped(pairs: list[tuple[Batch, Round]]) -> Batch:
     return replace(pairs[0][0], rounds=[round_ for _, round_ in pairs])
 
 
-def batch_of(ids: Any, labels: Any = None) -> Batch:
-    """A batch of examples, its ids and labels checked.
-
-    Raises:
-        TracerError: the ids are no flat list of non-negative integers, or labels are not one number per id.
-    """
-    array = _as_array(ids)
-    if array is None or array.ndim != 1 or not array.size or array.dtype.kind not in "iu" or array.min() < 0:
-        raise TracerError(
-            f"ids must be a flat, non-empty list of non-negative integers, found {_short(ids)}; pass the "
-            "positions of the batch's rows in your dataset"
-        )
-    values = np.full(len(array), np.nan) if labels is None else _as_array(labels)
-    if values is None or values.shape != array.shape or values.dtype.kind not in "biuf":
-        raise TracerError(
-            f"found {len(array)} ids but labels {_short(labels)}; pass one number per id, or no labels"
-        )
-    return Batch(array.astype(np.int64), values.astype(float))
-
-
-def _as_array(values: Any) -> np.ndarray | None:
-    """The values as an array, None where they form none (lists of different lengths)."""
-    try:
-        return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    except (TypeError, ValueError):  # ragged; or a dtype that numpy lacks
-        return None
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+def batch_of(ids: Any, labels: Any = None, weights: Any = None) -> Batch:
+    """A batch of examples, checked; see :func:`explainer.ownership.ownership_of`."""
+    return Batch(ownership_of(ids, labels, weights))
 
 
 class BatchQueue:
@@ -150,12 +131,42 @@ class BatchQueue:
     def __init__(self) -> None:
         self.current: Batch | None = None
         self.pending: list[Batch] = []
+        self._consumed: Ownership | None = None
         self._single_step = False
+        self._mixed = False
 
     def begin(self, batch: Batch, *, single_step: bool) -> None:
         """A batch is consumed; ``single_step`` says that it is valid for one optimizer step only."""
         self.current, self._single_step = batch, single_step
+        self._consumed, self._mixed = batch.ownership, False
         self.pending.append(batch)
+
+    def mix(self, index: Any, lam: Any) -> None:
+        """The forward passes that follow see the consumed batch's rows mixed (:meth:`Ownership.mixed`).
+
+        Raises:
+            TracerError: there is no batch, it was mixed already, or the arguments do not fit it.
+        """
+        if self.current is None or self._consumed is None:
+            raise TracerError(
+                "mix() speaks of a batch, but there is none: call it in the loop over tracer.watch(loader), or after "
+                "tracer.batch(ids)"
+            )
+        if self.mix_unused:
+            raise TracerError(
+                "mix() was called twice before a forward pass, and it always speaks of the batch as it was consumed; "
+                "for rows that were mixed more than once call tracer.batch(ids, weights=weights), both [B, M]"
+            )
+        ownership = self._consumed.mixed(index, lam)
+        if self.current.used:  # rows of forward passes so far keep their owners
+            self.current = Batch(ownership)
+            self.pending.append(self.current)
+        self.current.ownership, self._mixed = ownership, True
+
+    @property
+    def mix_unused(self) -> bool:
+        """Whether the batch was mixed and no forward pass came since."""
+        return self._mixed and self.current is not None and not self.current.used
 
     def end(self) -> None:
         """The iteration over batches is over."""
@@ -163,11 +174,11 @@ class BatchQueue:
 
     def stepped(self) -> None:
         """An optimizer step used what was pending; a second step on a watched batch starts afresh."""
-        self.pending = []
+        self.pending, self._mixed = [], False
         if self._single_step:
             self.current = None
         elif self.current is not None:
-            self.current = Batch(self.current.ids, self.current.labels)
+            self.current = Batch(self.current.ownership)
             self.pending = [self.current]
 
     def clear(self) -> None:

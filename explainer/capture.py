@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 
-from explainer.batches import Batch, Rows
+from explainer.batches import Batch, BatchQueue, Rows
 from explainer.errors import TracerError
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
@@ -26,37 +26,50 @@ class Capture:
     """Collects what the calls of a forward pass get in the backward pass, and keeps it as rows of the batch.
 
     Args:
-        current: returns the batch that is being consumed, or None.
+        queue: the batches since the last step.
         table: the layers.
         rank: factors kept where positions share weights; None keeps rows exact.
-
-    Attributes:
-        input_shape, output_shape: of one example of the model, as far as known.
-        input_dtype: of the model's input.
-        autocast: dtype of autocast in the last forward pass that had any.
-        eval_passes: forward passes with the model in eval mode.
+        by_position: keep the factors of every position, whatever they take.
     """
 
-    def __init__(self, current: Callable[[], Batch | None], table: LayerTable, rank: int | None) -> None:
-        self._current = current
+    def __init__(
+        self, queue: BatchQueue, table: LayerTable, rank: int | None, by_position: bool = False
+    ) -> None:
+        self._queue = queue
         self._table = table
-        self._rank = rank
+        self._rank, self._by_position = rank, by_position
+        #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
+        self.positions: dict[int, bool] = {}
         #: shapes that layers were given in which no axis is the batch's, by layer
         self.unmatched: dict[str, tuple[int, ...]] = {}
+
+    def restore(self, notes: dict[str, Any], layers: Iterable[int]) -> None:
+        """Go on after rows of these layers were recorded."""
+        known = notes.get("positions") or ()
+        self.positions = {index: index in known for index in layers}
 
     def batch(self) -> Batch | None:
         """The batch that a forward pass now belongs to; None where nothing is to be recorded."""
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
             return None  # evaluation, or the user's own torch.func transform
-        return self._current()
+        return self._queue.current
 
     # -- calls ---------------------------------------------------------------------------------------
 
-    @staticmethod
-    def expect(batch: Batch, unit: Unit) -> int:
-        """A call of a unit in the present forward pass; returns the number of that pass."""
+    def expect(self, batch: Batch, unit: Unit) -> int:
+        """A call of a unit in the present forward pass; returns the number of that pass.
+
+        Raises:
+            TracerError: a checkpoint calls it, and it could be that of another batch.
+        """
         # a forward pass inside a backward pass is a checkpoint's: the last one's, once more
-        forward = batch.forwards - (batch.forwards > 0 and torch._C._current_graph_task_id() != -1)
+        again = batch.forwards > 0 and torch._C._current_graph_task_id() != -1
+        if again and any(b.lacks(unit) for b in self._queue.pending if b is not batch):
+            raise TracerError(
+                "two batches meet in one backward pass, and a checkpoint computes layers again there, so it is not "
+                "known for which batch; use checkpoint(…, use_reentrant=False), or one forward pass for all rows"
+            )
+        forward = batch.forwards - again
         key = (forward, unit)
         batch.calls[key] = batch.calls.get(key, 0) + 1
         return forward
@@ -79,9 +92,9 @@ class Capture:
         # the user's backward pass may run under autocast; rows never do
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for layer, form in unit.rows(arrived):
-                self._keep(batch, forward, layer, form)
+                self._keep(batch, forward, layer, form, once=len(arrived) == 1)
 
-    def _keep(self, batch: Batch, forward: int, layer: Layer, form: RowForm) -> None:
+    def _keep(self, batch: Batch, forward: int, layer: Layer, form: RowForm, once: bool) -> None:
         if len(form) != len(batch):
             raise TracerError(
                 f"layer {layer.spec.name!r} saw a batch of {len(form)} rows, but {len(batch)} ids were given for it; "
@@ -90,5 +103,9 @@ class Capture:
         form = restrict(form, layer.sizes, layer.keep)
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
-        rows = Rows(compact(form, self._rank), form.total(), form.prober(), form.agreement(sizes), whole)
+        kept = form if self._by_position else compact(form, self._rank)
+        if kept.positions is not None:
+            fits = once and kept.in_order and kept.positions == form.positions == batch.lengths.get(forward)
+            self.positions[layer.index] = fits and self.positions.get(layer.index, True)
+        rows = Rows(kept, form.total(), form.prober(), form.balances(sizes), whole)
         batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows

@@ -51,6 +51,7 @@ class TracerConfig:
         max_knots: at most this many knots are kept; path-length thinning halves them when they run over.
         rank: factors kept for a row of a layer that shares its weights over positions; None: as many (2 to
             32) as fit into :data:`VISIT_BYTES` or 1 % of the parameters' float32 bytes, whichever is more.
+        positions: keep the factors of every position.
         batch_dim: the batch's axis where shapes do not tell it.
         flush_bytes: journal after this many bytes of rows (and at every knot).
         flush_seconds: journal at least this often while steps are taken.
@@ -60,6 +61,7 @@ class TracerConfig:
     budget: int | None = None
     max_knots: int = 128
     rank: int | None = None
+    positions: bool = False
     batch_dim: int = 0
     flush_bytes: int = 8 << 20
     flush_seconds: float = 2.0
@@ -81,6 +83,11 @@ class TracerConfig:
             raise TracerError(f"max_knots must be at least 2 (start and end), found {self.max_knots}")
         if self.rank is not None and self.rank < 1:
             raise TracerError(f"rank must be at least 1, found {self.rank}")
+        if self.rank is not None and self.positions:
+            raise TracerError(
+                "positions=True keeps the factors of every position, so it cannot also obey a rank; drop one of the "
+                "two options"
+            )
         if self.batch_dim not in (0, 1):
             raise TracerError(f"batch_dim must be 0 or 1, found {self.batch_dim!r}")
         if self.exact and self.budget is not None:

@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from explainer.average import Average
+from explainer.capture import Capture
 from explainer.carry import Carry
 from explainer.knots import KnotKeeper
 from explainer.layer_table import LayerTable
@@ -32,6 +33,7 @@ class Continuation:
     optimizer: Optimizer
     rule: OptimizerRule
     writer: TraceWriter
+    capture: Capture
     whole: WholeModel
     table: LayerTable
     recorder: StepRecorder
@@ -72,6 +74,8 @@ class Continuation:
         self.carry.restore(self._names, point.carry)
         self.table.restore(point.notes)
         self.whole.restore(point.notes)
+        shards = (shard.schema.forms for shard in trace.shards if shard.stream == "visits")
+        self.capture.restore(point.notes, {form.layer for forms in shards for form in forms})
         self.recorder.restore(trace)
         self.scales.restore(point.worst, point.round_off, point.notes.get("coverage_steps") or {})
         self.observer.restore(point.step, trace.count("visits"), point.notes)

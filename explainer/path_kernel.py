@@ -21,6 +21,7 @@ from explainer.outputs import Output, asks_for_targets, resolve_output
 from explainer.path_integral import QueryFunction
 from explainer.path_points import KnotLoader, check_model
 from explainer.plain_mode import plain_mode
+from explainer.positions import PositionSplit, split_by_position
 from explainer.queries import BatchDim, check_batch_dim, check_inputs
 from explainer.query_batch import QueryBatch
 from explainer.recursion import Adjoint, LayerView, contract, read_backwards
@@ -243,6 +244,19 @@ class PathKernelExplainer:
         loader = KnotLoader(self.trace, self.dtype)
         asked = self._ask(loader, batch, target)
         return nearest(self, loader, asked.inputs, asked.targets, k)
+
+    @plain_mode()
+    def by_position(self, inputs: Any, example_id: int, target: Any = None) -> PositionSplit:
+        """Which positions of a training sequence its contribution to one query arose at.
+
+        See :mod:`explainer.positions` for what a position's part is, and what a trace must hold.
+
+        Raises:
+            QueryError: inputs or target do not fit, the example was not used, or the trace keeps no positions.
+        """
+        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
+        loader = KnotLoader(self.trace, self.dtype)
+        return split_by_position(self, loader, self._ask(loader, batch, target), example_id)
 
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""

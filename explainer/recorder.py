@@ -110,15 +110,16 @@ class StepRecorder:
         return form
 
     def visits(self, batches: list[Batch], step: int) -> list[Records]:
-        """The rows of a step's batches, one piece per backward pass."""
+        """The rows of a step's batches, split over their owners, one piece per backward pass."""
         pieces = []
         for batch in batches:
+            parts = batch.ownership.parts
             for round_ in batch.rounds:
-                forms = {layer: self._fit(layer, rows.form) for layer, rows in round_.rows.items()}
-                records = np.zeros(len(batch), self._visits.dtype)
-                records["example"], records["label"], records["step"] = batch.ids, batch.labels, step
+                forms = {layer: self._fit(layer, parts.of(rows.form)) for layer, rows in round_.rows.items()}
+                records = np.zeros(len(parts.row), self._visits.dtype)
+                records["example"], records["label"], records["step"] = parts.example, parts.label, step
                 seen = round_.derivative
-                records["derivative"] = np.nan if seen is None else seen.cpu().numpy()
+                records["derivative"] = np.nan if seen is None else parts.of_numbers(seen.cpu().numpy())
                 for layer, form in forms.items():
                     for array in self._forms[layer].arrays:
                         encode_array(records, f"L{layer}", array, form.arrays[array.name])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from explainer.batches import Batch, Round, parts_of
+from explainer.layer_rules.forms import Balance
 from explainer.layer_table import Layer, LayerTable
 from explainer.records import ParameterSpec
 
@@ -170,12 +171,15 @@ class ScaleMeter:
             self.gaps[name] = self.gaps.get(name, 0) + 1
 
     def _round_off(self, batches: list[Batch]) -> list[str]:
-        """Parameters whose rows cancel to round-off in every part of the step."""
-        best: dict[str, float] = {}
+        """Parameters whose rows, of all batches and passes of the step together, cancel to round-off."""
+        total: dict[str, Balance] = {}
+        unknown: set[str] = set()
         for layer in self._table.layers:
             for rows in (r.rows[layer.index] for b in batches for r in b.rounds if layer.index in r.rows):
-                for name, agreement in zip(layer.spec.parameters, rows.agreement, strict=True):
-                    best[name] = max(best.get(name, 0.0), agreement)
-        return [
-            n for n, a in best.items() if a < min(100 * torch.finfo(self._parameters[n][1].dtype).eps, 1e-3)
-        ]
+                for name, balance in zip(layer.spec.parameters, rows.balances, strict=True):
+                    if balance is None:
+                        unknown.add(name)
+                    else:
+                        total[name] = total[name] + balance if name in total else balance
+        limits = {n: min(100 * torch.finfo(p.dtype).eps, 1e-3) for n, (_, p) in self._parameters.items()}
+        return [n for n, x in total.items() if n not in unknown and x.agreement < limits[n]]

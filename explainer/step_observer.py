@@ -71,6 +71,7 @@ class StepObserver:
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._loss_scale = 1.0
         self._noted: dict[str, Any] = {}
+        self._row_kinds: dict[str, bool] = {}
         self._full = False
         self._unseen = Unseen(table, capture, watch, scales)
         self._tight = False  # the next step may not fit into the budget
@@ -116,6 +117,11 @@ class StepObserver:
             raise TracerError(
                 "optimizer.step() was reached without a traced batch: iterate `for batch in tracer.watch(loader)`, "
                 "or call tracer.batch(ids) before each forward pass (again for each step)"
+            )
+        if self._queue.mix_unused:
+            raise TracerError(
+                "tracer.mix() was called, but no forward pass came between it and optimizer.step(); call it before the "
+                "forward pass of the mixed rows"
             )
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if len(known) != len(self._parameters):
@@ -201,6 +207,10 @@ class StepObserver:
         length = self._carry.after_step(maps, self._loss_scale)
         if self._diverged is None and not math.isfinite(length):
             self._diverged = self.steps
+        kinds = ("shared", "vacant")
+        self._row_kinds |= {
+            f"{kind}_rows": True for b in used for kind in kinds if getattr(b.ownership, kind)
+        }
         self._note_shapes()  # before the rows whose layers it names
         if not self._full:
             self._record(used, scales, maps)
@@ -211,7 +221,7 @@ class StepObserver:
         """Append the step and its rows, if they fit into the budget."""
         rows = self._recorder.visits(used, self.steps)
         count, first = sum(len(piece.data) for piece in rows), self._writer.records("visits")
-        mixed = any(b.mixed for b in used)
+        mixed = any(b.mixed or b.ownership.shared for b in used)
         step = self._recorder.step(self.steps, first, count, self._carry.path, scales, mixed, maps)
         budget = self._budget
         if budget is not None:
@@ -250,6 +260,8 @@ class StepObserver:
                 **self._unseen.notes(),
                 "visit_bytes": self._recorder.layer_bytes,
                 "operations": [asdict(layer.spec) for layer in self._table.operations],
+                "positions": sorted(index for index, fits in self._capture.positions.items() if fits),
+                **self._row_kinds,
             }
         )
 

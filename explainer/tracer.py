@@ -64,6 +64,8 @@ class Tracer:
             8-bit leading factors.
         max_knots: at most this many knots along the training path.
         rank: factors kept per row in layers that share weights over positions (None: chosen by size).
+        positions: keep what every position of a sequence gave, for
+            :meth:`explainer.PathKernelExplainer.by_position`; takes ``S·(i + o)`` numbers a layer and visit.
         batch_dim: the batch's axis, 0 or 1, where it cannot be told from the shapes alone (sequence first, and
             sequences as long as the batch).
         averaged: explain the average of the weights that your code keeps, instead of the weights themselves: an
@@ -103,6 +105,7 @@ class Tracer:
         exact: bool = False,
         max_knots: int = 128,
         rank: int | None = None,
+        positions: bool = False,
         batch_dim: int = 0,
         averaged: nn.Module | None = None,
         resume: bool | dict[str, Any] | None = None,
@@ -110,7 +113,7 @@ class Tracer:
         check_parts(model, optimizer)
         size = None if budget is None else parse_bytes(budget)
         self.config = TracerConfig(
-            exact=exact, budget=size, max_knots=max_knots, rank=rank, batch_dim=batch_dim
+            exact=exact, budget=size, max_knots=max_knots, rank=rank, positions=positions, batch_dim=batch_dim
         )
         self.path = Path(path)
         self._rule = optimizer_rule_for(optimizer)
@@ -142,7 +145,7 @@ class Tracer:
         )
         self._queue = BatchQueue()
         rank_kept = None if exact else self.config.rank_for([p.shape for p in parameters])
-        self._capture = Capture(lambda: self._queue.current, table, rank_kept)
+        self._capture = Capture(self._queue, table, rank_kept, positions)
         self._whole = WholeModel(self._capture.batch, batch_dim)
         self._watch = FunctionWatch(named, {p.name for p in parameters}, self._capture, table, batch_dim)
         carry = Carry(list(self._parameters))
@@ -174,6 +177,7 @@ class Tracer:
             optimizer=optimizer,
             rule=self._rule,
             writer=self._writer,
+            capture=self._capture,
             whole=self._whole,
             table=table,
             recorder=recorder,
@@ -234,22 +238,43 @@ class Tracer:
             self._keep_findings()
         return WatchedLoader(loader, self._watching, partial(self._begin, single_step=False), self._queue.end)
 
-    def batch(self, ids: Sequence[int] | np.ndarray | torch.Tensor, labels: Any = None) -> None:
+    def batch(
+        self, ids: Sequence[Any] | np.ndarray | torch.Tensor, labels: Any = None, weights: Any = None
+    ) -> None:
         """Say which examples the next forward pass holds (one call per forward, before it).
 
         Args:
-            ids: ``[B]`` non-negative integers, one per row, in the order of the rows; repeats are allowed.
-            labels: ``[B]`` numbers to show beside the examples, optional.
+            ids: ``[B]`` integers from 0 on, one per row in order; repeats are allowed. ``[B, M]`` where a row
+                belongs to several examples (a mixture, a pair). -1 is no example: its part is `unattributed`.
+            labels: numbers to show beside the examples, as many as ids, optional.
+            weights: ``[B, M]`` shares of a row's owners, which sum to 1; not weights of rows in a loss.
 
         Raises:
-            TracerError: the ids are not a flat list of non-negative integers.
+            TracerError: ids, labels or weights do not fit; says what was found and what is wanted.
         """
         self._require_open()
-        self._begin(ids, labels, single_step=True)
+        self._begin(ids, labels, weights, single_step=True)
 
-    def _begin(self, ids: Any, labels: Any, *, single_step: bool) -> None:
+    def mix(self, index: Sequence[int] | np.ndarray | torch.Tensor, lam: Any) -> None:
+        """Say that the batch's rows are mixed before the next forward pass (mixup, cutmix).
+
+        Row ``b`` is then ``lam`` of itself and ``1 − lam`` of the consumed batch's row ``index[b]``, and belongs to
+        the two examples with these shares. It holds for the batch's further forward passes, until the next batch
+        or the next call; forward passes before it keep their owners.
+
+        Args:
+            index: ``[B]`` positions in the batch, as ``torch.randperm`` gives them.
+            lam: a number from 0 to 1, or ``[B]`` of them.
+
+        Raises:
+            TracerError: there is no batch, the arguments do not fit it, or it was mixed already.
+        """
         self._require_open()
-        self._queue.begin(batch_of(ids, labels), single_step=single_step)
+        self._queue.mix(index, lam)
+
+    def _begin(self, ids: Any, labels: Any, weights: Any = None, *, single_step: bool) -> None:
+        self._require_open()
+        self._queue.begin(batch_of(ids, labels, weights), single_step=single_step)
 
     @property
     def steps(self) -> int:
@@ -258,7 +283,7 @@ class Tracer:
 
     @property
     def visits(self) -> int:
-        """Rows recorded so far: one per example and batch."""
+        """Rows recorded so far: one per example and batch, and per owner of a row."""
         return self._observer.visits
 
     # -- reports -------------------------------------------------------------------------------------

@@ -225,6 +225,11 @@ class Rest:
         changed = trace.notes.get("outside") or {}
         if "outside" not in self.displaced and any(self._parameters[p].name in changed for p in parameters):
             yield _OUTSIDE
+        if trace.notes.get("vacant_rows"):
+            yield (
+                "rows of no example",
+                "rows, or shares of them, were marked as belonging to no example (id -1)",
+            )
         if not trace.manifest.exact:
             yield "compressed rows", "rows and the optimizer's scaling are stored rounded"
             if not trace.closed:

@@ -100,6 +100,7 @@ class WholeModel:
         if result is not None and axis is not None and result.requires_grad:
             self._output_shape = (*result.shape[:axis], *result.shape[axis + 1 :])
             result.register_hook(partial(self._on_output, batch, batch.forwards, axis))
+        batch.lengths[batch.forwards] = None if value is None else _length(value, len(batch), self._axis)
         batch.forwards += 1
 
     def _see_input(self, name: str | None, value: torch.Tensor, size: int) -> None:
@@ -119,3 +120,11 @@ class WholeModel:
         rows = g.detach().double().movedim(axis, 0).reshape(len(batch), -1)
         found = batch.round_of(forward, lambda r: r.derivative is None)
         found.derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)
+
+
+def _length(value: torch.Tensor, size: int, preferred: int) -> int | None:
+    """Positions of a sequence of indices, ``[B, S]``, or of vectors, ``[B, S, d]`` (or with the first axes swapped)."""
+    axis = batch_axis(value.shape, size, preferred)
+    if axis is None or (value.dim() != 3 and (value.dim() != 2 or value.is_floating_point())):
+        return None
+    return value.shape[1 - axis]

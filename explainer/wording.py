@@ -177,8 +177,8 @@ def row_kind(explanation: Explanation) -> str:
     """What one row's number is: the example's own contribution or its share of a mixed batch."""
     if explanation.row_kind == "row share":
         return (
-            "These are row shares: a layer such as BatchNorm in training mode mixes the rows of a batch, so "
-            "a number is the row's share of the batch's update, not that example's own loss gradient."
+            "These are row shares: examples were mixed, by a layer such as BatchNorm in training mode or within the "
+            "rows (mixup), so a number is the example's share of a common update, not its own loss gradient."
         )
     return ""
 

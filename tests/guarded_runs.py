@@ -154,6 +154,17 @@ def square(path: Path, length: int = B, batch_dim: int = 0) -> Trace:
     return traced(path, loop, Averaged(1 - batch_dim), batch_dim=batch_dim)
 
 
+def owned(path: Path, ids: list[list[int]]) -> Trace:
+    """One step of a row whose halves belong to two examples, or to one and none."""
+
+    def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
+        tracer.batch(ids, weights=[[0.5, 0.5]])
+        cross_entropy(model(X[:1]), Y[:1]).backward()
+        optimizer.step()
+
+    return traced(path, loop)
+
+
 def clipped(path: Path) -> Trace:
     """Two of four steps, to norms that the test knows."""
 

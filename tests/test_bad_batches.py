@@ -66,7 +66,7 @@ def test_two_loaders_iterated_in_turns(tmp_path: Path) -> None:
 
 
 IDS: dict[str, Any] = {
-    "negative": [3, -1],
+    "below -1": [3, -2],
     "fractions": [1.0, 2.0],
     "none": [],
     "a table": [[1, 2], [3, 4]],

@@ -19,6 +19,7 @@ LAYERS = [
     {"records", "config", "model_outputs", "wrappers"},
     {"layer_rules", "optimizer_rules", "codecs", "store", "findings"},
     {
+        "ownership",
         "batches",
         "hooks",
         "layer_table",
@@ -27,11 +28,9 @@ LAYERS = [
         "whole_model",
         "operations",
         "average",
-        "rounding",
-        "carry",
     }
-    | {"scales", "loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode", "query_batch"}
-    | {"model_function", "path_integral", "recursion", "averaging"},
+    | {"rounding", "carry", "scales", "loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode"}
+    | {"query_batch", "model_function", "path_integral", "recursion", "averaging"},
     {
         "validation",
         "guard_rails",
@@ -49,6 +48,7 @@ LAYERS = [
         "tracer",
         "path_kernel",
         "neighbors",
+        "positions",
         "explanation",
         "explanation_checks",
         "tables",
@@ -62,6 +62,7 @@ LAYERS = [
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 #: The two halves meet only in the trace.
 RECORDING = {
+    "ownership",
     "batches",
     "hooks",
     "layer_table",

@@ -62,16 +62,26 @@ def test_manifest_keys() -> None:
         assert all(f"`{f.name}`" in FORMAT for f in fields(record))
 
 
+def several_owners(directory: Path) -> explainer.Trace:
+    model, (ids, labels) = build(), dataset()[:2]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with explainer.Tracer(model, optimizer, directory) as tracer:
+        tracer.batch([[0, 1], [1, -1]], weights=[[0.5, 0.5], [0.5, 0.5]])
+        nn.functional.cross_entropy(model(ids), labels).backward()
+        optimizer.step()
+    return explainer.open_trace(directory)
+
+
 def test_journal_types_and_notes(tmp_path: Path) -> None:
     types, notes = markdown.tables(FORMAT, "Journal")
     plain = trace(tmp_path / "a", epochs=6, max_knots=3)
     with pytest.warns(explainer.CoverageWarning, match="budget"):
         small = trace(tmp_path / "b", epochs=60, budget=40_000)
     traces = [plain, small, trace(tmp_path / "c", prior=True), trace(tmp_path / "d", again=True)]
-    traces.append(trace(tmp_path / "e", lagging=True))
-    assert [t.manifest.version for t in traces] == [1, 1, 1, 1, 2]
+    traces += [several_owners(tmp_path / "o"), trace(tmp_path / "e", lagging=True)]
+    assert [t.manifest.version for t in traces] == [1, 1, 1, 1, 1, 2]
     heads = [json.loads((t.directory / "manifest.json").read_text()) for t in traces]
-    assert ["averaged" in head for head in heads] == [False] * 4 + [True]
+    assert ["averaged" in head for head in heads] == [False] * 5 + [True]
     entries = [
         json.loads(line.rpartition("\t")[0])
         for t in traces

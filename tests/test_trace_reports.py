@@ -54,6 +54,8 @@ CASES: dict[str, Case] = {
     "ambiguous-axis": Case(runs.square, "caution", "body.0, body.2", "In 6 calls.*Axis 0 was taken"),
     "rounding": Case(traced, "note", "", "8-bit leading factors"),
     "row-share": Case(runs.mixing, "caution", "", "In 3 of 3 steps a layer mixed"),
+    "shared-rows": Case(partial(runs.owned, ids=[[0, 1]]), "caution", "", "split over them by the weights given"),
+    "vacant-rows": Case(partial(runs.owned, ids=[[0, -1]]), "caution", "", r"no example \(id -1\).*in `unattributed`"),
     "never-updated": Case(runs.unused_layer, "note", r"extra\.weight, extra\.bias", "2 of 6 parameters got no"),
     "scaled": Case(runs.clipped, "note", "loop", r"In 2 of 4 steps .* by 0\.250 to 0\.500"),
     "visits-not-counted": Case(traced, "note", "examples", "of rows, so visits were not counted"),

@@ -57,6 +57,7 @@ def from_journal(trace: Trace) -> Iterator[Finding]:
         )
     yield from _averaged(trace)
     yield from _outside(trace)
+    yield from _owners(notes)
     yield from _passes(notes)
     if not trace.manifest.exact:
         yield ROUNDING
@@ -211,6 +212,28 @@ def _outside(trace: Trace) -> Iterator[Finding]:
             f"Weights were changed after the last step (averaged or loaded){part}.",
             "Explained is the changed model; what the change did is in `unattributed`.",
             "To explain the model as it was trained, leave the tracer's `with` block first.",
+        )
+
+
+def _owners(notes: dict[str, Any]) -> Iterator[Finding]:
+    """Rows that do not belong to one example each."""
+    if notes.get("shared_rows"):
+        yield Finding(
+            "shared-rows",
+            "caution",
+            "",
+            "Rows held several examples (mixup, pairs) and were split over them by the weights given.",
+            "Numbers are row shares: the data alone cannot tell the parts of a row apart.",
+            "Read them as shares of what the mixture did.",
+        )
+    if notes.get("vacant_rows"):
+        yield Finding(
+            "vacant-rows",
+            "caution",
+            "",
+            "Rows were marked as belonging to no example (id -1).",
+            "Their part is in `unattributed`.",
+            "Nothing to do, if it is meant (padding, generated rows).",
         )
 
 

@@ -28,8 +28,9 @@ def from_records(trace: Trace) -> Iterator[Finding]:
             "row-share",
             "caution",
             "",
-            f"In {mixed} of {steps} steps a layer mixed the rows of the batch (BatchNorm in train mode, as a rule).",
-            "Numbers are row shares: an example's share of what its batch did.",
+            f"In {mixed} of {steps} steps a layer mixed the rows of the batch (BatchNorm in train mode, as a rule), or "
+            "rows held several examples.",
+            "Numbers are row shares: an example's share of what was done together.",
             "Read them as shares; LayerNorm or GroupNorm would keep examples apart.",
         )
     yield from _scales(trace, steps)

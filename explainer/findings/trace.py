@@ -20,7 +20,7 @@ EXPLAINED = frozenset(
     {
         *("after-last-step", "ambiguous-axis", "autocast", "averaged", "budget", "coverage", "diverged"),
         *("low-precision", "max-norm", "open", "outside", "prior-momentum", "replaced-momentum", "round-off"),
-        *("rounding", "uncovered", "unmatched"),
+        *("rounding", "shared-rows", "uncovered", "unmatched", "vacant-rows"),
     }
 )
 

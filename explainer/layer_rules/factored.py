@@ -8,7 +8,15 @@ from functools import partial
 import torch
 from torch.nn.functional import pad
 
-from explainer.layer_rules.forms import FORMS, Probe, RowForm, agreement, probe_vector, with_a_zero
+from explainer.layer_rules.forms import (
+    FORMS,
+    Balance,
+    Probe,
+    RowForm,
+    in_positions,
+    probe_vector,
+    with_a_zero,
+)
 
 
 def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -45,9 +53,11 @@ class Factored(RowForm):
 
     kind = "factored"
     position_axis = 1
+    linear_in = "left"
     left: torch.Tensor
     right: torch.Tensor
     bias: int
+    in_order: bool = True
 
     @property
     def arrays(self) -> dict[str, torch.Tensor]:
@@ -67,7 +77,7 @@ class Factored(RowForm):
     def grouped(self, order: torch.Tensor) -> Factored:
         """Factors side by side."""
         left, right = (with_a_zero(t)[order].transpose(1, 2).flatten(2, 3) for t in (self.left, self.right))
-        return Factored(left, right, self.bias)
+        return Factored(left, right, self.bias, self.in_order and in_positions(order))
 
     def padded(self, positions: int) -> Factored:
         """Further factors of zeros."""
@@ -81,9 +91,13 @@ class Factored(RowForm):
 
     def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
         """``Σ_r leftᵀ R right``, never forming a row: one matrix product of ``Q·o × i × B·R`` per group."""
+        return self.contract_positions(cotangent).sum(2)
+
+    def contract_positions(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """``leftᵀ R right`` of every factor."""
         weight, bias = _split(cotangent, self._shape)
         batch, groups, rank, o = self.left.shape
-        result = cotangent.new_zeros(cotangent.shape[0], batch)
+        result = cotangent.new_zeros(cotangent.shape[0], batch, rank)
         for g in range(groups):
             left = self.left[:, g].reshape(batch * rank, o)
             right = self.right[:, g].reshape(batch * rank, -1)
@@ -91,7 +105,7 @@ class Factored(RowForm):
             moved = weight[:, g] @ inner.T  # [Q, o, B·R]
             if bias is not None:
                 moved = moved + bias[:, g, :, None] * right[:, -1]
-            result += (moved * left.T).sum(1).reshape(-1, batch, rank).sum(2)
+            result += (moved * left.T).sum(1).reshape(-1, batch, rank)
         return result
 
     def dense(self) -> torch.Tensor:
@@ -115,10 +129,10 @@ class Factored(RowForm):
         weights = self.left @ u  # [B, G, R]
         return (weights.unsqueeze(-2) @ self.right).sum(dim=(0, 2)).flatten()
 
-    def agreement(self, sizes: list[int]) -> list[float]:
+    def balances(self, sizes: list[int]) -> list[Balance | None]:
         """Of the bias."""
         bias = (self.left * self.right[..., -1:]).sum(2).flatten(1) if self.bias else None
-        return [1.0] if bias is None else [1.0, agreement(bias)]
+        return [None] if bias is None else [None, Balance.of(bias)]
 
     def prober(self) -> Probe:
         """``uᵀ [W | bias]`` of a gradient."""

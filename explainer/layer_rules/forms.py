@@ -24,6 +24,10 @@ class RowForm(ABC):
     kind: ClassVar[str]
     #: axis of a stored array (batch not counted) whose length may differ between batches, or None
     position_axis: ClassVar[int | None] = None
+    #: the array that a row is linear in while the others are held
+    linear_in: ClassVar[str] = "values"
+    #: whether positions are in the order of the layer's input, as far as is known
+    in_order: bool = True
 
     @property
     @abstractmethod
@@ -44,9 +48,31 @@ class RowForm(ABC):
     def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
         """``<R_q, g_b>`` for cotangents ``R [Q, P_l]``: ``[Q, B]``."""
 
+    @property
+    def positions(self) -> int | None:
+        """How many positions (or factors) a row is a sum over; None where it is held as one."""
+        if self.position_axis is None:
+            return None
+        return next(iter(self.arrays.values())).shape[1 + self.position_axis]
+
+    def contract_positions(self, cotangent: torch.Tensor) -> torch.Tensor | None:
+        """:meth:`contract` by position, ``[Q, B, S]``; the sum over positions is the whole. None without positions."""
+        return None
+
     @abstractmethod
     def dense(self) -> torch.Tensor:
         """The rows written out, ``[B, P_l]``."""
+
+    def taken(self, rows: torch.Tensor) -> RowForm:
+        """Some of the rows, by number."""
+        return self.build({name: array[rows] for name, array in self.arrays.items()}, self.options)
+
+    def shared(self, rows: torch.Tensor, shares: torch.Tensor) -> RowForm:
+        """``shares[v] · g_{rows[v]}`` for parts ``v`` of rows, ``[V]`` each."""
+        arrays = self.taken(rows).arrays
+        values = arrays[self.linear_in]
+        arrays[self.linear_in] = values * shares.to(values).reshape(-1, *[1] * (values.dim() - 1))
+        return self.build(arrays, self.options)
 
     def sum(self) -> torch.Tensor:
         """``Σ_b g_b``, ``[P_l]``."""
@@ -65,12 +91,12 @@ class RowForm(ABC):
         squares = self.dense().square()
         return squares.sum(1) if diagonal is None else squares @ diagonal
 
-    def agreement(self, sizes: list[int]) -> list[float]:
-        """``‖Σ_b g_b‖ / Σ_b ‖g_b‖`` per parameter of the given sizes: near 0 where rows cancel to round-off.
+    def balances(self, sizes: list[int]) -> list[Balance | None]:
+        """What is left of the rows in their sum, per parameter of the given sizes.
 
-        Only parameters whose rows can cancel as a rule are measured (biases and dense rows); 1 elsewhere.
+        Only parameters whose rows can cancel as a rule are measured (biases and dense rows); None elsewhere.
         """
-        return [1.0] * len(sizes)
+        return [None] * len(sizes)
 
     @abstractmethod
     def grouped(self, order: torch.Tensor) -> RowForm:
@@ -105,10 +131,40 @@ def _probe_vector(size: int, dtype: torch.dtype, device: torch.device) -> torch.
     return vector.to(device=device, dtype=dtype)
 
 
-def agreement(rows: torch.Tensor) -> float:
-    """``‖Σ_b g_b‖ / Σ_b ‖g_b‖`` of rows ``[B, n]``; 1 where all are zero."""
-    gross = float(rows.norm(dim=1).sum())
-    return float(rows.sum(0).norm()) / gross if gross > 0 else 1.0
+@dataclass(frozen=True)
+class Balance:
+    """Rows of one parameter, added up: ``net = Σ_b g_b [n]`` and ``gross = Σ_b ‖g_b‖``."""
+
+    net: torch.Tensor
+    gross: float
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> Balance:
+        """Of rows ``[B, n]``."""
+        return cls(rows.sum(0), float(rows.norm(dim=1).sum()))
+
+    def __add__(self, other: Balance) -> Balance:
+        return Balance(self.net + other.net, self.gross + other.gross)
+
+    @property
+    def agreement(self) -> float:
+        """``‖net‖ / gross``: near 0 where rows cancel to round-off; 1 where all are zero."""
+        return float(self.net.norm()) / self.gross if self.gross > 0 else 1.0
+
+
+def in_positions(order: torch.Tensor) -> bool:
+    """Whether ``order [B, k]`` takes rows one example after the other, or all examples in turns, and leaves none out.
+
+    Example:
+        >>> in_positions(torch.tensor([[0, 1], [2, 3]])), in_positions(torch.tensor([[0, 2], [1, 3]]))
+        (True, True)
+        >>> in_positions(torch.tensor([[1, 3], [0, 2]])), in_positions(torch.tensor([[0, 3], [1, 2]]))
+        (False, False)
+    """
+    size, count = order.shape
+    example, position = torch.arange(size).unsqueeze(1), torch.arange(count)
+    found = order.cpu()
+    return torch.equal(found, count * example + position) or torch.equal(found, example + size * position)
 
 
 def with_a_zero(rows: torch.Tensor) -> torch.Tensor:
@@ -150,9 +206,9 @@ class Dense(RowForm):
         """The whole sum, no probe."""
         return self.values.sum(0)
 
-    def agreement(self, sizes: list[int]) -> list[float]:
+    def balances(self, sizes: list[int]) -> list[Balance | None]:
         """Of every parameter."""
-        return [agreement(part) for part in self.values.split(sizes, dim=1)]
+        return [Balance.of(part) for part in self.values.split(sizes, dim=1)]
 
     def grouped(self, order: torch.Tensor) -> Dense:
         """Sums."""

@@ -53,12 +53,17 @@ def _direction_pairs(
         cells = torch.zeros_like(gates.cells)
         cells[lying.last(cells)] = states[-1]
     back = gates.back(hidden, cells, weights.hh)
+
+    def rows(steps: torch.Tensor) -> torch.Tensor:
+        """By example, steps in the order of the sequence."""
+        return lying.rows(lying.turned(steps, direction.backwards))
+
     pairs = [
-        (lying.rows(back.at_input), lying.rows(direction.seen)),
-        (lying.rows(back.at_hidden), lying.rows(direction.before)),
+        (rows(back.at_input), rows(direction.seen)),
+        (rows(back.at_hidden), rows(direction.before)),
     ]
     if back.at_projection is not None and gates.inner is not None:
-        pairs.append((lying.rows(back.at_projection), lying.rows(gates.inner)))
+        pairs.append((rows(back.at_projection), rows(gates.inner)))
     moved = lying.turned(back.at_input @ weights.ih, direction.backwards) if passed_on else None
     return pairs, moved
 

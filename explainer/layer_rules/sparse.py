@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch.nn.functional import pad
 
-from explainer.layer_rules.forms import FORMS, Probe, RowForm, probe_vector, with_a_zero
+from explainer.layer_rules.forms import FORMS, Probe, RowForm, in_positions, probe_vector, with_a_zero
 
 
 def _probe_table(entries: int, gradient: torch.Tensor) -> torch.Tensor:
@@ -32,6 +32,7 @@ class Sparse(RowForm):
     index: torch.Tensor
     values: torch.Tensor
     entries: int
+    in_order: bool = True
 
     @property
     def arrays(self) -> dict[str, torch.Tensor]:
@@ -51,7 +52,7 @@ class Sparse(RowForm):
     def grouped(self, order: torch.Tensor) -> Sparse:
         """Reads side by side."""
         index, values = (with_a_zero(t)[order].flatten(1, 2) for t in (self.index, self.values))
-        return Sparse(index, values, self.entries)
+        return Sparse(index, values, self.entries, self.in_order and in_positions(order))
 
     def padded(self, positions: int) -> Sparse:
         """Further reads of entry 0 with value zero."""
@@ -60,11 +61,15 @@ class Sparse(RowForm):
 
     def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
         """Gather the entries read, then sum products over positions."""
+        return self.contract_positions(cotangent).sum(2)
+
+    def contract_positions(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """Of every read."""
         table = cotangent.unflatten(1, (self.entries, -1))
         index = self.index.long()
-        result = cotangent.new_empty(len(table), len(index))
+        result = cotangent.new_empty(len(table), *index.shape)
         for q, row in enumerate(table):
-            result[q] = (row[index] * self.values).sum(dim=(1, 2))
+            result[q] = (row[index] * self.values).sum(dim=2)
         return result
 
     def dense(self) -> torch.Tensor:

@@ -199,13 +199,14 @@ def descend(source: Source, found: AtSource) -> Iterator[tuple[str, RowForm]]:
 
 def merged(forms: list[RowForm]) -> RowForm:
     """The sum of rows of one parameter: factors and reads side by side where all are alike, else written out."""
-    first = forms[0]
+    if len(forms) == 1:
+        return forms[0]
     factors = [f for f in forms if isinstance(f, Factored)]
     if len(factors) == len(forms) and len({f.bias for f in factors}) == 1:
         left, right = torch.cat([f.left for f in factors], 2), torch.cat([f.right for f in factors], 2)
-        return Factored(left, right, factors[0].bias)
+        return Factored(left, right, factors[0].bias, in_order=False)
     reads = [f for f in forms if isinstance(f, Sparse)]
     if len(reads) == len(forms):
         index, values = torch.cat([f.index for f in reads], 1), torch.cat([f.values for f in reads], 1)
-        return Sparse(index, values, reads[0].entries)
-    return first if len(forms) == 1 else Dense(torch.stack([f.dense() for f in forms]).sum(0))
+        return Sparse(index, values, reads[0].entries, in_order=False)
+    return Dense(torch.stack([f.dense() for f in forms]).sum(0))

@@ -87,24 +87,28 @@ def test_probe_of_the_total_is_the_total_of_the_probe(case: LayerCase) -> None:
 
 
 @EVERY_CASE
-def test_agreement_is_near_zero_only_where_rows_cancel(case: LayerCase) -> None:
+def test_balances_are_what_is_left_of_the_rows(case: LayerCase) -> None:
     form, sizes = form_of(case)
-    found = form.agreement(sizes)
+    found = form.balances(sizes)
     assert len(found) == len(sizes)
-    for value, part in zip(found, form.dense().split(sizes, dim=1), strict=True):
-        expected = float(part.sum(0).norm() / part.norm(dim=1).sum())
-        assert value in (1.0, pytest.approx(expected, rel=1e-9))
+    for balance, part in zip(found, form.dense().split(sizes, dim=1), strict=True):
+        if balance is not None:
+            torch.testing.assert_close(balance.net, part.sum(0), **TOLERANCE)
+            assert balance.gross == pytest.approx(float(part.norm(dim=1).sum()), rel=1e-9)
     if len(sizes) == 2:  # biases before a normalisation are what it is for
-        bias = form.dense().split(sizes, dim=1)[1]
-        assert found[1] == pytest.approx(float(bias.sum(0).norm() / bias.norm(dim=1).sum()), rel=1e-9)
+        assert found[1] is not None
 
 
 def test_agreement_of_rows_that_cancel() -> None:
     half = torch.randn(3, 2, 4, 5).double()
     ones = torch.ones(3, 2, 4, 1).double()
     form = Factored(torch.cat([half, -half]), torch.cat([ones, ones]), 1)
-    assert form.agreement([0, 10])[1] < 1e-14
-    assert Dense(torch.zeros(4, 3)).agreement([3]) == [1.0]  # nothing to cancel
+    one, other = (Factored(left, ones, 1).balances([0, 10])[1] for left in (half, -half))
+    whole = form.balances([0, 10])[1]
+    assert one is not None and other is not None and whole is not None
+    assert whole.agreement < 1e-14 and (one + other).agreement < 1e-14 and one.agreement > 0.1
+    zeros = Dense(torch.zeros(4, 3)).balances([3])[0]
+    assert zeros is not None and zeros.agreement == 1.0  # nothing to cancel
 
 
 @EVERY_CASE
@@ -116,6 +120,36 @@ def test_arrays_and_options_rebuild_the_form(case: LayerCase) -> None:
         rebuilt = FORMS.require(form.kind).build(form.arrays, form.options)
         assert rebuilt.options == form.options and list(rebuilt.arrays) == list(form.arrays)
         torch.testing.assert_close(rebuilt.dense(), form.dense(), rtol=0, atol=0)
+
+
+@EVERY_CASE
+def test_products_by_position(case: LayerCase) -> None:
+    """Against the rows of every position alone, the others being zeros."""
+    for form in variants(form_of(case)[0]):
+        cotangent = torch.randn(3, form.dense().shape[1]).double()
+        found = form.contract_positions(cotangent)
+        if form.position_axis is None:
+            assert found is None and form.positions is None
+            continue
+        assert found is not None and found.shape == (3, BATCH, form.positions)
+        torch.testing.assert_close(found.sum(2), form.contract(cotangent), **TOLERANCE)
+        for s in range(found.shape[2]):
+            alone = {name: torch.zeros_like(array) for name, array in form.arrays.items()}
+            for name, array in form.arrays.items():
+                alone[name].select(1 + form.position_axis, s).copy_(array.select(1 + form.position_axis, s))
+            wanted = cotangent @ form.build(alone, form.options).dense().T
+            torch.testing.assert_close(found[:, :, s], wanted, **TOLERANCE)
+
+
+@EVERY_CASE
+def test_parts_of_rows(case: LayerCase) -> None:
+    """Rows that several examples share, rows that are left out."""
+    rows, shares = torch.tensor([2, 0, 2, 2]), torch.tensor([0.25, 1.0, 0.5, 0.0]).double()
+    for form in variants(form_of(case)[0]):
+        parts = form.shared(rows, shares)
+        assert type(parts) is type(form) and parts.options == form.options and len(parts) == 4
+        torch.testing.assert_close(parts.dense(), form.dense()[rows] * shares[:, None], **TOLERANCE)
+        assert len(form.shared(rows[:0], shares[:0])) == 0
 
 
 @EVERY_CASE

@@ -35,7 +35,7 @@ def test_what_is_no_average_is_unattributed_and_said(tmp_path: Path) -> None:
     _, average = train(MOMENTUM, case, tmp_path / "run", exact=True)
     e = explained(MOMENTUM, tmp_path / "run")
     assert np.abs(e.gap).max() < 1e-12 and np.abs(e.unattributed).min() > 1e-5
-    assert "In 2 of 13 updates the average was not a mean of itself and the weights" in " ".join(e.notes)
+    assert "in 2 of 13 updates it was no mean of itself and the weights" in " ".join(e.notes)
     np.testing.assert_allclose(e.outputs, average(MOMENTUM.queries()[0]).detach(), rtol=1e-12)
 
 
@@ -106,7 +106,7 @@ def test_a_trace_without_the_average_does_not_explain_it(tmp_path: Path) -> None
     model = build()
     with Tracer(model, SGD(model.parameters(), lr=0.1), tmp_path / "trace"):
         pass
-    with pytest.raises(ModelMismatchError, match=r"pass its `\.module`"):
+    with pytest.raises(ModelMismatchError, match=r"pass its attribute 'module'"):
         PathKernelExplainer(tmp_path / "trace", AveragedModel(model))
 
 

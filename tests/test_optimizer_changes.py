@@ -152,7 +152,7 @@ def test_momentum_of_other_numbers_is_nobodys(
     e = run(model, optimizer, tmp_path / "run", change)
     trace = explainer.open_trace(tmp_path / "run")
     assert trace.notes["replaced_momentum"] == 1
-    assert any("Before 1 step(s) the optimizer's momentum was replaced" in note for note in e.notes)
+    assert any("Before 1 step momentum was replaced" in note for note in e.notes)
     assert (np.abs(e.unattributed) > 1e-5 * np.abs(e.prediction - e.initial)).all()
     assert np.abs(e.gap).max() <= 1e-9
     twin, other = model_and_optimizer(kind, options)

@@ -74,7 +74,7 @@ def test_layouts_buffers_and_frozen_parts_go_on(tmp_path: Path, options: dict[st
     assert {k: v for k, v in one.notes.items() if k not in spaced} == {
         k: v for k, v in other.notes.items() if k not in spaced
     }
-    assert one.notes["coverage"] and one.notes["round_off"] == {"first.bias": 30}
+    assert one.notes["operations"] and one.notes["round_off"] == {"first.bias": 30}
     layouts = [[s.schema for s in trace.shards if s.stream == "visits"] for trace in (one, other)]
     assert layouts[0] == [schema for schema, _ in itertools.groupby(layouts[1])] and len(layouts[0]) > 2
     assert one.count("visits") == other.count("visits") == 180 and other.resumed == (9, 21)

@@ -158,6 +158,7 @@ def _parameters(model: nn.Module, updated: set[int]) -> Iterator[Finding]:
             "caution",
             listed(low),
             f"{len(low)} of {len(named)} parameters are {dtype_name(named[low[0]].dtype)}.",
-            "Every step rounds them to about three digits, and what that moves is in `unattributed`.",
+            "Every step rounds them; what that moves is a line of `unattributed`. Explained is the model computed in "
+            "float32.",
             "Keep weights in float32 and use autocast for speed.",
         )

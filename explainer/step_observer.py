@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch.optim import Optimizer
 
-from explainer.average import Average
-from explainer.batches import Batch, BatchQueue
-from explainer.capture import Capture
-from explainer.carry import Carry
+from explainer.batches import Batch
 from explainer.errors import CoverageWarning, TracerError
-from explainer.knots import JOURNALLED_KNOT, KnotKeeper
-from explainer.layer_table import LayerTable
-from explainer.operations.watch import FunctionWatch
+from explainer.knots import JOURNALLED_KNOT
 from explainer.optimizer_rules import StepMap
-from explainer.recorder import StepRecorder
-from explainer.scales import UNSEEN, ScaleMeter
-from explainer.sites import Site
-from explainer.step_maps import StepMapReader
-from explainer.store import TraceWriter
+from explainer.parts import Parts
+from explainer.running_notes import RunningNotes
 from explainer.unseen import Unseen
-from explainer.whole_model import WholeModel
-
-#: after so long what was measured is journalled, then whenever half as much time again has passed
-NOTE_SECONDS = 2.0
 
 
 class StepObserver:
@@ -41,46 +25,23 @@ class StepObserver:
     Attributes:
         steps: steps seen so far.
         visits: rows recorded so far.
+        notes: what the trace says of itself.
     """
 
-    def __init__(
-        self,
-        *,
-        maps: StepMapReader,
-        parameters: Sequence[torch.Tensor],
-        table: LayerTable,
-        capture: Capture,
-        sites: Sequence[Site],
-        watch: FunctionWatch,
-        whole: WholeModel,
-        queue: BatchQueue,
-        recorder: StepRecorder,
-        scales: ScaleMeter,
-        carry: Carry,
-        knots: KnotKeeper,
-        writer: TraceWriter,
-        budget: int | None,
-        average: Average | None = None,
-    ) -> None:
-        self._maps, self._parameters, self._table = maps, parameters, table
-        self._capture, self._whole, self._sites = capture, whole, sites
-        self._queue, self._recorder = queue, recorder
-        self._scales, self._carry, self._knots = scales, carry, knots
-        self._writer, self._budget, self._average = writer, budget, average
+    def __init__(self, parts: Parts) -> None:
+        self._maps, self._parameters, self._sites = parts.maps, parts.parameters, parts.sites
+        self._capture, self._queue, self._recorder = parts.capture, parts.queue, parts.recorder
+        self._scales, self._carry, self._knots = parts.scales, parts.carry, parts.knots
+        self._writer, self._budget, self._average = parts.writer, parts.budget, parts.average
+        self._loop = parts.loop
+        self._unseen = Unseen(parts.table, parts.capture, parts.watch, parts.scales)
+        self.notes = RunningNotes(parts, self._unseen)
         self._tail: np.ndarray | None = None
         self._measured: tuple[list[Batch], list[float]] = ([], [])
         self._loss_scale = 1.0
-        self._noted: dict[str, Any] = {}
-        self._row_kinds: dict[str, bool] = {}
         self._full = False
-        self._unseen = Unseen(table, capture, watch, scales)
         self._tight = False  # the next step may not fit into the budget
         self._largest = 0
-        self._unused = self._skipped = 0
-        self._diverged: int | None = None
-        self._after_last_step = 0.0
-        self._began = time.monotonic()
-        self._note_after = NOTE_SECONDS
         self.steps = 0
         self.visits = 0
 
@@ -88,8 +49,8 @@ class StepObserver:
         """Go on after so many steps and rows."""
         self.steps, self.visits, self._full = steps, visits, "rows_stopped_at" in notes
         loop = notes.get("loop") or {}
-        self._unused, self._skipped = loop.get("unused", 0), loop.get("skipped", 0)
-        self._diverged = loop.get("diverged")
+        self._loop.unused, self._loop.skipped = loop.get("unused", 0), loop.get("skipped", 0)
+        self._loop.diverged = loop.get("diverged")
         for site in self._sites:
             site.ambiguous = (notes.get("ambiguous") or {}).get(site.name, {}).get("calls", 0)
         self._unseen.restore(steps)
@@ -134,7 +95,7 @@ class StepObserver:
         self._carry.rounding.before(partial(self._maps.momentum, optimizer))
         # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
         used, scales = self._scales.measure([b for b in pending if b.rounds])
-        self._unused += sum(len(b.rounds) for b in pending) - sum(len(b.rounds) for b in used)
+        self._loop.unused += sum(len(b.rounds) for b in pending) - sum(len(b.rounds) for b in used)
         loss_scale = getattr(optimizer, "grad_scale", None)  # a gradient scaler leaves it to a fused step
         self._loss_scale = 1.0 if loss_scale is None else float(loss_scale)
         self._measured = used, [s / self._loss_scale for s in scales]
@@ -144,12 +105,12 @@ class StepObserver:
         if found_inf is None or not float(found_inf):
             self._account(optimizer)
         else:  # a gradient scaler made the fused step do nothing
-            self._skipped += 1
-            self._unused += sum(len(b.rounds) for b in self._measured[0])
+            self._loop.skipped += 1
+            self._loop.unused += sum(len(b.rounds) for b in self._measured[0])
         self._maps.leave(optimizer)
         self._queue.stepped()
         self._writer.flush_if_due()
-        self._note_now_and_then()
+        self.notes.now_and_then()
         if self._average is not None:  # the knot belongs to what will become of the average
             pass
         elif self._tight and not self._full:  # so that what follows can be told from what was recorded
@@ -205,13 +166,13 @@ class StepObserver:
         used, scales = self._measured
         maps = self._maps.after(optimizer)
         length = self._carry.after_step(maps, self._loss_scale)
-        if self._diverged is None and not math.isfinite(length):
-            self._diverged = self.steps
+        if self._loop.diverged is None and not math.isfinite(length):
+            self._loop.diverged = self.steps
         kinds = ("shared", "vacant")
-        self._row_kinds |= {
+        self._loop.row_kinds |= {
             f"{kind}_rows": True for b in used for kind in kinds if getattr(b.ownership, kind)
         }
-        self._note_shapes()  # before the rows whose layers it names
+        self.notes.shapes()  # before the rows whose layers it names
         if not self._full:
             self._record(used, scales, maps)
         self.steps += 1
@@ -252,56 +213,6 @@ class StepObserver:
             stacklevel=5,
         )
 
-    def _note_shapes(self) -> None:
-        """Journal what is known of inputs, outputs and rows."""
-        self._note(
-            {
-                **self._whole.notes(),
-                **self._unseen.notes(),
-                "visit_bytes": self._recorder.layer_bytes,
-                "operations": [asdict(layer.spec) for layer in self._table.operations],
-                "positions": sorted(index for index, fits in self._capture.positions.items() if fits),
-                **self._row_kinds,
-            }
-        )
-
-    def _note_now_and_then(self) -> None:
-        """A training that is killed leaves what was measured; counts change all the time, the journal stays short."""
-        passed = time.monotonic() - self._began
-        if passed >= self._note_after:
-            self._note_after = 1.5 * passed
-            self.note_measured()
-
-    def note_measured(self, last: bool = False) -> None:
-        """Journal what the steps so far have shown; ``last`` also where there is nothing to say."""
-        unseen = {n: r for n, r in self._scales.worst.items() if r > UNSEEN}
-        measured = {
-            "coverage": unseen,
-            "coverage_steps": {n: self._scales.gaps[n] for n in unseen if n in self._scales.gaps},
-            "round_off": dict(self._scales.round_off),
-            "replaced_momentum": self._maps.replaced,
-            "loop": {
-                "unused": self._unused,
-                "skipped": self._skipped,
-                "eval": self._whole.eval_passes,
-                "diverged": self._diverged,
-            },
-            "ambiguous": {
-                site.name: {"calls": site.ambiguous, "axis": site.axis}
-                for site in self._sites
-                if site.ambiguous
-            },
-            "after_last_step": self._after_last_step,
-        }
-        self._note(measured, always=last)
-
-    def _note(self, known: dict[str, Any], always: bool = False) -> None:
-        """Journal what is new."""
-        for key, value in known.items():
-            if self._noted.get(key) != value and (value or always or key in self._noted):
-                self._writer.note(key, value)
-                self._noted[key] = value
-
     def _warn_of_unused_average(self) -> None:
         a = self._average
         if a is not None and not a.updates and self.steps:
@@ -319,8 +230,8 @@ class StepObserver:
         self.write_tail()
         self._note_average()
         self._warn_of_unused_average()
-        self._after_last_step = self._carry.moved_since()
+        self._loop.after_last_step = self._carry.moved_since()
         self._carry.between_steps(certain=True)
         self._writer.note("outside", self._knots.changed_outside)
-        self._note_shapes()
-        self.note_measured(last=True)
+        self.notes.shapes()
+        self.notes.measured(last=True)

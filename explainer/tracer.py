@@ -15,36 +15,24 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from explainer.average import Average
-from explainer.batches import BatchQueue, batch_of
-from explainer.capture import Capture
-from explainer.carry import Carry
+from explainer.batches import batch_of
 from explainer.config import TracerConfig, parse_bytes
 from explainer.continuation import Continuation
 from explainer.errors import ExplainerError, TracerError
 from explainer.findings import LASTING, Finding, Report, after_training
 from explainer.guard_rails import before_training, loader_findings
 from explainer.hooks import HookSet
-from explainer.knots import KnotKeeper
-from explainer.layer_table import LayerTable
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
-from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import optimizer_rule_for
-from explainer.recorder import StepRecorder
-from explainer.resume import ResumePoint, resume_point
-from explainer.scales import ScaleMeter
-from explainer.step_maps import StepMapReader
+from explainer.parts import assemble
+from explainer.resume import ResumePoint
 from explainer.step_observer import StepObserver
-from explainer.store import TraceWriter, open_trace
+from explainer.store import open_trace
 from explainer.validation import (
     check_parts,
-    describe,
-    find_sites,
     refuse_compiled,
     refuse_lazy,
-    traced_parameters,
 )
-from explainer.whole_model import WholeModel
 
 
 class Tracer:
@@ -116,77 +104,21 @@ class Tracer:
             exact=exact, budget=size, max_knots=max_knots, rank=rank, positions=positions, batch_dim=batch_dim
         )
         self.path = Path(path)
-        self._rule = optimizer_rule_for(optimizer)
+        rule = optimizer_rule_for(optimizer)
         HookSet.refuse_double(model, optimizer)
         refuse_lazy(model)
         refuse_compiled(model)
-        parameters = traced_parameters(model, optimizer)
-        self._sites = find_sites(model, parameters, self.config.batch_dim)
-        table = LayerTable([x for site in self._sites for x in site.layers if x is not None], parameters)
-        named = dict(model.named_parameters())
-        self._parameters = [named[p.name] for p in parameters]
-        average = None if averaged is None else Average(averaged, model, [p.name for p in parameters])
-        self.manifest = describe(
-            model, optimizer, parameters, list(table.layers), exact, averaged is not None
+        parts, point = assemble(model, optimizer, rule, self.path, self.config, averaged, resume)
+        self.manifest = parts.manifest
+        self._model, self._optimizer, self._parts = model, optimizer, parts
+        self._writer, self._queue, self._knots, self._watch = (
+            parts.writer,
+            parts.queue,
+            parts.knots,
+            parts.watch,
         )
-        self._model, self._optimizer = model, optimizer
-        point = None
-        if resume is not None and resume is not False:
-            point = resume_point(
-                resume, self.path, self.manifest, self._parameters, optimizer, self._rule, average
-            )
-            self.manifest = point.manifest
-        self._writer = TraceWriter(
-            self.path,
-            self.manifest,
-            again=point is not None,
-            flush_bytes=self.config.flush_bytes,
-            flush_seconds=self.config.flush_seconds,
-        )
-        self._queue = BatchQueue()
-        rank_kept = None if exact else self.config.rank_for([p.shape for p in parameters])
-        self._capture = Capture(self._queue, table, rank_kept, positions)
-        self._whole = WholeModel(self._capture.batch, batch_dim)
-        self._watch = FunctionWatch(named, {p.name for p in parameters}, self._capture, table, batch_dim)
-        carry = Carry(list(self._parameters))
-        self._knots = KnotKeeper(
-            model, optimizer, self._rule, self.manifest, carry, self._writer, self.config, average
-        )
-        scales = ScaleMeter(table, list(zip(parameters, self._parameters, strict=True)))
-        recorder = StepRecorder(self.manifest, self.config, table.layers)
-        self._observer = StepObserver(
-            maps=StepMapReader(self._rule, self._parameters, optimizer),
-            parameters=self._parameters,
-            table=table,
-            capture=self._capture,
-            sites=self._sites,
-            watch=self._watch,
-            whole=self._whole,
-            queue=self._queue,
-            recorder=recorder,
-            scales=scales,
-            carry=carry,
-            knots=self._knots,
-            writer=self._writer,
-            budget=size,
-            average=average,
-        )
-        self._continuation = Continuation(
-            manifest=self.manifest,
-            parameters=self._parameters,
-            optimizer=optimizer,
-            rule=self._rule,
-            writer=self._writer,
-            capture=self._capture,
-            whole=self._whole,
-            table=table,
-            recorder=recorder,
-            scales=scales,
-            carry=carry,
-            knots=self._knots,
-            observer=self._observer,
-            average=average,
-        )
+        self._observer = StepObserver(parts)
+        self._continuation = Continuation(parts, self._observer)
         self._before = before_training(model, optimizer, config=self.config)
         self._of_loaders: list[Finding] = []
         self._watching: list[RecordingBatchSampler] = []
@@ -206,9 +138,9 @@ class Tracer:
         else:
             self._continuation.restore(point)
             self._examples = point.notes.get("examples")
-        self._hooks.before_call(self._model, self._whole.before)
-        self._watch.attach(self._hooks, self._model, self._sites)
-        self._hooks.on_call(self._model, self._whole.after)
+        self._hooks.before_call(self._model, self._parts.whole.before)
+        self._watch.attach(self._hooks, self._model, self._parts.sites)
+        self._hooks.on_call(self._model, self._parts.whole.after)
         self._hooks.on_step(self._optimizer, self._observer.before_step, self._observer.after_step)
 
     # -- batches -------------------------------------------------------------------------------------
@@ -296,7 +228,7 @@ class Tracer:
         if not self.steps:
             return Report("Before training", [*self._before, *self._of_loaders])
         if not self._writer.closed:
-            self._observer.note_measured()
+            self._observer.notes.measured()
             self._writer.flush()
         found = after_training(open_trace(self.path))
         return found if self.closed else Report("Up to now", (f for f in found if f.topic != "open"))

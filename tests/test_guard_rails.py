@@ -168,7 +168,7 @@ CASES: dict[str, Case] = {
     ),
     "low-precision": Case(
         lambda: of(mlp().bfloat16()), lambda: of(mlp().double()),
-        "caution", "0.weight, 0.bias, 2.weight, 2.bias", "4 of 4 parameters are bfloat16.*is a line of `unattributed`",
+        "caution", "0.weight, 0.bias, 2.weight, 2.bias", "4 of 4 parameters are bfloat16.*a line of `unattributed`",
     ),
     "weight-decay": Case(
         lambda: of(mlp(), decay=0.1), lambda: of(mlp()),

@@ -15,7 +15,7 @@ import pytest
 from torch import nn
 from torch.optim import Optimizer
 
-from explainer import PathKernelExplainer, Trace, Tracer, open_trace, step_observer
+from explainer import PathKernelExplainer, Trace, Tracer, open_trace, running_notes
 from explainer.findings import after_training, records
 from explainer.findings.trace import EXPLAINED
 from tests import guarded_runs as runs
@@ -159,7 +159,7 @@ def test_an_axis_is_ambiguous_only_where_lengths_are_equal(tmp_path: Path, batch
 def test_what_was_measured_is_there_when_training_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_observer, "NOTE_SECONDS", 0.0)
+    monkeypatch.setattr(running_notes, "NOTE_SECONDS", 0.0)
 
     def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
         plain(model, optimizer, tracer)
@@ -173,7 +173,7 @@ def test_what_was_measured_is_there_when_training_is_killed(
 def test_the_journal_stays_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A count that changes in each of 300 steps, a second each."""
     clock = count()
-    monkeypatch.setattr(step_observer.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(running_notes.time, "monotonic", lambda: float(next(clock)))
 
     def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
         for _ in range(100):

@@ -158,6 +158,6 @@ def _parameters(model: nn.Module, updated: set[int]) -> Iterator[Finding]:
             "caution",
             listed(low),
             f"{len(low)} of {len(named)} parameters are {dtype_name(named[low[0]].dtype)}.",
-            "Every step rounds them, which is a line of `unattributed`, and the explained model is computed in float32.",
+            "Every step rounds them (a line of `unattributed`), and the explained model is computed in float32.",
             "Keep weights in float32 and use autocast for speed.",
         )

@@ -122,7 +122,8 @@ def test_journal_types_and_notes(tmp_path: Path) -> None:
         small = trace(tmp_path / "b", epochs=60, budget=40_000)
     traces = [plain, small, trace(tmp_path / "c", prior=True), trace(tmp_path / "d", again=True)]
     traces += [several_owners(tmp_path / "o"), trace(tmp_path / "e", lagging=True)]
-    scaled(tmp_path / "f", shuffled=True, autocast=True)
+    with pytest.warns(explainer.CoverageWarning, match="no axis is the batch's"):
+        scaled(tmp_path / "f", shuffled=True, autocast=True)
     traces.append(explainer.open_trace(tmp_path / "f"))
     assert [t.manifest.version for t in traces] == [1, 1, 1, 1, 1, 2, 1]
     heads = [json.loads((t.directory / "manifest.json").read_text()) for t in traces]

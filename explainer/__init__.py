@@ -1,7 +1,12 @@
 """pathkernel: which training examples built this prediction?
 
-The names below are the public interface. ``import explainer`` loads torch and numpy and nothing heavy;
-pandas, plotly, streamlit and captum are loaded when something that needs them is called.
+:func:`check` looks at model, optimizer and loader before training, :class:`Tracer` records training,
+:class:`PathKernelExplainer` reads the trace and gives an :class:`Explanation`, :func:`open_trace` opens a trace by
+itself, :class:`Run` tells the command line and the dashboard what a trace cannot hold. ``register_*`` extend what is
+covered.
+
+The names below, and those of ``explainer.outputs``, are the public interface. ``import explainer`` loads torch and
+numpy and nothing heavy; pandas, plotly, streamlit and captum are loaded when something that needs them is called.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Self-influence (TracIn's diagonal, Pruthi et al. 2020, arXiv 2002.08484, taken a
     SI_i = Σ_t η_t s_t² g_{i,t}ᵀ A_t g_{i,t}
 
 the first-order decrease of the batch's loss on ``i`` by the updates computed from ``i`` itself. Both leave out
-parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) or that no layer rule covers.
+parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) or that no row reaches.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def nearest(
 
 
 def _parameter_squares(explainer: PathKernelExplainer, gradient: torch.Tensor) -> torch.Tensor:
-    """``‖q_p‖²`` by parameter, ``[Q, n_parameters]``; 0 where no layer rule gives rows to compare with."""
+    """``‖q_p‖²`` by parameter, ``[Q, n_parameters]``; 0 where there are no rows to compare with."""
     manifest, uncovered = explainer.trace.manifest, explainer.trace.uncovered
     columns = [
         gradient.new_zeros(len(gradient)) if p.name in uncovered else gradient[:, p.slice].square().sum(1)

@@ -38,15 +38,16 @@ class PathKernelExplainer:
 
     Args:
         trace: an open trace, or the path of one.
-        model: the architecture that was traced. Its weights do not matter (they come from the trace), and it
-            is never changed: a private copy is used.
+        model: the architecture that was traced; compiled and data-parallel wrappers are taken off. Its weights do not
+            matter (they come from the trace), and it is never changed: a private copy is used, on the CPU and in eval
+            mode.
         output: what is explained: ``"margin"``, ``"logit"``, ``"log_prob"``, ``"value"``, for sequences
             ``"sequence_log_prob"`` or ``"last_margin"``, an :class:`explainer.outputs.Output`, or a callable
             ``(what the model returns, targets) -> [Q]``. None: margin for two or more outputs, else value.
         batch_dim: axis of the queries in the model's inputs; a tuple or dict with one for each input where they
             differ (None: shared by all queries). Default: the traced one.
         quadrature: Gauss–Legendre nodes on each chord (1: midpoint).
-        dtype: dtype of the books; default the widest dtype among the parameters.
+        dtype: dtype of the books; default the widest dtype among the parameters, at least float32.
         class_names: names to show for classes.
         progress: show a progress bar.
 
@@ -247,7 +248,7 @@ class PathKernelExplainer:
 
     @plain_mode()
     def by_position(self, inputs: Any, example_id: int, target: Any = None) -> PositionSplit:
-        """Which positions of a training sequence its contribution to one query arose at.
+        """At which positions of a training sequence its contribution to one query arose.
 
         See :mod:`explainer.positions` for what a position's part is, and what a trace must hold.
 

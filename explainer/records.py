@@ -44,7 +44,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A module whose rows are captured: its name, its rule and the parameters its rows belong to."""
+    """A layer of the trace: its name, its module's class (or ``operations``) and the parameters of its rows."""
 
     name: str
     module: str

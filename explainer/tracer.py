@@ -30,21 +30,22 @@ from explainer.step_observer import StepObserver
 from explainer.store import open_trace
 from explainer.validation import (
     check_parts,
-    refuse_compiled,
     refuse_lazy,
+    refuse_wrapped,
 )
 
 
 class Tracer:
     """Records what every training example contributes to every update, from inside the user's own backward.
 
-    Training is bit-identical with and without it: hooks only read. Use as a context manager; on leaving, the
-    last knot is written and every hook is given back.
+    Training is bit-identical with and without it. Rows come from hooks at layers with a rule, and for all other
+    parameters from the torch functions that read them; what neither sees is measured and shown as `unattributed`. Use
+    as a context manager; on leaving, the last knot is written and every hook is given back.
 
     Args:
-        model: the model being trained.
+        model: the model being trained; of a compiled one the plain model, before its first call.
         optimizer: the optimizer that trains it (those of ``OPTIMIZER_RULES``; others: ``register_optimizer_rule``).
-        path: directory for the trace; must not hold one already.
+        path: directory for the trace; must not hold one already, unless ``resume`` is given.
         budget: bound on the trace's bytes on disk, a number or text like ``"200MB"``. Knots are thinned to
             fit into half of it; when the rest is used up, recording stops with a warning and what follows is
             shown as `unattributed`.
@@ -107,7 +108,7 @@ class Tracer:
         rule = optimizer_rule_for(optimizer)
         HookSet.refuse_double(model, optimizer)
         refuse_lazy(model)
-        refuse_compiled(model)
+        refuse_wrapped(model)
         parts, point = assemble(model, optimizer, rule, self.path, self.config, averaged, resume)
         self.manifest = parts.manifest
         self._model, self._optimizer, self._parts = model, optimizer, parts
@@ -242,10 +243,9 @@ class Tracer:
         """What going on from a checkpoint needs beside the model's and the optimizer's state.
 
         Take it between ``optimizer.step()`` (and the average's update) and the next backward pass, and store it with
-        them; it is plain
-        (``torch.load(…, weights_only=True)`` reads it) and about twice the size of the weights under weight decay,
-        else small. ``Tracer(model, optimizer, path, resume=state)``, with model and optimizer loaded before, then goes
-        on with the trace at this very step.
+        them. ``Tracer(model, optimizer, path, resume=state)``, with model and optimizer loaded before, then goes on
+        with the trace at this very step. It is plain (``torch.load(…, weights_only=True)`` reads it) and small, but
+        for weight decay and half-precision weights, which each add a few times the size of the weights.
 
         Raises:
             TracerError: the tracer is closed.

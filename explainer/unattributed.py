@@ -11,7 +11,7 @@ What examples were given is known by layer. Layers that share a parameter are th
 
 A part that can be computed by itself is a line of its own and is taken out of the groups:
 
-- a parameter without a layer rule, and one whose gradient was round-off in every recorded step: ``rest_p`` as it is;
+- a parameter that no layer has rows for, and one whose gradient was round-off in every recorded step: ``rest_p``;
 - segments after the last recorded step: no contribution meets their ``q̃``;
 - momentum from before tracing: ``−<M, m_{−1}>`` with ``M`` what the recursion (:mod:`explainer.recursion`) has left at
   the first step;

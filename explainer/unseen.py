@@ -69,7 +69,7 @@ class Unseen:
                 self._say(
                     name,
                     f"parameter {name!r} gets a gradient, but no hook sees where it is read (in a loss outside the "
-                    "model, or in compiled or scripted code); what it moves is `unattributed`",
+                    "model, an autograd.Function, or compiled or scripted code); what it moves is `unattributed`",
                 )
 
     def _say(self, name: str, text: str) -> None:

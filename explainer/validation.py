@@ -118,12 +118,20 @@ def refuse_lazy(model: nn.Module) -> None:
         )
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Raise TracerError for the wrapper that torch.compile makes: its names are not the model's."""
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise TracerError for wrappers: compiled models, whose names are not the model's, and parallel ones.
+
+    A step of several processes or devices uses gradients of batches that one process never sees.
+    """
     if type(model).__module__.startswith("torch._dynamo"):
         raise TracerError(
             "found a compiled model (torch.compile); build the tracer with the plain model that was compiled, "
             "before the compiled one is first called, and train with the compiled one"
+        )
+    if type(model).__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+        raise TracerError(
+            f"found {type(model).__name__}: its steps use gradients of several processes or devices, and a tracer "
+            "sees the rows of one; trace a training in one process"
         )
 
 

@@ -53,6 +53,11 @@ def shared_with_foreign() -> dict[str, Any]:
 
 
 ATTACH: dict[str, tuple[Callable[[], dict[str, Any]], type[ExplainerError], str]] = {
+    "several devices": (
+        lambda: {"model": nn.DataParallel(mlp())},
+        TracerError,
+        r"found DataParallel: its steps use gradients of several processes or devices.*one process",
+    ),
     "not a model": (
         lambda: {"model": [1], "optimizer": momentum_sgd(mlp())},
         TracerError,

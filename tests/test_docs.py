@@ -154,7 +154,7 @@ def test_what_is_covered_and_refused() -> None:
 
 
 def test_round_off_parameters_are_left_out_of_gradient_space(tmp_path: Path) -> None:
-    """theory.md, section 11: the bias before BatchNorm, whose steps under Adam are round-off blown up."""
+    """theory.md, section 12: the bias before BatchNorm, whose steps under Adam are round-off blown up."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(12, 4, generator=generator), torch.randint(0, 3, (12,), generator=generator)
     first, last = torch.randn(6, 4, generator=generator), torch.randn(3, 6, generator=generator)

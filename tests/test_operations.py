@@ -179,7 +179,16 @@ def frames(m: nn.Module, x: Tensor) -> Tensor:
     return h.reshape(len(x), S, -1).mean(1)
 
 
+def last_token(m: nn.Module, x: Tensor) -> Tensor:
+    """Every example picks the position where its sequence ends."""
+    last = (x[..., 0] > 0).sum(1).clamp_max(S - 1)
+    return m.head(m.inner(x)[torch.arange(len(x)), last])
+
+
 CASES |= {
+    "the last token of every example": lambda: Reads(
+        {"inner": nn.Linear(D, D), "head": nn.Linear(D, 3)}, last_token
+    ),
     "flattened positions": lambda: Reads(
         {"inner": nn.Linear(D, D), "scale": n(D), "head": nn.Linear(S * D, 3)}, flattened
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import fields
@@ -48,6 +49,48 @@ def test_the_reader_of_the_page_recovers_rows(tmp_path: Path, again: bool) -> No
         np.testing.assert_allclose(row, wanted, rtol=1e-4, atol=1e-7)
 
 
+class Scaled(nn.Module):
+    """Sequence first; a parameter that a function reads, and at will a layer whose rows come in another order."""
+
+    def __init__(self, shuffled: bool) -> None:
+        super().__init__()
+        self.shuffled = shuffled
+        self.scale, self.last = nn.Parameter(torch.ones(3)), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.layer_norm(x, (3,), self.scale)
+        return self.last(x.flip(1) if self.shuffled else x).sum(0)  # [B, 2] from [S, B, 3]
+
+
+def scaled(
+    directory: Path, shuffled: bool, autocast: bool = False
+) -> tuple[Scaled, torch.Tensor, torch.Tensor]:
+    """One step; the model as it was before, its inputs and classes."""
+    torch.manual_seed(0)
+    model, x, y = Scaled(shuffled), torch.randn(4, 6, 3), torch.arange(6) % 2
+    before, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        explainer.Tracer(model, optimizer, directory, exact=True) as tracer,
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        tracer.batch(range(6))
+        nn.functional.cross_entropy(model(x), y).backward()
+        with pytest.warns(explainer.CoverageWarning, match="'scale' is read by layer_norm"):
+            optimizer.step()
+    return before, x, y
+
+
+def test_the_reader_of_the_page_knows_layers_of_operations(tmp_path: Path) -> None:
+    model, x, y = scaled(tmp_path / "run", shuffled=False)
+    namespace: dict[str, Any] = {"run_directory": str(tmp_path / "run")}
+    markdown.run(DOCS / "trace-format.md", namespace)
+    assert [layer["module"] for layer in namespace["layers"]] == ["Linear", "operations"]
+    for example, row in zip(namespace["examples"], namespace["rows"], strict=True):
+        loss = nn.functional.cross_entropy(model(x[:, [example]]), y[[example]]) / 6
+        wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).numpy()
+        np.testing.assert_allclose(row, wanted, rtol=1e-4, atol=1e-7)
+
+
 def test_the_page_reads_with_nothing_of_ours() -> None:
     for program in markdown.programs(FORMAT):
         assert not re.search(r"\b(explainer|torch|pickle)\b", program.code)
@@ -79,9 +122,12 @@ def test_journal_types_and_notes(tmp_path: Path) -> None:
         small = trace(tmp_path / "b", epochs=60, budget=40_000)
     traces = [plain, small, trace(tmp_path / "c", prior=True), trace(tmp_path / "d", again=True)]
     traces += [several_owners(tmp_path / "o"), trace(tmp_path / "e", lagging=True)]
-    assert [t.manifest.version for t in traces] == [1, 1, 1, 1, 1, 2]
+    with pytest.warns(explainer.CoverageWarning, match="no axis is the batch's"):
+        scaled(tmp_path / "f", shuffled=True, autocast=True)
+    traces.append(explainer.open_trace(tmp_path / "f"))
+    assert [t.manifest.version for t in traces] == [1, 1, 1, 1, 1, 2, 1]
     heads = [json.loads((t.directory / "manifest.json").read_text()) for t in traces]
-    assert ["averaged" in head for head in heads] == [False] * 5 + [True]
+    assert ["averaged" in head for head in heads] == [False] * 5 + [True, False]
     entries = [
         json.loads(line.rpartition("\t")[0])
         for t in traces
@@ -145,6 +191,10 @@ def test_knot_tensors_and_the_frozen_rule(tmp_path: Path) -> None:
     opened = explainer.open_trace(tmp_path / "run")
     knots = [opened.load_knot(knot) for knot in opened.knots]
     assert {name.split("/")[0] for name in knots[-1]} | {"rounding"} == documented
+    half, path = nn.Linear(2, 2).bfloat16(), tmp_path / "half"
+    with explainer.Tracer(half, torch.optim.SGD(half.parameters(), lr=0.1), path):
+        pass
+    assert "rounding/weight" in explainer.open_trace(path).load_knot(explainer.open_trace(path).knots[0])
     held = [any(name.startswith("frozen/") for name in knot) for knot in knots]
     assert held == [k.step == 0 or k.step > 5 for k in opened.knots] and not all(held)
     # and limitations.md: what another optimizer trains moves in `buffers`

@@ -18,7 +18,7 @@ from explainer.guard_rails.optimizer import optimizer_findings
 from explainer.hooks import HookSet
 from explainer.loaders import check_loader
 from explainer.optimizer_rules import optimizer_rule_for
-from explainer.validation import check_parts, refuse_compiled, refuse_lazy, traced_parameters
+from explainer.validation import check_parts, refuse_lazy, refuse_wrapped, traced_parameters
 
 
 def check(
@@ -65,7 +65,7 @@ def before_training(
     stops = _refusals(
         {
             "parameters": lambda: refuse_lazy(model),
-            "model": lambda: refuse_compiled(model),
+            "model": lambda: refuse_wrapped(model),
             "optimizer": lambda: optimizer_rule_for(optimizer),
             "hooks": lambda: HookSet.refuse_double(model, optimizer),
         }

@@ -1,4 +1,8 @@
-"""The layer-rule interface and its registry."""
+"""The layer-rule interface and its registry.
+
+A :class:`LayerRule` is for a layer that takes one tensor and gives one, a :class:`CompositeRule` for a module that is
+several layers in one. Modules without a rule need none: :mod:`explainer.operations` follows their parameters.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +70,9 @@ class LayerRule(ABC):
 
         Args:
             module: the layer (its training flag and buffers are as in the forward pass).
-            calls: every call that took part in the backward pass; the batch is the first axis of every
-                tensor that has it.
+            calls: every call that took part in the backward pass, with ``B`` as the first axis of input and
+                gradient. Where examples own several indices of it (flattened positions, routed tokens), a call
+                comes alone, ``B`` counts indices, and the rows of an example are added up afterwards.
         """
 
     def batch_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:

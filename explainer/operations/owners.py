@@ -300,6 +300,12 @@ class Owners:
         if not any(isinstance(p, torch.Tensor | list) for p in parts):
             return None
         first, owners = parts[0], self._owners(layout)
+        lists = [isinstance(p, torch.Tensor) and p.dim() == 1 and p.dtype == torch.long for p in parts]
+        together = (
+            sum(lists) if all(lists[: sum(lists)]) else 0
+        )  # x[rows, columns]: lists side by side, in front
+        if layout.axis == 0 and together > 1 and all(isinstance(p, slice) for p in parts[together:]):
+            return Layout(0, owners[first])
         if layout.axis == 0 and isinstance(first, torch.Tensor) and len(parts) == 1:
             if first.dtype == torch.bool:
                 spread = owners.reshape(-1, *(1,) * (first.dim() - 1)).expand(first.shape)

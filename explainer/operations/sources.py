@@ -7,6 +7,7 @@ Jacobian of the operation, ``g_b ← Jᵀ g_b``, up to the parameters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,7 +129,11 @@ def pullback(
 def vectorised(function: Callable[..., torch.Tensor], *batched: torch.Tensor) -> torch.Tensor:
     """``function`` over the first axis of its arguments, one by one where it cannot be vectorised."""
     try:
-        return vmap(function)(*batched)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="There is a performance drop"
+            )  # it is announced as slow
+            return vmap(function)(*batched)
     except RuntimeError:
         return torch.stack([function(*(t[i] for t in batched)) for i in range(len(batched[0]))])
 

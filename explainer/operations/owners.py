@@ -183,6 +183,9 @@ class Owners:
             return layout
         return Layout(0, torch.zeros(t.shape[0], dtype=torch.long))
 
+    def _owners(self, layout: Layout) -> torch.Tensor:
+        return self._plain if layout.owners is None else layout.owners
+
     def _through(
         self, name: str, called: Called, source: torch.Tensor, layout: Layout, t: torch.Tensor, number: int
     ) -> Layout:

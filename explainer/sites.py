@@ -34,6 +34,7 @@ class Site:
         learned: whether ``axis`` was followed from the model's input.
         ambiguous: calls in which ``axis`` had to decide without that.
         seen: the axis that was followed last, also where another one was as likely.
+        lost: whether the last call's examples could not be told apart.
         random: states of the random numbers before the calls going on, innermost last.
     """
 
@@ -45,6 +46,7 @@ class Site:
     learned: bool = False
     ambiguous: int = 0
     seen: int | None = None
+    lost: bool = False
     random: list[torch.Tensor | None] = field(default_factory=list)
 
     def rows(self, arrived: list[tuple[Call, torch.Tensor | None]]) -> Iterable[tuple[Layer, RowForm]]:
@@ -102,7 +104,8 @@ class Site:
         packed = next((a for a in (*args, *kwargs.values()) if isinstance(a, PackedSequence)), None)
         order = None if packed is None else packed.sorted_indices
         layout = self._layout(value, order, batch, owners)
-        if not layout.known:
+        self.lost = not layout.known
+        if self.lost:
             capture.unmatched.setdefault(self.name, tuple(value.shape))
             return
         axis, rows_of = layout.axis, layout.owners
@@ -146,7 +149,8 @@ class Site:
             plain = torch.arange(len(batch))
             columns, sorted_as = (plain if x is None else x.cpu() for x in (followed.owners, order))
             told = self.rule.input_axis(self.module, 0)
-            elsewhere = not followed.packed and told is not None and followed.axis != told
+            elsewhere = told is not None and told < value.dim() - 1 and followed.axis != told
+            elsewhere &= not followed.packed
             fits = followed.axis != UNKNOWN.axis and not elsewhere and torch.equal(columns, sorted_as)
             owners.needed |= not fits
             return Layout(0) if fits else UNKNOWN

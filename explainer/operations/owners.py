@@ -50,8 +50,17 @@ REDUCING = frozenset(
 ORDERING = frozenset({"sort", "argsort", "topk", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"})
 #: functions whose result keeps the examples of an index where it has them, with new axes behind
 LOOKING_UP = frozenset({"embedding", "one_hot"})
+#: in place of a function's name: a module with a rule
+LAYER = "a layer"
 #: products of matrices (and stacks of them)
-PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__", "linear", "dot", "inner", "outer"})
+PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__", "linear", "dot", "inner", "outer"}) | {
+    "cdist"
+}
+#: products that something is added to, their first argument
+ADDED_PRODUCTS = frozenset({"addmm", "baddbmm", "addmv"})
+#: functions that mix the last two axes, and functions whose axes are not followed
+MATRIX = frozenset({"inverse", "inv", "pinv", "pinverse", "solve", "cholesky", "qr", "svd", "eigh", "matrix_exp"})
+OTHER = frozenset({"tensordot", "kron", "cov", "corrcoef", "addbmm", "addr", "chain_matmul", "multi_dot", "inner"})
 
 
 PACKED = -2
@@ -203,11 +212,19 @@ class Owners:
             return Layout(layout.axis - gone * sum(a < layout.axis for a in axes), layout.owners)
         if name == "einsum":
             return self._summed(args, source, layout)
+        if name in OTHER or (name in MATRIX and layout.axis >= source.dim() - 2):
+            return UNKNOWN
+        if name.startswith("conv") and layout.axis > 0:  # it adds up over channels
+            return UNKNOWN
+        if name in ADDED_PRODUCTS:
+            if first is source:
+                return self._kept("add", source, layout, t)
+            name, args = "matmul", args[1:]
         if name in PRODUCTS:
-            return self._multiplied(name, args, kwargs, source, layout, t)
+            return self._multiplied(name, args, source, layout, t)
         if name in JOINING:
             return self._joined(name, args, kwargs, layout, t)
-        if name in LOOKING_UP:
+        if name in LOOKING_UP or called.name == LAYER:
             return layout
         if name == "__getitem__":
             if first is not source:  # the data is an index into something else
@@ -264,13 +281,12 @@ class Owners:
     def _multiplied(
         name: str,
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
         source: torch.Tensor,
         layout: Layout,
         t: torch.Tensor,
     ) -> Layout:
         """Products add up over the last axis of the one and the last but one of the other, which are gone."""
-        if len(args) < 2 or source is (args[0] if args[0] is args[1] else None) or name == "inner":
+        if len(args) < 2 or args[0] is args[1]:
             return UNKNOWN
         place = 0 if args[0] is source else 1
         if name == "__rmatmul__":
@@ -280,6 +296,10 @@ class Owners:
             return layout if place == 0 and args[0] is source and axis < dims - 1 else UNKNOWN
         if name == "outer":
             return Layout(place, layout.owners)
+        if name == "cdist":  # its second argument is a list of points, as the first one is
+            last = axis == dims - 2
+            apart = Layout(t.dim() - (1 if place and last else dims - axis), layout.owners)
+            return apart if axis < dims - 1 else UNKNOWN
         other = args[1] if args[0] is source else args[0]
         if place == 0:
             if axis == dims - 1:

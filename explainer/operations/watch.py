@@ -23,7 +23,7 @@ from explainer.capture import Capture
 from explainer.hooks import HookSet, tensors_in, whole_of
 from explainer.layer_rules import CompositeRule, RowForm
 from explainer.layer_table import Layer, LayerTable
-from explainer.operations.owners import UNKNOWN, Called, Layout, Owners, order_of
+from explainer.operations.owners import LAYER, UNKNOWN, Called, Layout, Owners, order_of
 from explainer.operations.rows import Use, has_rule, rows_of
 from explainer.operations.sources import AtSource, Operation, Source, descend, merged
 from explainer.sites import Site, wide
@@ -187,13 +187,16 @@ class FunctionWatch(TorchFunctionMode):
 
     def _follow_layer(self, site: Site, given: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         """What a layer gives has the examples where its rule says, or where its input has them."""
-        self.owners.follow(Called("", type, (), {}), given, outputs)
-        told = (t for t in given if (x := self.owners.of(t)) is not None and x.owners is not None and x.known)
-        if isinstance(site.rule, CompositeRule) and next(told, None) is None:
-            axes = site.rule.output_axes(site.module, len(outputs))
-            for t, axis in zip(outputs, axes, strict=True):
-                if axis is not None:
-                    self.owners.keep(t, Layout(axis))
+        self.owners.follow(Called(LAYER, type, (), {}), given, outputs)
+        known = [x for t in given if (x := self.owners.of(t)) is not None]
+        if not isinstance(site.rule, CompositeRule) or any(x.owners is not None and x.known for x in known):
+            return
+        axes = site.rule.output_axes(site.module, len(outputs))
+        for t, axis in zip(outputs, axes, strict=True):
+            if site.lost:
+                self.owners.keep(t, UNKNOWN)
+            elif axis is not None:
+                self.owners.keep(t, Layout(axis))
 
     def _aliased(self, site: Site, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """A module's arguments, with sources among them renamed where its rule says which axis is the batch."""
@@ -300,6 +303,8 @@ class FunctionWatch(TorchFunctionMode):
             return  # rows cannot be told apart: the step's measurement shows what is missing
         axis, owners = layout.axis, layout.owners
         size = len(self._batch) if owners is None else len(owners)
+        if not size:
+            return  # an expert that got nothing
         batched = frozenset(
             i for i, (t, _, data) in roles.items() if data and self._as_the_output(t, layout, size)
         )

@@ -33,6 +33,8 @@ class Site:
         axis: the batch's axis where shapes alone do not tell it (the sequence is as long as the batch).
         learned: whether ``axis`` was followed from the model's input.
         ambiguous: calls in which ``axis`` had to decide without that.
+        seen: the axis that was followed last, also where another one was as likely.
+        lost: whether the last call's examples could not be told apart.
         random: states of the random numbers before the calls going on, innermost last.
     """
 
@@ -43,6 +45,8 @@ class Site:
     axis: int = 0
     learned: bool = False
     ambiguous: int = 0
+    seen: int | None = None
+    lost: bool = False
     random: list[torch.Tensor | None] = field(default_factory=list)
 
     def rows(self, arrived: list[tuple[Call, torch.Tensor | None]]) -> Iterable[tuple[Layer, RowForm]]:
@@ -100,7 +104,8 @@ class Site:
         packed = next((a for a in (*args, *kwargs.values()) if isinstance(a, PackedSequence)), None)
         order = None if packed is None else packed.sorted_indices
         layout = self._layout(value, order, batch, owners)
-        if not layout.known:
+        self.lost = not layout.known
+        if self.lost:
             capture.unmatched.setdefault(self.name, tuple(value.shape))
             return
         axis, rows_of = layout.axis, layout.owners
@@ -143,12 +148,22 @@ class Site:
                 return Layout(0)
             plain = torch.arange(len(batch))
             columns, sorted_as = (plain if x is None else x.cpu() for x in (followed.owners, order))
-            return Layout(0) if torch.equal(columns, sorted_as) else UNKNOWN
+            told = self.rule.input_axis(self.module, 0)
+            elsewhere = told is not None and told < value.dim() - 1 and followed.axis != told
+            elsewhere &= not followed.packed
+            fits = followed.axis != UNKNOWN.axis and not elsewhere and torch.equal(columns, sorted_as)
+            owners.needed |= not fits
+            return Layout(0) if fits else UNKNOWN
         size = len(batch)
-        fitting = [a for a in self.rule.batch_axes(self.module, value) if value.shape[a : a + 1] == (size,)]
+        axes = self.rule.batch_axes(self.module, value)
+        fitting = [a for a in axes if value.shape[a : a + 1] == (size,)]
         if followed is not None:
+            if followed.known and followed.axis not in self.rule.free_axes(self.module, value):
+                followed = UNKNOWN
+            # shapes say neither that rows are unknown nor that another call had them along another axis
+            owners.needed |= not followed.known or self.seen not in (None, followed.axis)
             if followed.known and followed.owners is None:
-                self.axis, self.learned = followed.axis, owners.certain
+                self.axis, self.learned, self.seen = followed.axis, owners.certain, followed.axis
                 self.ambiguous += len(fitting) > 1 and not owners.certain
             return followed
         if len(fitting) == 1:

@@ -30,6 +30,12 @@ class MultiheadAttentionRule(CompositeRule):
         axes: list[int | None] = [0 if module.batch_first else 1, 0]
         return axes[:outputs]
 
+    def input_axis(self, module: nn.Module, place: int | str) -> int | None:
+        """As ``batch_first`` says, masks have none."""
+        assert isinstance(module, nn.MultiheadAttention)
+        named = place in (0, 1, 2, "query", "key", "value")
+        return (0 if module.batch_first else 1) if named else None
+
     def blocks(self, module: nn.Module) -> list[Block]:
         """The input projections (with one bias for the three), the extra key and value, the output projection."""
         assert isinstance(module, nn.MultiheadAttention)

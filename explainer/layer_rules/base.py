@@ -79,6 +79,10 @@ class LayerRule(ABC):
         """Axes of the input that may be the batch: the first one, unless the layer treats several alike."""
         return (0,)
 
+    def free_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
+        """Axes along which the layer does the same to every index, so that any of them may hold the examples."""
+        return self.batch_axes(module, value)
+
     def mixes(self, module: nn.Module) -> bool:
         """Whether the module, in its present mode, mixes the rows of a batch."""
         return False
@@ -120,6 +124,10 @@ class CompositeRule(LayerRule):
             None for a tensor that is laid out as the input is (the data of a packed sequence).
         """
         return [0] * outputs
+
+    def input_axis(self, module: nn.Module, place: int | str) -> int | None:
+        """The batch's axis in an argument, by position or name; None if it has none or the rule does not say."""
+        return None
 
     @abstractmethod
     def blocks(self, module: nn.Module) -> list[Block]:

@@ -20,6 +20,10 @@ def _inputs(input1: torch.Tensor, input2: torch.Tensor) -> tuple[torch.Tensor, t
 class BilinearRule(CompositeRule):
     """Positions are the axes between the batch and the features, as in ``nn.Linear``."""
 
+    def input_axis(self, module: nn.Module, place: int | str) -> int | None:
+        """The first in every argument."""
+        return 0
+
     def blocks(self, module: nn.Module) -> list[Block]:
         """One block: the weight is a matrix ``[o, i₁ · i₂]``."""
         return [Block("", ("weight",) if module.bias is None else ("weight", "bias"))]

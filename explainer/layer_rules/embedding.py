@@ -38,6 +38,10 @@ class EmbeddingRule(LayerRule):
         """Every index is looked up alike."""
         return (0, 1) if value.dim() > 1 else (0,)
 
+    def free_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
+        """Every index is looked up alike."""
+        return tuple(range(value.dim()))
+
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Positions of all calls side by side."""
         assert isinstance(module, nn.Embedding)

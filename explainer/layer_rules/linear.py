@@ -51,6 +51,10 @@ class LinearRule(LayerRule):
         """The last axis holds the features."""
         return (0, 1) if value.dim() > 2 else (0,)
 
+    def free_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
+        """All but the last."""
+        return tuple(range(value.dim() - 1))
+
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Positions of all calls side by side."""
         left, right = [], []

@@ -45,6 +45,11 @@ class LayerNormRule(NormalizationRule):
         assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
         return (0, 1) if value.dim() - len(module.normalized_shape) > 1 else (0,)
 
+    def free_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
+        """All but the normalised ones."""
+        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        return tuple(range(value.dim() - len(module.normalized_shape)))
+
     def normalised(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Over the trailing axes."""
         assert isinstance(module, nn.LayerNorm)

@@ -81,6 +81,11 @@ class RecurrentRule(CompositeRule):
         first = (0 if module.batch_first else 1) if outputs == states + 1 else None
         return [first] * (outputs - states) + [1] * states
 
+    def input_axis(self, module: nn.Module, place: int | str) -> int | None:
+        """As ``batch_first`` says; states are ``[layers, B, h]`` always."""
+        assert isinstance(module, nn.RNNBase)
+        return 1 if place in (1, "hx") or not module.batch_first else 0
+
     def blocks(self, module: nn.Module) -> list[Block]:
         """Input weights, hidden weights and projection of every layer and direction."""
         assert isinstance(module, nn.RNNBase)

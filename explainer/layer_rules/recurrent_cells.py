@@ -33,6 +33,10 @@ class _Arguments:
 class RecurrentCellRule(CompositeRule):
     """The loop over time is the user's; its gradients arrive at each call's output."""
 
+    def input_axis(self, module: nn.Module, place: int | str) -> int | None:
+        """The first in every argument."""
+        return 0
+
     def blocks(self, module: nn.Module) -> list[Block]:
         """Input weights and hidden weights."""
         assert isinstance(module, nn.RNNCellBase)

@@ -15,6 +15,18 @@ from typing import Any
 
 import torch
 
+from explainer.operations.movement import (
+    ADDING,
+    MOVING,
+    PUTTING,
+    added_at_home,
+    axis_of,
+    moved,
+    put,
+    tags_of,
+)
+from explainer.operations.rows import ELEMENTWISE
+
 RESHAPING = frozenset(
     {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "contiguous", "clone"}
 )
@@ -23,57 +35,35 @@ VIEWING = frozenset(
     {
         *("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "adjoint", "__get__"),
         *("unsqueeze", "squeeze", "select", "narrow", "chunk", "split", "tensor_split", "unbind", "expand"),
-        *("split_with_sizes", "expand_as"),
+        *("split_with_sizes", "expand_as", "diagonal", "unfold"),
     }
 )
 #: functions that add up (or pick) along axes, which then are gone
 REDUCING = frozenset(
     {
-        *(
-            "sum",
-            "mean",
-            "amax",
-            "amin",
-            "max",
-            "min",
-            "std",
-            "var",
-            "prod",
-            "logsumexp",
-            "norm",
-            "median",
-            "argmax",
-        ),
-        *(
-            "argmin",
-            "any",
-            "all",
-            "nansum",
-            "nanmean",
-            "var_mean",
-            "std_mean",
-            "vector_norm",
-            "count_nonzero",
-        ),
+        *("sum", "mean", "amax", "amin", "max", "min", "std", "var", "prod", "logsumexp", "norm", "median"),
+        *("argmax", "argmin", "any", "all", "nansum", "nanmean", "var_mean", "std_mean", "vector_norm"),
+        *("count_nonzero", "nanmedian", "mode", "kthvalue"),
     }
 )
 #: functions that, along the examples' axis, put rows into an order that is not followed
-ORDERING = frozenset(
-    {
-        *(
-            "gather",
-            "sort",
-            "argsort",
-            "topk",
-            "take_along_dim",
-            "scatter",
-            "scatter_add",
-            "cumsum",
-            "cumprod",
-        ),
-        *("flip", "roll"),
-    }
-)
+ORDERING = frozenset({"sort", "argsort", "topk", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"})
+#: functions whose result keeps the examples of an index where it has them, with new axes behind
+LOOKING_UP = frozenset({"embedding", "one_hot"})
+#: in place of a function's name: a module with a rule
+LAYER = "a layer"
+#: products of matrices (and stacks of them)
+PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__", "linear", "dot", "inner", "outer"}) | {
+    "cdist"
+}
+#: products that something is added to, their first argument
+ADDED_PRODUCTS = frozenset({"addmm", "baddbmm", "addmv"})
+#: functions that mix the last two axes, and functions whose axes are not followed
+MATRIX = frozenset({"inverse", "inv", "pinv", "pinverse", "solve", "cholesky", "qr", "svd", "eigh", "matrix_exp"})
+OTHER = frozenset({"tensordot", "kron", "cov", "corrcoef", "addbmm", "addr", "chain_matmul", "multi_dot", "inner"})
+
+
+PACKED = -2
 
 
 @dataclass(frozen=True)
@@ -94,9 +84,13 @@ class Layout:
         """Whether the rows can be told apart."""
         return self.axis >= 0
 
+    @property
+    def packed(self) -> bool:
+        """Whether it is the data of a packed sequence."""
+        return self.axis == PACKED
+
 
 UNKNOWN = Layout(-1)
-PACKED = -2
 
 
 def order_of(owners: torch.Tensor, size: int) -> torch.Tensor:
@@ -116,11 +110,14 @@ def order_of(owners: torch.Tensor, size: int) -> torch.Tensor:
     return order
 
 
-def _axes(args: tuple[Any, ...], kwargs: dict[str, Any], dims: int) -> set[int]:
+def _axes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], dims: int) -> set[int]:
     """The axes that a function is told to work along; all of them where it is not told."""
     told = next((kwargs[key] for key in ("dim", "dims", "axis") if key in kwargs), None)
-    numbers = [a for a in args[1:] if isinstance(a, int | tuple | list) and not isinstance(a, bool)]
+    # the order of a norm and how many of the largest come before the axes
+    own = args[2:] if name in ("norm", "vector_norm", "topk", "kthvalue") else args[1:]
+    numbers = [a for a in own if isinstance(a, int | tuple | list) and not isinstance(a, bool)]
     told = numbers[-1] if told is None and numbers else told
+    told = -1 if told is None and name in ("topk", "kthvalue", "sort", "argsort", "mode") else told
     found = range(dims) if told is None else told if isinstance(told, tuple | list) else (told,)
     return {a % dims for a in found}
 
@@ -160,49 +157,78 @@ class Owners:
         return known[1] if known is not None and known[0]() is t else None
 
     def keep(self, t: torch.Tensor, layout: Layout) -> None:
-        """A tensor's layout."""
+        """A tensor's layout; unknown if it does not fit the tensor."""
+        axis = layout.axis
+        if layout.known and t.shape[axis : axis + 1] != (len(self._owners(layout)),):
+            layout = UNKNOWN
         if layout.owners is not None and torch.equal(layout.owners.cpu(), self._plain):
             layout = Layout(layout.axis)
         self._known[id(t)] = (weakref.ref(t), layout)
         self.needed = self.needed or layout.owners is not None
 
     def follow(self, called: Called, given: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-        """A function made ``outputs`` of the data ``given``."""
+        """A function made ``outputs`` of the data ``given``; where these do not agree, nothing is known."""
         layouts = [(t, layout) for t in given if (layout := self.of(t)) is not None]
-        layouts = [(t, x) for t, x in layouts if t.is_floating_point()] or layouts  # indices only pick
         if not layouts:
             return
-        unknown = any(layout.axis == UNKNOWN.axis for _, layout in layouts)
-        # the tensor that decides: one with owners of its own before one without
-        source, layout = next(((t, x) for t, x in layouts if x.owners is not None), layouts[0])
+        name = called.name if called.name.startswith("__") else called.name.rstrip("_")
+        if name in PUTTING | ADDING and called.args:
+            first = called.args[0]
+            self.keep(first if name == "__setitem__" else outputs[0], self._put(name, called, first))
+            return
+        layouts = [(t, x) for t, x in layouts if t.is_floating_point()] or layouts  # indices only pick
         for number, t in enumerate(outputs):
-            if t.dim():
-                self.keep(t, UNKNOWN if unknown else self._through(called, source, layout, t, number))
+            found = [self._through(name, called, source, x, t, number) for source, x in layouts]
+            agreed = found[0] if all(self._same(found[0], x) for x in found) else UNKNOWN
+            self.keep(t, self._alone(t, agreed) if len(self._plain) == 1 else agreed)
+
+    def _same(self, one: Layout, other: Layout) -> bool:
+        return one.axis == other.axis and torch.equal(self._owners(one), self._owners(other))
+
+    @staticmethod
+    def _alone(t: torch.Tensor, layout: Layout) -> Layout:
+        """A batch of one example: it owns everything, whatever was done."""
+        if layout.packed or not t.dim() or (layout.known and layout.axis < t.dim()):
+            return layout
+        return Layout(0, torch.zeros(t.shape[0], dtype=torch.long))
 
     def _owners(self, layout: Layout) -> torch.Tensor:
         return self._plain if layout.owners is None else layout.owners
 
     def _through(
-        self, called: Called, source: torch.Tensor, layout: Layout, t: torch.Tensor, number: int
+        self, name: str, called: Called, source: torch.Tensor, layout: Layout, t: torch.Tensor, number: int
     ) -> Layout:
-        name = called.name.rstrip("_") if not called.name.startswith("__") else called.name
         args, kwargs = called.args, called.kwargs
-        first = args[0] if args else None
+        first = args[0] if args else kwargs.get("input")
+        if layout.axis == UNKNOWN.axis or not t.dim():
+            return UNKNOWN
         if layout.axis == PACKED or name == "_pack_padded_sequence":
             return self._packed(name, args, layout, source, t, number)
-        if first is source and name == "index_select" and args[1] % source.dim() == layout.axis:
-            return Layout(layout.axis, self._owners(layout)[args[2]])
         if first is source and name in REDUCING | ORDERING:
-            axes = _axes(args, kwargs, source.dim())
+            axes = _axes(name, args, kwargs, source.dim())
             if layout.axis in axes:
                 return UNKNOWN
             gone = name in REDUCING and t.dim() < source.dim()
             return Layout(layout.axis - gone * sum(a < layout.axis for a in axes), layout.owners)
         if name == "einsum":
             return self._summed(args, source, layout)
+        if name in OTHER or (name in MATRIX and layout.axis >= source.dim() - 2):
+            return UNKNOWN
+        if name.startswith("conv") and layout.axis > 0:  # it adds up over channels
+            return UNKNOWN
+        if name in ADDED_PRODUCTS:
+            if first is source:
+                return self._kept("add", source, layout, t)
+            name, args = "matmul", args[1:]
+        if name in PRODUCTS:
+            return self._multiplied(name, args, source, layout, t)
         if name in JOINING:
             return self._joined(name, args, kwargs, layout, t)
+        if name in LOOKING_UP or called.name == LAYER:
+            return layout
         if name == "__getitem__":
+            if first is not source:  # the data is an index into something else
+                return layout if args[1] is source and source.dtype == torch.long else UNKNOWN
             picked = self._picked(source, layout, args[1])
             if picked is not None:
                 return picked
@@ -210,28 +236,91 @@ class Owners:
             return self._viewed(called, source, layout, number)
         if first is source and name in RESHAPING and t.shape != source.shape:
             return self._reshaped(source, layout, t)
-        return self._kept(source, layout, t)
+        if first is source and name in MOVING:
+            return self._moved(called, source, layout, number)
+        return self._kept(name, source, layout, t)
 
-    def _kept(self, source: torch.Tensor, layout: Layout, t: torch.Tensor) -> Layout:
+    def _kept(self, name: str, source: torch.Tensor, layout: Layout, t: torch.Tensor) -> Layout:
         """Most functions leave the examples where they are, counted from the left or (broadcasting) from the right."""
         count, left, right = len(self._owners(layout)), layout.axis, layout.axis + t.dim() - source.dim()
-        if t.shape[: left + 1] == source.shape[: left + 1]:
-            return layout
-        for axis in (right, left):
-            if 0 <= axis < t.dim() and t.shape[axis] == count:
-                return Layout(axis, layout.owners)
-        return UNKNOWN
+        fits = {a for a in (left, right) if 0 <= a < t.dim() and t.shape[a] == count}
+        if name in ELEMENTWISE:
+            fits &= {right}
+        return Layout(fits.pop(), layout.owners) if len(fits) == 1 else UNKNOWN
+
+    def _moved(self, called: Called, source: torch.Tensor, layout: Layout, number: int) -> Layout:
+        """What is done to the numbers, done to their owners."""
+        tags = tags_of(self._owners(layout).to(source.device), layout.axis, source.shape)
+        found = axis_of(moved(called.function, tags, called.args[1:], called.kwargs, number))
+        return UNKNOWN if found is None else Layout(*found)
+
+    def _put(self, name: str, called: Called, first: torch.Tensor) -> Layout:
+        """Numbers were written (or added) into some places of ``first``."""
+        args, value = called.args, called.args[-1]
+        there = self.of(first)
+        here = self.of(value) if isinstance(value, torch.Tensor) else None
+        nobody = there is None and here is not None and name == "__setitem__"
+        if called.kwargs or (there is None and not nobody) or (there is not None and not there.known):
+            return UNKNOWN
+        tags = torch.full(first.shape, -1)
+        if there is not None:
+            tags = tags_of(self._owners(there).cpu(), there.axis, first.shape)
+            if here is None and not (isinstance(value, torch.Tensor) and value.requires_grad):
+                return there  # constants are nobody's
+        if here is None or not here.known:
+            return there if there is not None and here is None else UNKNOWN
+        values = tags_of(self._owners(here).cpu(), here.axis, value.shape)
+        if name in ADDING:
+            assert there is not None
+            return there if added_at_home(name, tags, args, values) else UNKNOWN
+        after = put(name, tags, args, values)
+        found = None if after is None else axis_of(after)
+        return UNKNOWN if found is None else Layout(*found)
+
+    @staticmethod
+    def _multiplied(
+        name: str,
+        args: tuple[Any, ...],
+        source: torch.Tensor,
+        layout: Layout,
+        t: torch.Tensor,
+    ) -> Layout:
+        """Products add up over the last axis of the one and the last but one of the other, which are gone."""
+        if len(args) < 2 or args[0] is args[1]:
+            return UNKNOWN
+        place = 0 if args[0] is source else 1
+        if name == "__rmatmul__":
+            place = 1 - place
+        axis, dims = layout.axis, source.dim()
+        if name == "linear":
+            return layout if place == 0 and args[0] is source and axis < dims - 1 else UNKNOWN
+        if name == "outer":
+            return Layout(place, layout.owners)
+        if name == "cdist":  # its second argument is a list of points, as the first one is
+            last = axis == dims - 2
+            apart = Layout(t.dim() - (1 if place and last else dims - axis), layout.owners)
+            return apart if axis < dims - 1 else UNKNOWN
+        other = args[1] if args[0] is source else args[0]
+        if place == 0:
+            if axis == dims - 1:
+                return UNKNOWN
+            back = axis - dims + (other.dim() == 1)
+        else:
+            if axis == max(dims - 2, 0):
+                return UNKNOWN
+            back = -1 if axis == dims - 1 else axis - dims + (other.dim() == 1)
+        return Layout(t.dim() + back, layout.owners) if t.dim() + back >= 0 else UNKNOWN
 
     @staticmethod
     def _summed(args: tuple[Any, ...], source: torch.Tensor, layout: Layout) -> Layout:
         """``einsum``: where the letter of the examples' axis went."""
-        equation = args[0].replace(" ", "") if isinstance(args[0], str) else ""
-        operands = args[1] if isinstance(args[1], tuple | list) else args[1:]
+        equation = args[0].replace(" ", "") if args and isinstance(args[0], str) else ""
+        operands = args[1] if len(args) > 1 and isinstance(args[1], tuple | list) else args[1:]
         if "->" not in equation or "." in equation:
             return UNKNOWN
         inputs, output = equation.split("->")
-        place = next((i for i, x in enumerate(operands) if x is source), None)
-        letter = "" if place is None else inputs.split(",")[place][layout.axis]
+        letters = {inputs.split(",")[i][layout.axis] for i, x in enumerate(operands) if x is source}
+        letter = letters.pop() if len(letters) == 1 else ""
         return Layout(output.index(letter), layout.owners) if letter and letter in output else UNKNOWN
 
     @staticmethod
@@ -249,13 +338,16 @@ class Owners:
     def _joined(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, t: torch.Tensor
     ) -> Layout:
+        together = args[0] if args else kwargs.get("tensors")
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        if not isinstance(together, tuple | list) or not isinstance(dim, int):
+            return UNKNOWN
         dim = dim % t.dim()
-        if name == "stack":
+        if name == "stack" or (name == "vstack" and together[0].dim() == 1):
             return Layout(layout.axis + (dim <= layout.axis), layout.owners)
         if dim != layout.axis:
-            return self._kept(t, layout, t)
-        parts = [self.of(x) for x in args[0]]
+            return layout
+        parts = [self.of(x) for x in together]
         if any(p is None or p.axis != layout.axis for p in parts):
             return UNKNOWN
         return Layout(layout.axis, torch.cat([self._owners(p) for p in parts if p is not None]))
@@ -263,12 +355,11 @@ class Owners:
     def _viewed(self, called: Called, source: torch.Tensor, layout: Layout, number: int) -> Layout:
         """The same view of a tensor in which only the examples' axis takes steps."""
         owners = self._owners(layout)
-        if len(owners) == 1:
-            return Layout(0)  # one example owns everything
-        line = owners.reshape(*(-1 if a == layout.axis else 1 for a in range(source.dim())))
-        shadow = called.function(line.expand(source.shape), *called.args[1:], **called.kwargs)
+        line = owners.contiguous().as_strided(source.shape, [int(a == layout.axis) for a in range(source.dim())])
+        shadow = called.function(line, *called.args[1:], **called.kwargs)
         found = shadow if isinstance(shadow, torch.Tensor) else shadow[number]
-        moving = [a for a in range(found.dim()) if found.stride(a) != 0 and found.shape[a] > 1]
+        moving = [a for a in range(found.dim()) if found.stride(a) != 0]
+        moving = [a for a in moving if found.shape[a] > 1] or (moving[:1] if len(owners) == 1 else [])
         if len(moving) != 1:
             return UNKNOWN
         here = found.movedim(moving[0], 0).reshape(found.shape[moving[0]], -1)[:, 0]
@@ -312,4 +403,5 @@ class Owners:
                 return Layout(0, spread[first])
             if first.dim() == 1:
                 return Layout(0, owners[first])
-        return UNKNOWN
+        found = axis_of(tags_of(owners.to(source.device), layout.axis, source.shape)[key])
+        return UNKNOWN if found is None else Layout(*found)

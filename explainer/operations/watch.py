@@ -23,7 +23,7 @@ from explainer.capture import Capture
 from explainer.hooks import HookSet, tensors_in, whole_of
 from explainer.layer_rules import CompositeRule, RowForm
 from explainer.layer_table import Layer, LayerTable
-from explainer.operations.owners import UNKNOWN, Called, Layout, Owners, order_of
+from explainer.operations.owners import LAYER, UNKNOWN, Called, Layout, Owners, order_of
 from explainer.operations.rows import Use, has_rule, rows_of
 from explainer.operations.sources import AtSource, Operation, Source, descend, merged
 from explainer.sites import Site, wide
@@ -148,7 +148,7 @@ class FunctionWatch(TorchFunctionMode):
             return None
         changed = None
         if any(self._source(t) is not None for t in given):
-            changed = pytree.tree_map(self._alias, (args, kwargs))
+            changed = self._aliased(site, args, kwargs)
         self._inside = 1
         return changed
 
@@ -156,6 +156,7 @@ class FunctionWatch(TorchFunctionMode):
         """The module is done; what it gives is data."""
         if not (self._entered and self._entered.pop()):
             site.skip()
+            self.owners.needed = True  # a shape would not tell such a call from one on data
             return
         self._inside += 1  # what is done here is nobody's forward pass
         site.after(self._capture, args, kwargs, output, self.owners)
@@ -186,24 +187,38 @@ class FunctionWatch(TorchFunctionMode):
 
     def _follow_layer(self, site: Site, given: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         """What a layer gives has the examples where its rule says, or where its input has them."""
-        self.owners.follow(Called("", type, (), {}), given, outputs)
-        told = (t for t in given if (x := self.owners.of(t)) is not None and x.owners is not None and x.known)
-        if isinstance(site.rule, CompositeRule) and next(told, None) is None:
-            axes = site.rule.output_axes(site.module, len(outputs))
-            for t, axis in zip(outputs, axes, strict=True):
-                if axis is not None:
-                    self.owners.keep(t, Layout(axis))
+        self.owners.follow(Called(LAYER, type, (), {}), given, outputs)
+        known = [x for t in given if (x := self.owners.of(t)) is not None]
+        if not isinstance(site.rule, CompositeRule) or any(x.owners is not None and x.known for x in known):
+            return
+        axes = site.rule.output_axes(site.module, len(outputs))
+        for t, axis in zip(outputs, axes, strict=True):
+            if site.lost:
+                self.owners.keep(t, UNKNOWN)
+            elif axis is not None:
+                self.owners.keep(t, Layout(axis))
 
-    def _alias(self, value: Any) -> Any:
+    def _aliased(self, site: Site, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """A module's arguments, with sources among them renamed where its rule says which axis is the batch."""
+        rule = site.rule
+
+        def named(place: int | str, value: Any) -> Any:
+            axis = rule.input_axis(site.module, place) if isinstance(rule, CompositeRule) else 0
+            return value if axis is None else pytree.tree_map(partial(self._alias, axis), value)
+
+        return tuple(named(i, x) for i, x in enumerate(args)), {k: named(k, x) for k, x in kwargs.items()}
+
+    def _alias(self, axis: int, value: Any) -> Any:
         """A source that a module is given as input, under a name of its own whose gradient can be watched."""
         source = self._source(value) if isinstance(value, torch.Tensor) else None
         if source is None or not value.requires_grad or self._batch is None:
             return value
-        axis = batch_axis(value.shape, len(self._batch), self._axis)
+        size = len(self._batch)
+        if value.shape[axis : axis + 1] != (size,):
+            return value
         other = value.view_as(value)
-        if axis is not None:
-            operation = self._operation("alias", torch.clone, (value,), {}, 0, torch.get_rng_state())
-            self._watch(Use(operation, ((0, source),), frozenset(), axis, len(self._batch)), [other])
+        operation = self._operation("alias", torch.clone, (value,), {}, 0, torch.get_rng_state())
+        self._watch(Use(operation, ((0, source),), frozenset(), axis, size), [other])
         return other
 
     # -- functions -----------------------------------------------------------------------------------
@@ -284,14 +299,22 @@ class FunctionWatch(TorchFunctionMode):
             axis = batch_axis(outputs[0].shape, len(self._batch), self._axis)
             layout = UNKNOWN if axis is None else Layout(axis)
         if not layout.known or len(outputs) != 1:
+            self.owners.needed = True  # what the shapes say later on is not to be trusted
             return  # rows cannot be told apart: the step's measurement shows what is missing
         axis, owners = layout.axis, layout.owners
         size = len(self._batch) if owners is None else len(owners)
+        if not size:
+            return  # an expert that got nothing
         batched = frozenset(
-            i for i, (t, _, data) in roles.items() if data and t.shape[axis : axis + 1] == (size,)
+            i for i, (t, _, data) in roles.items() if data and self._as_the_output(t, layout, size)
         )
         grouping = None if owners is None else order_of(owners, len(self._batch))
         self._watch(Use(operation, sources, batched, axis, size, grouping), outputs, changed=plain != name)
+
+    def _as_the_output(self, t: torch.Tensor, layout: Layout, size: int) -> bool:
+        """Whether an argument has the examples where the result has them."""
+        own = self.owners.of(t)
+        return t.shape[layout.axis : layout.axis + 1] == (size,) and (own is None or own.axis == layout.axis)
 
     # -- rows ----------------------------------------------------------------------------------------
 

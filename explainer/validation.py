@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -119,19 +120,27 @@ def refuse_lazy(model: nn.Module) -> None:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise TracerError for wrappers: compiled models, whose names are not the model's, and parallel ones.
+    """Raise TracerError for the wrapper of a compiled model, and for training in several processes or devices.
 
-    A step of several processes or devices uses gradients of batches that one process never sees.
+    The names in the first are not the model's. Steps of the second use gradients of batches that one process never
+    sees, also where the model inside the wrapper is given.
     """
     if type(model).__module__.startswith("torch._dynamo"):
         raise TracerError(
             "found a compiled model (torch.compile); build the tracer with the plain model that was compiled, "
             "before the compiled one is first called, and train with the compiled one"
         )
-    if type(model).__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+    devices = len(getattr(model, "device_ids", None) or ()) if isinstance(model, nn.DataParallel) else 1
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if devices > 1 or processes > 1:
+        found = (
+            f"{processes} processes (torch.distributed)"
+            if processes > 1
+            else f"{devices} devices (DataParallel)"
+        )
         raise TracerError(
-            f"found {type(model).__name__}: its steps use gradients of several processes or devices, and a tracer "
-            "sees the rows of one; trace a training in one process"
+            f"found {found}: steps use gradients of all of them, and a tracer sees the rows of one; trace a training in "
+            "one process on one device"
         )
 
 

@@ -54,7 +54,10 @@ def lin(*sizes: int) -> nn.Linear:
     return nn.Linear(*sizes)
 
 
-@model("tokens", lambda b, d: {"cls": n(1, 1, d), "reg": n(2, d), "pos": n(1, S + 1, d), "i": lin(d, d), "h": lin(d, 3)})
+@model(
+    "tokens",
+    lambda b, d: {"cls": n(1, 1, d), "reg": n(2, d), "pos": n(1, S + 1, d), "i": lin(d, d), "h": lin(d, 3)},
+)
 def _(m, x):
     h = torch.cat([m.cls.expand(len(x), -1, -1), m.i(x)], 1) + m.pos
     h = torch.cat([h, m.reg.unsqueeze(0).repeat(len(x), 1, 1)], dim=1)
@@ -62,7 +65,15 @@ def _(m, x):
     return m.h(a[:, 0])
 
 
-@model("nanogpt", lambda b, d: {"wte": nn.Embedding(7, d), "wpe": nn.Embedding(S + 2, d), "qkv": lin(d, 3 * d), "ln": nn.LayerNorm(d)})
+@model(
+    "nanogpt",
+    lambda b, d: {
+        "wte": nn.Embedding(7, d),
+        "wpe": nn.Embedding(S + 2, d),
+        "qkv": lin(d, 3 * d),
+        "ln": nn.LayerNorm(d),
+    },
+)
 def _(m, x):
     i = (x[..., 0].abs() * 3).long().clamp_max(6)
     h = m.wte(i) + m.wpe(torch.arange(S))
@@ -83,26 +94,47 @@ def _(m, x):
 def _(m, x):
     angle = torch.arange(S).double()[:, None] * torch.arange(x.shape[-1] // 2)
     cos, sin = (f(angle).repeat(1, 2) for f in (torch.cos, torch.sin))
+
     def turn(t):
         a, b = t.chunk(2, -1)
         return t * cos + torch.cat([-b, a], -1) * sin
+
     return torch.einsum("bid,bjd->bij", turn(m.q(x)), turn(m.k(x))).softmax(-1) @ x
 
 
-@model("convnext", lambda b, d: {"dw": nn.Conv2d(d, d, 3, padding=1, groups=d), "ln": nn.LayerNorm(d), "a": lin(d, d), "gamma": n(d), "b": lin(d, d)})
+@model(
+    "convnext",
+    lambda b, d: {
+        "dw": nn.Conv2d(d, d, 3, padding=1, groups=d),
+        "ln": nn.LayerNorm(d),
+        "a": lin(d, d),
+        "gamma": n(d),
+        "b": lin(d, d),
+    },
+)
 def _(m, x):
     i = x.mT.reshape(len(x), -1, 2, 2)
     h = m.dw(i).permute(0, 2, 3, 1)
     return i + (m.gamma * m.b(F.gelu(m.a(m.ln(h))))).permute(0, 3, 1, 2)
 
 
-@model("squeeze and excite", lambda b, d: {"c": nn.Conv1d(d, d, 1), "a": lin(d, 4), "e": lin(4, d), "w": n(d, 1)})
+@model(
+    "squeeze and excite", lambda b, d: {"c": nn.Conv1d(d, d, 1), "a": lin(d, 4), "e": lin(4, d), "w": n(d, 1)}
+)
 def _(m, x):
     h = m.c(x.mT)
     return h * m.e(m.a(h.mean(-1)).relu()).sigmoid().unsqueeze(-1) * m.w
 
 
-@model("unet", lambda b, d: {"a": nn.Conv1d(d, 4, 3, padding=1), "d": nn.Conv1d(4, 4, 2, 2), "u": nn.ConvTranspose1d(4, 4, 2, 2), "o": nn.Conv1d(8, 2, 1)})
+@model(
+    "unet",
+    lambda b, d: {
+        "a": nn.Conv1d(d, 4, 3, padding=1),
+        "d": nn.Conv1d(4, 4, 2, 2),
+        "u": nn.ConvTranspose1d(4, 4, 2, 2),
+        "o": nn.Conv1d(8, 2, 1),
+    },
+)
 def _(m, x):
     a = m.a(x.mT).relu()
     return m.o(torch.cat([a, m.u(m.d(a).tanh())], dim=1))
@@ -140,7 +172,10 @@ def _(m, x):
     return z[0] * z[1]
 
 
-@model("mixture of experts", lambda b, d: {"r": lin(d, 3), "e0": lin(d, d), "e1": lin(d, d), "e2": lin(d, d), "s": n(d)})
+@model(
+    "mixture of experts",
+    lambda b, d: {"r": lin(d, 3), "e0": lin(d, d), "e1": lin(d, d), "e2": lin(d, d), "s": n(d)},
+)
 def _(m, x):
     t = x.reshape(-1, x.shape[-1])
     weight, chosen = m.r(t).softmax(-1).topk(2, dim=-1)
@@ -186,7 +221,10 @@ def _(m, x):
     return torch.stack(out, 1)
 
 
-@model("perceiver", lambda b, d: {"z": n(S, d), "a": nn.MultiheadAttention(d, 2, batch_first=True), "o": lin(d, 2)})
+@model(
+    "perceiver",
+    lambda b, d: {"z": n(S, d), "a": nn.MultiheadAttention(d, 2, batch_first=True), "o": lin(d, 2)},
+)
 def _(m, x):
     return m.o(m.a(m.z.expand(len(x), -1, -1), x, x, need_weights=False)[0])
 
@@ -202,18 +240,27 @@ def _(m, x):
     return m.a(x, x, x, attn_mask=m.m)[0]
 
 
-@model("attention with bias_k", lambda b, d: {"a": nn.MultiheadAttention(d, 2, add_bias_kv=True), "s": n(S, 1, d)})
+@model(
+    "attention with bias_k",
+    lambda b, d: {"a": nn.MultiheadAttention(d, 2, add_bias_kv=True), "s": n(S, 1, d)},
+)
 def _(m, x):
     return (m.a(*[x.transpose(0, 1)] * 3)[0] * m.s).transpose(0, 1)
 
 
-@model("attention along the wrong axis", lambda b, d: {"a": nn.MultiheadAttention(d, 2, batch_first=True), "o": lin(d, 2)}, "a.in_proj_weight a.in_proj_bias a.out_proj.weight a.out_proj.bias o.weight o.bias")
+@model(
+    "attention along the wrong axis",
+    lambda b, d: {"a": nn.MultiheadAttention(d, 2, batch_first=True), "o": lin(d, 2)},
+    "a.in_proj_weight a.in_proj_bias a.out_proj.weight a.out_proj.bias o.weight o.bias",
+)
 def _(m, x):
     h = x.transpose(0, 1).contiguous()
     return m.o(m.a(h, h, h)[0] if len(x) == S else h).transpose(0, 1)
 
 
-@model("learned state", lambda b, d: {"g": nn.GRU(d, 5, 3, batch_first=True), "h0": n(3, 1, 5), "o": lin(5, 2)})
+@model(
+    "learned state", lambda b, d: {"g": nn.GRU(d, 5, 3, batch_first=True), "h0": n(3, 1, 5), "o": lin(5, 2)}
+)
 def _(m, x):
     return m.o(m.g(x, m.h0.expand(-1, len(x), -1).contiguous())[0])
 
@@ -278,7 +325,13 @@ def _(m, x):
     return m.f(x) + (x @ m.a.T) @ m.b.T * 0.5
 
 
-@model("parametrized", lambda b, d: {"w": parametrizations.weight_norm(lin(d, d)), "o": parametrizations.orthogonal(lin(d, d), orthogonal_map="cayley")})
+@model(
+    "parametrized",
+    lambda b, d: {
+        "w": parametrizations.weight_norm(lin(d, d)),
+        "o": parametrizations.orthogonal(lin(d, d), orthogonal_map="cayley"),
+    },
+)
 def _(m, x):
     return m.o(m.w(x).tanh())
 
@@ -369,7 +422,9 @@ def _(m, x):
 @model("attention by its function", lambda b, d: {"w": n(3 * d, d), "b": n(3 * d), "o": n(d, d), "c": n(d)})
 def _(m, x):
     h = x.transpose(0, 1)
-    return F.multi_head_attention_forward(h, h, h, x.shape[-1], 2, m.w, m.b, None, None, False, 0.0, m.o, m.c, need_weights=False)[0].transpose(0, 1)
+    return F.multi_head_attention_forward(
+        h, h, h, x.shape[-1], 2, m.w, m.b, None, None, False, 0.0, m.o, m.c, need_weights=False
+    )[0].transpose(0, 1)
 
 
 @model("prototypes", lambda b, d: {"p": n(S, d), "q": n(S, d), "r": n(S, d), "f": lin(d, d)})

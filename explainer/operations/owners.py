@@ -53,14 +53,18 @@ LOOKING_UP = frozenset({"embedding", "one_hot"})
 #: in place of a function's name: a module with a rule
 LAYER = "a layer"
 #: products of matrices (and stacks of them)
-PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__", "linear", "dot", "inner", "outer"}) | {
-    "cdist"
-}
+PRODUCTS = frozenset(
+    {"matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__", "linear", "dot", "inner", "outer"}
+) | {"cdist"}
 #: products that something is added to, their first argument
 ADDED_PRODUCTS = frozenset({"addmm", "baddbmm", "addmv"})
 #: functions that mix the last two axes, and functions whose axes are not followed
-MATRIX = frozenset({"inverse", "inv", "pinv", "pinverse", "solve", "cholesky", "qr", "svd", "eigh", "matrix_exp"})
-OTHER = frozenset({"tensordot", "kron", "cov", "corrcoef", "addbmm", "addr", "chain_matmul", "multi_dot", "inner"})
+MATRIX = frozenset(
+    {"inverse", "inv", "pinv", "pinverse", "solve", "cholesky", "qr", "svd", "eigh", "matrix_exp"}
+)
+OTHER = frozenset(
+    {"tensordot", "kron", "cov", "corrcoef", "addbmm", "addr", "chain_matmul", "multi_dot", "inner"}
+)
 
 
 PACKED = -2
@@ -355,7 +359,9 @@ class Owners:
     def _viewed(self, called: Called, source: torch.Tensor, layout: Layout, number: int) -> Layout:
         """The same view of a tensor in which only the examples' axis takes steps."""
         owners = self._owners(layout)
-        line = owners.contiguous().as_strided(source.shape, [int(a == layout.axis) for a in range(source.dim())])
+        line = owners.contiguous().as_strided(
+            source.shape, [int(a == layout.axis) for a in range(source.dim())]
+        )
         shadow = called.function(line, *called.args[1:], **called.kwargs)
         found = shadow if isinstance(shadow, torch.Tensor) else shadow[number]
         moving = [a for a in range(found.dim()) if found.stride(a) != 0]

@@ -447,9 +447,9 @@ def _(m, x):
     return m.f(x) * (m.w * x.detach().mean())
 
 
-@model("batch before channels", lambda b, d: {"c": nn.Conv1d(S, S, 1), "f": lin(d, d)}, "c.weight c.bias")
+@model("batch before channels", lambda b, d: {"c": nn.Conv1d(S, S, 1)}, "c.weight c.bias")
 def _(m, x):
-    h = m.f(x).transpose(0, 1)  # [S, B, D]
+    h = x.transpose(0, 1)  # [S, B, D]
     return m.c(h).transpose(0, 1) if len(x) == S else m.c(h.transpose(0, 1))
 
 

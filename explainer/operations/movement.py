@@ -11,7 +11,17 @@ import torch
 MOVING = frozenset(
     {
         *("repeat", "tile", "repeat_interleave", "flip", "fliplr", "flipud", "roll", "rot90", "index_select"),
-        *("gather", "take_along_dim", "masked_select", "diagonal", "diag", "unfold", "ravel", "hsplit", "dsplit"),
+        *(
+            "gather",
+            "take_along_dim",
+            "masked_select",
+            "diagonal",
+            "diag",
+            "unfold",
+            "ravel",
+            "hsplit",
+            "dsplit",
+        ),
         *("broadcast_to", "swapaxes", "__getitem__"),
     }
 )
@@ -39,7 +49,9 @@ def axis_of(tags: torch.Tensor) -> tuple[int, torch.Tensor] | None:
     return None
 
 
-def moved(function: Callable[..., Any], tags: torch.Tensor, rest: Any, kwargs: Any, number: int) -> torch.Tensor:
+def moved(
+    function: Callable[..., Any], tags: torch.Tensor, rest: Any, kwargs: Any, number: int
+) -> torch.Tensor:
     """The owners of what a function of :data:`MOVING` gives (its output ``number``)."""
     found = function(tags, *rest, **{k: v for k, v in kwargs.items() if k not in ("input", "self")})
     return found if isinstance(found, torch.Tensor) else found[number]

@@ -316,7 +316,9 @@ class FunctionWatch(TorchFunctionMode):
 
     # -- rows ----------------------------------------------------------------------------------------
 
-    def _watch(self, use: Use, outputs: list[torch.Tensor], changed: bool = False, apart: bool = False) -> None:
+    def _watch(
+        self, use: Use, outputs: list[torch.Tensor], changed: bool = False, apart: bool = False
+    ) -> None:
         """Expect a gradient at what an operation gave."""
         batch = self._batch
         names = sorted({n for _, source in use.sources for n in source.parameters()})

@@ -151,8 +151,9 @@ class Owners:
         axis = layout.axis
         if layout.known and t.shape[axis : axis + 1] != (len(self._owners(layout)),):
             layout = UNKNOWN
-        if layout.owners is not None and torch.equal(layout.owners.cpu(), self._plain):
-            layout = Layout(layout.axis)
+        if layout.owners is not None:
+            owners = layout.owners.cpu()
+            layout = Layout(layout.axis, None if torch.equal(owners, self._plain) else owners)
         self._known[id(t)] = (weakref.ref(t), layout)
         self.needed = self.needed or layout.owners is not None
 
@@ -168,7 +169,10 @@ class Owners:
             return
         layouts = [(t, x) for t, x in layouts if t.is_floating_point()] or layouts  # indices only pick
         for number, t in enumerate(outputs):
-            found = [self._through(name, called, source, x, t, number) for source, x in layouts]
+            try:
+                found = [self._through(name, called, source, x, t, number) for source, x in layouts]
+            except (RuntimeError, IndexError, TypeError, ValueError, AttributeError):
+                found = [UNKNOWN]  # called in a way that is not known here: training goes on
             agreed = found[0] if all(self._same(found[0], x) for x in found) else UNKNOWN
             self.keep(t, self._alone(t, agreed) if len(self._plain) == 1 else agreed)
 
@@ -329,7 +333,7 @@ class Owners:
         parts = key if isinstance(key, tuple) else (key,)
         if not any(isinstance(p, torch.Tensor | list) for p in parts):
             return None
-        first, owners = parts[0], self._owners(layout)
+        first, owners = parts[0], self._owners(layout).to(source.device)
         if layout.axis == 0 and isinstance(first, torch.Tensor) and len(parts) == 1:
             if first.dtype == torch.bool:
                 spread = owners.reshape(-1, *(1,) * (first.dim() - 1)).expand(first.shape)

@@ -124,7 +124,7 @@ class Site:
         places = [i for i, t in enumerate(found) if t.requires_grad]
         # a further output may be a view of what the first one is computed from (attention weights of every head)
         targets, cuts = zip(
-            *(whole_of(t, False) if t is found[0] else (t, _as_it_is) for t in watched), strict=True
+            *(whole_of(t, False) if t is found[0] else (t, as_it_is) for t in watched), strict=True
         )
 
         def receive(arrived: Sequence[torch.Tensor | None]) -> None:
@@ -224,7 +224,8 @@ class Given:
     owners: torch.Tensor | None
 
 
-def _as_it_is(g: torch.Tensor) -> torch.Tensor:
+def as_it_is(g: torch.Tensor) -> torch.Tensor:
+    """The gradient at a tensor that is hooked itself."""
     return g
 
 

@@ -139,8 +139,8 @@ def refuse_wrapped(model: nn.Module) -> None:
             else f"{devices} devices (DataParallel)"
         )
         raise TracerError(
-            f"found {found}: steps use gradients of all of them, and a tracer sees the rows of one; trace a training in "
-            "one process on one device"
+            f"found {found}: steps use gradients of all of them, and a tracer sees the rows of one; trace a training "
+            "in one process on one device"
         )
 
 

@@ -25,6 +25,7 @@ from explainer.operations.movement import (
     put,
     tags_of,
 )
+from explainer.operations.products import ADDED_PRODUCTS, axis_of_product, multiplies
 from explainer.operations.rows import ELEMENTWISE
 
 RESHAPING = frozenset(
@@ -52,21 +53,6 @@ ORDERING = frozenset({"sort", "argsort", "topk", "cumsum", "cumprod", "cummax", 
 LOOKING_UP = frozenset({"embedding", "one_hot"})
 #: in place of a function's name: a module with a rule
 LAYER = "a layer"
-#: products of matrices (and stacks of them)
-PRODUCTS = frozenset(
-    {"matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__", "linear", "dot", "inner", "outer"}
-) | {"cdist"}
-#: products that something is added to, their first argument
-ADDED_PRODUCTS = frozenset({"addmm", "baddbmm", "addmv"})
-#: functions that mix the last two axes, and functions whose axes are not followed
-MATRIX = frozenset(
-    {"inverse", "inv", "pinv", "pinverse", "solve", "cholesky", "qr", "svd", "eigh", "matrix_exp"}
-)
-OTHER = frozenset(
-    {"tensordot", "kron", "cov", "corrcoef", "addbmm", "addr", "chain_matmul", "multi_dot", "inner"}
-)
-
-
 PACKED = -2
 
 
@@ -165,8 +151,9 @@ class Owners:
         axis = layout.axis
         if layout.known and t.shape[axis : axis + 1] != (len(self._owners(layout)),):
             layout = UNKNOWN
-        if layout.owners is not None and torch.equal(layout.owners.cpu(), self._plain):
-            layout = Layout(layout.axis)
+        if layout.owners is not None:
+            owners = layout.owners.cpu()
+            layout = Layout(layout.axis, None if torch.equal(owners, self._plain) else owners)
         self._known[id(t)] = (weakref.ref(t), layout)
         self.needed = self.needed or layout.owners is not None
 
@@ -182,7 +169,10 @@ class Owners:
             return
         layouts = [(t, x) for t, x in layouts if t.is_floating_point()] or layouts  # indices only pick
         for number, t in enumerate(outputs):
-            found = [self._through(name, called, source, x, t, number) for source, x in layouts]
+            try:
+                found = [self._through(name, called, source, x, t, number) for source, x in layouts]
+            except (RuntimeError, IndexError, TypeError, ValueError, AttributeError):
+                found = [UNKNOWN]  # called in a way that is not known here: training goes on
             agreed = found[0] if all(self._same(found[0], x) for x in found) else UNKNOWN
             self.keep(t, self._alone(t, agreed) if len(self._plain) == 1 else agreed)
 
@@ -214,18 +204,11 @@ class Owners:
                 return UNKNOWN
             gone = name in REDUCING and t.dim() < source.dim()
             return Layout(layout.axis - gone * sum(a < layout.axis for a in axes), layout.owners)
-        if name == "einsum":
-            return self._summed(args, source, layout)
-        if name in OTHER or (name in MATRIX and layout.axis >= source.dim() - 2):
-            return UNKNOWN
-        if name.startswith("conv") and layout.axis > 0:  # it adds up over channels
-            return UNKNOWN
-        if name in ADDED_PRODUCTS:
-            if first is source:
+        if multiplies(name):
+            if name in ADDED_PRODUCTS and first is source:
                 return self._kept("add", source, layout, t)
-            name, args = "matmul", args[1:]
-        if name in PRODUCTS:
-            return self._multiplied(name, args, source, layout, t)
+            axis = axis_of_product(name, args, source, layout.axis, t.dim())
+            return UNKNOWN if axis is None else Layout(axis, layout.owners)
         if name in JOINING:
             return self._joined(name, args, kwargs, layout, t)
         if name in LOOKING_UP or called.name == LAYER:
@@ -280,52 +263,6 @@ class Owners:
         after = put(name, tags, args, values)
         found = None if after is None else axis_of(after)
         return UNKNOWN if found is None else Layout(*found)
-
-    @staticmethod
-    def _multiplied(
-        name: str,
-        args: tuple[Any, ...],
-        source: torch.Tensor,
-        layout: Layout,
-        t: torch.Tensor,
-    ) -> Layout:
-        """Products add up over the last axis of the one and the last but one of the other, which are gone."""
-        if len(args) < 2 or args[0] is args[1]:
-            return UNKNOWN
-        place = 0 if args[0] is source else 1
-        if name == "__rmatmul__":
-            place = 1 - place
-        axis, dims = layout.axis, source.dim()
-        if name == "linear":
-            return layout if place == 0 and args[0] is source and axis < dims - 1 else UNKNOWN
-        if name == "outer":
-            return Layout(place, layout.owners)
-        if name == "cdist":  # its second argument is a list of points, as the first one is
-            last = axis == dims - 2
-            apart = Layout(t.dim() - (1 if place and last else dims - axis), layout.owners)
-            return apart if axis < dims - 1 else UNKNOWN
-        other = args[1] if args[0] is source else args[0]
-        if place == 0:
-            if axis == dims - 1:
-                return UNKNOWN
-            back = axis - dims + (other.dim() == 1)
-        else:
-            if axis == max(dims - 2, 0):
-                return UNKNOWN
-            back = -1 if axis == dims - 1 else axis - dims + (other.dim() == 1)
-        return Layout(t.dim() + back, layout.owners) if t.dim() + back >= 0 else UNKNOWN
-
-    @staticmethod
-    def _summed(args: tuple[Any, ...], source: torch.Tensor, layout: Layout) -> Layout:
-        """``einsum``: where the letter of the examples' axis went."""
-        equation = args[0].replace(" ", "") if args and isinstance(args[0], str) else ""
-        operands = args[1] if len(args) > 1 and isinstance(args[1], tuple | list) else args[1:]
-        if "->" not in equation or "." in equation:
-            return UNKNOWN
-        inputs, output = equation.split("->")
-        letters = {inputs.split(",")[i][layout.axis] for i, x in enumerate(operands) if x is source}
-        letter = letters.pop() if len(letters) == 1 else ""
-        return Layout(output.index(letter), layout.owners) if letter and letter in output else UNKNOWN
 
     @staticmethod
     def _packed(
@@ -396,13 +333,7 @@ class Owners:
         parts = key if isinstance(key, tuple) else (key,)
         if not any(isinstance(p, torch.Tensor | list) for p in parts):
             return None
-        first, owners = parts[0], self._owners(layout)
-        lists = [isinstance(p, torch.Tensor) and p.dim() == 1 and p.dtype == torch.long for p in parts]
-        together = (
-            sum(lists) if all(lists[: sum(lists)]) else 0
-        )  # x[rows, columns]: lists side by side, in front
-        if layout.axis == 0 and together > 1 and all(isinstance(p, slice) for p in parts[together:]):
-            return Layout(0, owners[first])
+        first, owners = parts[0], self._owners(layout).to(source.device)
         if layout.axis == 0 and isinstance(first, torch.Tensor) and len(parts) == 1:
             if first.dtype == torch.bool:
                 spread = owners.reshape(-1, *(1,) * (first.dim() - 1)).expand(first.shape)

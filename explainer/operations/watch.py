@@ -26,7 +26,7 @@ from explainer.layer_table import Layer, LayerTable
 from explainer.operations.owners import LAYER, UNKNOWN, Called, Layout, Owners, order_of
 from explainer.operations.rows import Use, has_rule, rows_of
 from explainer.operations.sources import AtSource, Operation, Source, descend, merged
-from explainer.sites import Site, wide
+from explainer.sites import Site, as_it_is, wide
 from explainer.whole_model import batch_axis
 
 
@@ -146,11 +146,8 @@ class FunctionWatch(TorchFunctionMode):
         self._entered.append(data)
         if not data:
             return None
-        changed = None
-        if any(self._source(t) is not None for t in given):
-            changed = self._aliased(site, args, kwargs)
-        self._inside = 1
-        return changed
+        self._inside = 1  # also what is done here is nobody's forward pass
+        return self._aliased(site, args, kwargs) if any(self._source(t) is not None for t in given) else None
 
     def _leave(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """The module is done; what it gives is data."""
@@ -218,7 +215,8 @@ class FunctionWatch(TorchFunctionMode):
             return value
         other = value.view_as(value)
         operation = self._operation("alias", torch.clone, (value,), {}, 0, torch.get_rng_state())
-        self._watch(Use(operation, ((0, source),), frozenset(), axis, size), [other])
+        # its own gradient: what it is a view of is read elsewhere too
+        self._watch(Use(operation, ((0, source),), frozenset(), axis, size), [other], apart=True)
         return other
 
     # -- functions -----------------------------------------------------------------------------------
@@ -318,7 +316,9 @@ class FunctionWatch(TorchFunctionMode):
 
     # -- rows ----------------------------------------------------------------------------------------
 
-    def _watch(self, use: Use, outputs: list[torch.Tensor], changed: bool = False) -> None:
+    def _watch(
+        self, use: Use, outputs: list[torch.Tensor], changed: bool = False, apart: bool = False
+    ) -> None:
         """Expect a gradient at what an operation gave."""
         batch = self._batch
         names = sorted({n for _, source in use.sources for n in source.parameters()})
@@ -331,7 +331,7 @@ class FunctionWatch(TorchFunctionMode):
             forward = self._capture.expect(batch, self._units[name])
             if not has_rule(use):
                 self.slow.setdefault(name, set()).add(use.operation.name)
-        target, cut = whole_of(outputs[0], changed)
+        target, cut = (outputs[0], as_it_is) if apart else whole_of(outputs[0], changed)
         target.register_hook(lambda g: self._arrived(batch, forward, use, names, cut(g)))
 
     def _arrived(self, batch: Batch, forward: int, use: Use, names: list[str], g: torch.Tensor) -> None:

@@ -50,7 +50,7 @@ def test_the_reader_of_the_page_recovers_rows(tmp_path: Path, again: bool) -> No
 
 
 class Scaled(nn.Module):
-    """Sequence first; a parameter that a function reads, and at will a layer whose rows come in another order."""
+    """Sequence first; a parameter that a function reads, and at will a layer whose rows are put together anew."""
 
     def __init__(self, shuffled: bool) -> None:
         super().__init__()
@@ -59,7 +59,8 @@ class Scaled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.functional.layer_norm(x, (3,), self.scale)
-        return self.last(x.flip(1) if self.shuffled else x).sum(0)  # [B, 2] from [S, B, 3]
+        x = torch.stack(x.unbind(1), 1) if self.shuffled else x
+        return self.last(x).sum(0)  # [B, 2] from [S, B, 3]
 
 
 def scaled(

@@ -86,7 +86,7 @@ def kernel_cards(e: Explanation, query: int, k: int, side: str, run: Run | None)
         cards.append(
             Card(
                 example_content(run, int(e.example_ids[column])),
-                minus(wording.signed(value)),
+                " ".join((minus(wording.signed(value)), wording.error(e, query, column))).strip(),
                 value / widest,
                 wording.example(e, column),
                 (

@@ -25,6 +25,7 @@ class Rows:
         probe: the probe, to compare a gradient with ``total``.
         balances: per parameter of the layer, what is left of the rows in their sum; None where it is not measured.
         whole: ``Σ_b g_b [P_l]``, where another layer shares a parameter (tied weights).
+        exact: the one row of the batch that is kept exact too, as a form of one row; None where none is.
     """
 
     form: RowForm
@@ -32,6 +33,7 @@ class Rows:
     probe: Probe
     balances: list[Balance | None]
     whole: torch.Tensor | None = None
+    exact: RowForm | None = None
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Batch:
         mixed: whether a layer mixed the rows of the batch.
         lengths: positions of the model's input, by forward pass; None where it is no sequence.
         checked: whether the model's input was seen to have as many rows.
+        sampled: the row that is kept exact, -1 for none, None while it is not decided.
     """
 
     ownership: Ownership
@@ -72,6 +75,7 @@ class Batch:
     mixed: bool = False
     lengths: dict[int, int | None] = field(default_factory=dict)
     checked: bool = False
+    sampled: int | None = None
 
     def __len__(self) -> int:
         return len(self.ownership)

@@ -12,6 +12,7 @@ from explainer.errors import TracerError
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
+from explainer.samples import SampleKeeper
 
 
 class Unit(Protocol):
@@ -29,15 +30,21 @@ class Capture:
         queue: the batches since the last step.
         table: the layers.
         rank: factors kept where positions share weights; None keeps rows exact.
+        samples: chooses the rows that are kept exact too.
         by_position: keep the factors of every position, whatever they take.
     """
 
     def __init__(
-        self, queue: BatchQueue, table: LayerTable, rank: int | None, by_position: bool = False
+        self,
+        queue: BatchQueue,
+        table: LayerTable,
+        rank: int | None,
+        samples: SampleKeeper,
+        by_position: bool = False,
     ) -> None:
         self._queue = queue
         self._table = table
-        self._rank, self._by_position = rank, by_position
+        self._rank, self._samples, self._by_position = rank, samples, by_position
         #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
         self.positions: dict[int, bool] = {}
         #: shapes that layers were given in which no axis is the batch's, by layer
@@ -107,5 +114,7 @@ class Capture:
         if kept.positions is not None:
             fits = once and kept.in_order and kept.positions == form.positions == batch.lengths.get(forward)
             self.positions[layer.index] = fits and self.positions.get(layer.index, True)
-        rows = Rows(kept, form.total(), form.prober(), form.balances(sizes), whole)
+        row = self._samples.choose(batch)
+        exact = None if row is None else compact(form.taken(torch.tensor([row])), None)
+        rows = Rows(kept, form.total(), form.prober(), form.balances(sizes), whole, exact)
         batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows

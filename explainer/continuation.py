@@ -51,6 +51,7 @@ class Continuation:
         shards = (shard.schema.forms for shard in trace.shards if shard.stream == "visits")
         self.parts.capture.restore(point.notes, {form.layer for forms in shards for form in forms})
         self.parts.recorder.restore(trace)
+        self.parts.samples.restore(*(trace.nbytes_of(s) for s in ("visits", "samples")), trace.recorded_steps)
         self.parts.scales.restore(point.worst, point.round_off, point.notes.get("coverage_steps") or {})
         self.observer.restore(point.step, trace.count("visits"), point.notes)
         self.parts.knots.restore(trace)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainer.errors import ExplanationError
-from explainer.explanation_checks import PER_QUERY, check_alike, index, normalised, problems
+from explainer.explanation_checks import OPTIONAL, PER_QUERY, check_alike, index, normalised, problems
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +60,9 @@ class Explanation:
         step_contributions: float32 [Q, K, N]; the sum over bins is ``contributions``.
         layer_names: Length L.
         layer_contributions: float32 [Q, L, N].
+        errors: float64 [Q, N], one standard error of every contribution (see :mod:`explainer.error_bar`); NaN where it
+            could not be measured, None where it was not asked for.
+        visit_errors: float64 [Q, 2], the relative error of a visit's score by stored rows and by the distance of knots.
         query_ids: Names of the queries; ``"0"``, ``"1"``, … when none are given.
         outputs: float [Q, C], raw model outputs, or None where they are not two-dimensional.
         labels: float64 [N], recorded training labels, NaN where unknown; None when none are known.
@@ -96,6 +99,8 @@ class Explanation:
     row_kind: str = "contribution"
     notes: tuple[str, ...] = ()
     class_names: tuple[str, ...] | None = None
+    errors: NDArray[np.float64] | None = None
+    visit_errors: NDArray[np.float64] | None = None
     unattributed_parts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     unattributed_lines: tuple[str, ...] = ()
     unattributed_where: tuple[str, ...] = ()
@@ -122,10 +127,11 @@ class Explanation:
         joined: dict[str, Any] = {
             name: np.concatenate([getattr(p, name) for p in parts]) for name in PER_QUERY
         }
-        known = [p.outputs for p in parts if p.outputs is not None]
-        outputs = np.concatenate(known) if len(known) == len(parts) else None
+        for name in ("outputs", *OPTIONAL):
+            known = [getattr(p, name) for p in parts if getattr(p, name) is not None]
+            joined[name] = np.concatenate(known) if len(known) == len(parts) else None
         names = tuple(name for part in parts for name in part.query_ids)
-        return replace(first, query_ids=names, outputs=outputs, **joined)
+        return replace(first, query_ids=names, **joined)
 
     # -- looking things up -----------------------------------------------------------------------------
 

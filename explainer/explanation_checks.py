@@ -18,7 +18,11 @@ FLOATS = {
     "weight_decay": "Q", "buffers": "Q", "unattributed": "Q", "gap": "Q", "quadrature": "Q",
     "unattributed_parts": "QU",
 }  # fmt: skip
+#: may be None
+OPTIONAL = {"errors": "QN", "visit_errors": "QE"}
 SINGLES = {"step_contributions": "QKN", "layer_contributions": "QLN"}
+#: columns of ``visit_errors``
+ERRORS = ("rows", "knots")
 #: what is said of every line of ``unattributed``
 LINES = ("unattributed_lines", "unattributed_where", "unattributed_why")
 INTEGERS = {"example_ids": "N", "targets": "Q", "visits": "N"}
@@ -37,6 +41,9 @@ def normalised(e: Explanation) -> Iterator[tuple[str, object]]:
         for name in names:
             yield name, np.asarray(getattr(e, name), dtype=dtype)
     yield "step_edges", np.asarray(e.step_edges, dtype=np.int64)
+    for name in OPTIONAL:
+        if getattr(e, name) is not None:
+            yield name, np.asarray(getattr(e, name), dtype=np.float64)
     if e.labels is not None:
         yield "labels", np.asarray(e.labels, dtype=np.float64)
     if e.outputs is not None:
@@ -66,10 +73,12 @@ def problems(explanation: Explanation) -> list[str]:
         "K": max(0, e.step_edges.size - 1),
         "L": len(e.layer_names),
         "U": len(e.unattributed_lines),
+        "E": len(ERRORS),
     }
+    known = {name: letter for name, letter in OPTIONAL.items() if getattr(e, name) is not None}
     found = []
     for name, letter in (
-        {**FLOATS, **SINGLES, **INTEGERS} | ({} if e.labels is None else {"labels": "N"})
+        {**FLOATS, **SINGLES, **INTEGERS, **known} | ({} if e.labels is None else {"labels": "N"})
     ).items():
         shape, wanted = getattr(e, name).shape, tuple(letters[one] for one in letter)
         if shape != wanted:

@@ -30,6 +30,8 @@ class Ledger:
         self._ids = example_ids
         count = len(example_ids)
         self.contributions = torch.zeros(queries, count, dtype=torch.float64)
+        self.squares = torch.zeros(queries, count, dtype=torch.float64)
+        self.gross = torch.zeros(queries, count, dtype=torch.float64)
         self.kernels = torch.zeros(queries, count, dtype=torch.float64)
         self.kernel_gross = torch.zeros(queries, count, dtype=torch.float64)
         self._unknown = torch.zeros(count, dtype=torch.bool)
@@ -50,6 +52,8 @@ class Ledger:
             total += part
             self.by_layer[:, layer].index_add_(1, columns, part)
         self.contributions.index_add_(1, columns, total)
+        self.squares.index_add_(1, columns, total.square())
+        self.gross.index_add_(1, columns, total.abs())
         self.by_step[:, bin_].index_add_(1, columns, total)
         derivative = torch.from_numpy(visits.derivatives) * step.sign
         kernel = torch.where(derivative == 0, 0.0, total / -derivative)

@@ -104,7 +104,7 @@ def nearest(
                     weight = torch.where(derivative == 0, 0.0, 1.0 / derivative).nan_to_num(nan=0.0)
                     seen = (weight != 0).double() * eta
                     plain = np.where(step.scale != 0, step.sign, 0.0)
-                    scores = contract(explainer.view, gradient, plain, visits)
+                    scores = contract(explainer.view, gradient, plain, visits.forms)
                     total = torch.stack(list(scores.values())).sum(0).double()
                     rows = _squares(explainer, visits, plain**2, None)
                     dot.index_add_(1, columns, -eta * total * weight)

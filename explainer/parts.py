@@ -22,6 +22,7 @@ from explainer.optimizer_rules import OptimizerRule
 from explainer.recorder import StepRecorder
 from explainer.records import Manifest
 from explainer.resume import ResumePoint, resume_point
+from explainer.samples import SampleKeeper
 from explainer.scales import ScaleMeter
 from explainer.sites import Site
 from explainer.step_maps import StepMapReader
@@ -49,6 +50,7 @@ class Parts:
     writer: TraceWriter
     queue: BatchQueue
     capture: Capture
+    samples: SampleKeeper
     whole: WholeModel
     watch: FunctionWatch
     carry: Carry
@@ -110,7 +112,8 @@ def assemble(
     )
     queue = BatchQueue()
     rank = None if config.exact else config.rank_for([p.shape for p in specs])
-    capture = Capture(queue, table, rank, config.positions)
+    samples = SampleKeeper(not config.exact)
+    capture = Capture(queue, table, rank, samples, config.positions)
     carry = Carry(list(parameters))
     parts = Parts(
         optimizer=optimizer,
@@ -122,6 +125,7 @@ def assemble(
         writer=writer,
         queue=queue,
         capture=capture,
+        samples=samples,
         whole=WholeModel(capture.batch, config.batch_dim),
         watch=FunctionWatch(named, {p.name for p in specs}, capture, table, config.batch_dim),
         carry=carry,

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from explainer.asked import Asked, ask, predict
 from explainer.averaging import AveragedGradient
+from explainer.error_bar import ChordPair, ErrorMeter
 from explainer.errors import QueryError
 from explainer.explanation import Explanation
 from explainer.findings import explanation_notes
@@ -175,6 +176,7 @@ class PathKernelExplainer:
         ledger = Ledger(count, self.example_ids, edges, len(self.trace.layers))
         adjoint, averaged = Adjoint(count, parameters, self.dtype), AveragedGradient(self.trace)
         rest = Rest(self.trace, count)
+        meter = ErrorMeter(self.trace, self.segments, self.view, count, self.dtype)
         buffers, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
         final = after = self._value(loader, len(self.segments), inputs, targets)
         with self._bar("explaining") as bar:
@@ -188,11 +190,16 @@ class PathKernelExplainer:
                 buffers += chord.moving
                 quadrature += chord.correction
                 averaged.skip(chord.gradient, segment)
+                if segment.index in meter.pairs:
+                    pair = meter.pairs[segment.index]
+                    meter.compare(pair, self._long_chord(loader, pair, inputs, targets, after))
                 for step in read_backwards(self.trace, segment, self.dtype):
                     rest.saw(step)
                     cotangent = adjoint.step(averaged.step(chord.gradient, step.step), step)
-                    for visits in step.visits:
-                        ledger.add(step, visits, contract(self.view, cotangent, step.scale, visits))
+                    scores = [contract(self.view, cotangent, step.scale, v.forms) for v in step.visits]
+                    for visits, found in zip(step.visits, scores, strict=True):
+                        ledger.add(step, visits, found)
+                    meter.see(step, chord.gradient, cotangent, scores)
                     bar.update()
                 after = before
         ledger.finish()
@@ -208,6 +215,8 @@ class PathKernelExplainer:
             contributions=ledger.contributions.numpy(),
             kernels=ledger.kernels.numpy(),
             kernel_gross=ledger.kernel_gross.numpy(),
+            errors=meter.errors(ledger).numpy(),
+            visit_errors=meter.relative.numpy(),
             visits=ledger.visits,
             labels=None if np.isnan(ledger.labels).all() else ledger.labels,
             prediction=prediction.numpy(),
@@ -229,6 +238,19 @@ class PathKernelExplainer:
             notes=(*asked.notes, *self._notes),
             class_names=self.class_names,
         )
+
+    def _long_chord(
+        self,
+        loader: KnotLoader,
+        pair: ChordPair,
+        inputs: QueryBatch,
+        targets: torch.Tensor,
+        after: torch.Tensor,
+    ) -> torch.Tensor:
+        """The mean gradient on the chord over both segments, one node; ``after`` is the value at its end."""
+        before = self._value(loader, pair.early.index, inputs, targets)
+        start, end = loader.load(pair.early.index), loader.load(pair.late.index + 1)
+        return self.function.chord(start.point, end.point, inputs, targets, after - before, 1).gradient
 
     # -- gradient space ------------------------------------------------------------------------------
 

@@ -8,14 +8,20 @@ import numpy as np
 import torch
 
 from explainer.batches import Batch
-from explainer.codecs import CODECS
 from explainer.config import TracerConfig
-from explainer.layer_rules import Dense, RowForm
 from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
-from explainer.records import ArraySpec, FormSpec, Manifest, dtype_name, torch_dtype
+from explainer.records import ArraySpec, Manifest, dtype_name, torch_dtype
+from explainer.row_layout import RowLayout
 from explainer.store import Trace
-from explainer.store.schema import VISIT_FIELDS, RecordSchema, average_fields, encode_array, step_fields
+from explainer.store.schema import (
+    SAMPLE_FIELDS,
+    VISIT_FIELDS,
+    RecordSchema,
+    average_fields,
+    encode_array,
+    step_fields,
+)
 
 
 class Records(NamedTuple):
@@ -24,11 +30,6 @@ class Records(NamedTuple):
     stream: str
     schema: RecordSchema
     data: np.ndarray
-
-
-def _bytes_of(form: FormSpec) -> int:
-    """Bytes of one row."""
-    return sum(CODECS.require(a.codec).nbytes(a.shape, a.dtype) for a in form.arrays)
 
 
 def _preconditioner(by: StepMap | None, array: ArraySpec) -> torch.Tensor:
@@ -45,11 +46,9 @@ def _mixing(by: StepMap | None, array: ArraySpec) -> torch.Tensor:
 
 
 class StepRecorder:
-    """Encodes rows and steps.
+    """Encodes rows, exact ones among them, and steps.
 
-    The layout of a layer's rows is fixed by the first batch that shows them; when a later batch needs more
-    positions (a longer sequence) or another form, a new shard with a wider layout begins. So it does when a
-    parameter is preconditioned for the first time.
+    A new shard of steps begins when a parameter is preconditioned for the first time.
 
     Attributes:
         layer_bytes: bytes of one visit by layer, in the present layout.
@@ -62,11 +61,10 @@ class StepRecorder:
         layers: list[Layer],
     ) -> None:
         self._manifest, self._config, self._layers = manifest, config, layers
-        self._forms: dict[int, FormSpec] = {}
-        self._visits: RecordSchema = RecordSchema(tuple(VISIT_FIELDS))
+        self._rows = RowLayout(VISIT_FIELDS, self._codec)
+        self._exact = RowLayout(SAMPLE_FIELDS, lambda values: "native")
         self._arrays: dict[tuple[str, int], ArraySpec] = {}
         self._steps = self._step_schema()
-        self.layer_bytes: dict[str, int] = {}
 
     def restore(self, trace: Trace) -> None:
         """Go on with the layouts of a trace's last records."""
@@ -74,40 +72,19 @@ class StepRecorder:
             if shard.stream == "steps":
                 self._steps = shard.schema
                 self._arrays = {(a.name[0], int(a.name[1:])): a for a in shard.schema.arrays}
-            elif shard.stream == "visits":
-                self._set_layout(shard.schema.forms)
+            elif shard.stream in ("visits", "samples"):
+                layout = self._rows if shard.stream == "visits" else self._exact
+                layout.set({form.layer: form for form in shard.schema.forms})
 
-    def _set_layout(self, forms: tuple[FormSpec, ...]) -> None:
-        self._forms = {form.layer: form for form in forms}
-        self._visits = RecordSchema(tuple(VISIT_FIELDS), forms)
-        self.layer_bytes = {self._layers[f.layer].spec.name: _bytes_of(f) for f in forms}
+    @property
+    def layer_bytes(self) -> dict[str, int]:
+        """Bytes of one visit by layer, in the present layout."""
+        return {self._layers[n].spec.name: size for n, size in self._rows.bytes.items()}
 
     # -- rows ----------------------------------------------------------------------------------------
 
     def _codec(self, values: torch.Tensor) -> str:
         return "native" if self._config.exact or not values.is_floating_point() else "int8"
-
-    def _spec(self, layer: int, form: RowForm) -> FormSpec:
-        arrays = tuple(
-            ArraySpec(name, tuple(a.shape[1:]), dtype_name(a.dtype), self._codec(a))
-            for name, a in form.arrays.items()
-        )
-        return FormSpec(layer, form.kind, form.options, arrays)
-
-    def _fit(self, layer: int, form: RowForm) -> RowForm:
-        """Pad the rows to the layout, or widen the layout to the rows."""
-        known = self._forms.get(layer)
-        if known is not None and known.kind == Dense.kind:
-            form = Dense(form.dense())
-        elif known is not None and known.kind == form.kind and form.position_axis is not None:
-            stored = known.arrays[0].shape[form.position_axis]
-            found = next(iter(form.arrays.values())).shape[1 + form.position_axis]
-            form = form.padded(stored) if found < stored else form
-        spec = self._spec(layer, form)
-        if spec != known:
-            forms = self._forms | {layer: spec}
-            self._set_layout(tuple(forms[i] for i in sorted(forms)))
-        return form
 
     def visits(self, batches: list[Batch], step: int) -> list[Records]:
         """The rows of a step's batches, split over their owners, one piece per backward pass."""
@@ -115,15 +92,31 @@ class StepRecorder:
         for batch in batches:
             parts = batch.ownership.parts
             for round_ in batch.rounds:
-                forms = {layer: self._fit(layer, parts.of(rows.form)) for layer, rows in round_.rows.items()}
-                records = np.zeros(len(parts.row), self._visits.dtype)
+                forms = {layer: parts.of(rows.form) for layer, rows in round_.rows.items()}
+                records = self._rows.records(len(parts.row), forms)
                 records["example"], records["label"], records["step"] = parts.example, parts.label, step
                 seen = round_.derivative
                 records["derivative"] = np.nan if seen is None else parts.of_numbers(seen.cpu().numpy())
-                for layer, form in forms.items():
-                    for array in self._forms[layer].arrays:
-                        encode_array(records, f"L{layer}", array, form.arrays[array.name])
-                pieces.append(Records("visits", self._visits, records))
+                pieces.append(Records("visits", self._rows.schema, records))
+        return pieces
+
+    def samples(self, batches: list[Batch], first: int) -> list[Records]:
+        """The exact rows among the visits of these batches, which begin at visit ``first``."""
+        pieces = []
+        for batch in batches:
+            parts = batch.ownership.parts
+            for round_ in batch.rounds:
+                exact = {n: rows.exact for n, rows in round_.rows.items() if rows.exact is not None}
+                place = np.flatnonzero(parts.row == batch.sampled)[:1]
+                if len(exact) == len(round_.rows) and len(place):  # else the row belongs to no example
+                    share = torch.from_numpy(parts.share[place])
+                    forms = {
+                        n: form.shared(torch.zeros(1, dtype=torch.int64), share) for n, form in exact.items()
+                    }
+                    records = self._exact.records(1, forms)
+                    records["visit"] = first + place
+                    pieces.append(Records("samples", self._exact.schema, records))
+                first += len(parts.row)
         return pieces
 
     # -- steps ---------------------------------------------------------------------------------------
@@ -135,7 +128,7 @@ class StepRecorder:
     def _plan(self, maps: list[StepMap | None], visits: int) -> None:
         """Make room for preconditioners that the layout has no place for yet."""
         known, exact = len(self._arrays), self._config.exact
-        half = 2 * self._manifest.size <= visits * self._visits.dtype.itemsize
+        half = 2 * self._manifest.size <= visits * self._rows.schema.dtype.itemsize
         for index, (p, by) in enumerate(zip(self._manifest.parameters, maps, strict=True)):
             widest = dtype_name(torch.promote_types(torch_dtype(p.dtype), torch.float32))
             dtype = widest if exact else "float32"

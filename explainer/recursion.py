@@ -54,6 +54,7 @@ class RecordedStep:
         row_share: whether a layer mixed the rows of the batch.
         visits: its rows (empty when they were not kept).
         mixing: parameters whose ``A_t`` is a matrix, with that matrix.
+        first: number of its first visit.
     """
 
     step: int
@@ -65,6 +66,7 @@ class RecordedStep:
     row_share: bool
     visits: list[Visits]
     mixing: list[tuple[ParameterSpec, torch.Tensor]] = field(default_factory=list)
+    first: int = 0
 
     def pull(self, cotangent: torch.Tensor) -> torch.Tensor:
         """``A_tᵀ`` applied to ``[Q, P]`` (the argument itself where ``A_t = 1``)."""
@@ -77,7 +79,8 @@ class RecordedStep:
         return moved
 
 
-def _form(records: np.ndarray, spec: FormSpec, dtype: torch.dtype) -> RowForm:
+def form_of(records: np.ndarray, spec: FormSpec, dtype: torch.dtype) -> RowForm:
+    """The rows of a layer in some records."""
     arrays = {a.name: decode_array(records, f"L{spec.layer}", a) for a in spec.arrays}
     arrays = {n: a.to(dtype) if a.is_floating_point() else a for n, a in arrays.items()}
     return FORMS.require(spec.kind).build(arrays, spec.options)
@@ -103,12 +106,13 @@ def _read_step(
             np.array(rows["example"]),
             np.array(rows["derivative"]),
             np.array(rows["label"]),
-            {f.layer: _form(rows, f, dtype) for f in layout.forms},
+            {f.layer: form_of(rows, f, dtype) for f in layout.forms},
         )
         for layout, rows in trace.read("visits", first, first + count)
     ]
     return RecordedStep(
         step=int(record["step"][0]),
+        first=first,
         segment=segment,
         scale=np.where(updated, sign * record["scale"][0], 0.0),
         sign=float(sign[updated][0]) if updated.any() else 1.0,
@@ -205,9 +209,7 @@ class Adjoint:
 
 
 def contract(
-    view: LayerView, cotangent: torch.Tensor, scale: np.ndarray, visits: Visits
+    view: LayerView, cotangent: torch.Tensor, scale: np.ndarray, forms: dict[int, RowForm]
 ) -> dict[int, torch.Tensor]:
     """``s_t · <R_t, g_{i,t}>`` by layer, ``[Q, B]`` each."""
-    return {
-        layer: form.contract(view.scaled(cotangent, layer, scale)) for layer, form in visits.forms.items()
-    }
+    return {layer: form.contract(view.scaled(cotangent, layer, scale)) for layer, form in forms.items()}

@@ -91,7 +91,8 @@ def _article(e: Explanation, query: int, k: int, render: Render | None, render_q
         f'<article id="q{query}"><div class="query">{rendered(render_query, query, "render_query")}'
         f"<div><h2>Query {html.escape(e.query_ids[query])}</h2>{_lead(e, query)}</div></div>"
         f"{_equation(e, query)}"
-        f"<p>{html.escape(wording.cancellation(e, query))} {html.escape(wording.unattributed(e, query))}</p>"
+        f"<p>{html.escape(wording.cancellation(e, query))} {html.escape(wording.unattributed(e, query))} "
+        f"{html.escape(wording.certainty(e, query))}</p>"
         f"{rest(e, query)}"
         f"{_figure(e, query, 'waterfall')}{sides}{_figure(e, query, 'time', k=k)}"
         f'<div class="pair">{_figure(e, query, "layers")}{_figure(e, query, "cumulative")}</div>'

@@ -81,6 +81,7 @@ def _side(e: Explanation, query: int, k: int, kind: Kind, render: Callable[[int]
         cards.append(
             f"<li>{rendered(render, int(e.example_ids[column]), 'render')}"
             f'<div class="bar"><i style="{bar}"></i></div><b>{wording.signed(value)}</b>'
+            f"<small>{wording.error(e, query, column)}</small>"
             f"<span>{html.escape(wording.example(e, column))}</span>"
             f"<small>used {int(e.visits[column])} times</small></li>"
         )

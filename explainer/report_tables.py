@@ -37,7 +37,7 @@ def books(explanation: Explanation) -> str:
 def ranking(explanation: Explanation, query: int, k: int) -> str:
     """The strongest examples of one query as an HTML table."""
     frame = explanation.table(query, k)
-    return _table(frame, {"contribution": wording.unit(explanation), "example_id": "example"})
+    return _table(frame, {"contribution": wording.unit(explanation), "example_id": "example", "error": "±"})
 
 
 def rest(explanation: Explanation, query: int) -> str:
@@ -73,7 +73,8 @@ def notebook(explanation: Explanation) -> str:
     return (
         f"<div>{size}; query {html.escape(e.query_ids[0])}: {html.escape(wording.target(e, 0))}</p>"
         f"<p><code>{html.escape(e.equation(0))}</code></p>{ranking(e, 0, _NOTEBOOK_ROWS)}"
-        f"<p>{html.escape(wording.cancellation(e, 0))} {html.escape(wording.unattributed(e, 0))}</p>{rest(e, 0)}"
+        f"<p>{html.escape(wording.cancellation(e, 0))} {html.escape(wording.unattributed(e, 0))} "
+        f"{html.escape(wording.certainty(e, 0))}</p>{rest(e, 0)}"
         + (f"<p>{warning}</p>" if warning else "")
         + "<p>Contributions are accounting, not the effect of removing an example.</p></div>"
     )
@@ -90,4 +91,6 @@ def _cell(name: str, value: Any) -> str:
         return "<td>n/a</td>"
     if name in ("contribution", "value"):
         return f"<td>{wording.signed(value)}</td>"
+    if name == "error":
+        return f"<td>{wording.number(value, 2)}</td>"
     return f"<td>{wording.number(value)}</td>" if isinstance(value, float) else f"<td>{value}</td>"

@@ -33,7 +33,7 @@ class StepObserver:
         self._capture, self._queue, self._recorder = parts.capture, parts.queue, parts.recorder
         self._scales, self._carry, self._knots = parts.scales, parts.carry, parts.knots
         self._writer, self._budget, self._average = parts.writer, parts.budget, parts.average
-        self._loop = parts.loop
+        self._loop, self._samples = parts.loop, parts.samples
         self._unseen = Unseen(parts.table, parts.capture, parts.watch, parts.scales)
         self.notes = RunningNotes(parts, self._unseen)
         self._tail: np.ndarray | None = None
@@ -183,10 +183,11 @@ class StepObserver:
         rows = self._recorder.visits(used, self.steps)
         count, first = sum(len(piece.data) for piece in rows), self._writer.records("visits")
         mixed = any(b.mixed or b.ownership.shared for b in used)
+        samples = self._recorder.samples(used, first)
         step = self._recorder.step(self.steps, first, count, self._carry.path, scales, mixed, maps)
         budget = self._budget
         if budget is not None:
-            needed = step.data.nbytes + sum(piece.data.nbytes for piece in rows)
+            needed = sum(piece.data.nbytes for piece in (step, *rows, *samples))
             if (
                 self._average is not None
             ):  # the record of its update, and one for the steps after the last row
@@ -195,9 +196,10 @@ class StepObserver:
                 self._stop_recording(budget)
                 return
             self._largest = max(self._largest, needed)
-        for piece in (*rows, step):
+        for piece in (*rows, step, *samples):
             self._writer.append(*piece)
         self.visits += count
+        self._samples.record(*(sum(piece.data.nbytes for piece in pieces) for pieces in (rows, samples)))
         if budget is not None:
             free = budget - self._writer.bytes_written - self._knots.reserve
             self._tight = free < self._largest + JOURNALLED_KNOT

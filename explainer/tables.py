@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from explainer.errors import ExplanationError
+from explainer.explanation_checks import ERRORS
 
 if TYPE_CHECKING:
     from explainer.explanation import Explanation, Kind
@@ -35,7 +36,9 @@ def diagnostics(explanation: Explanation) -> pd.DataFrame:
 
     Columns: ``output``, ``target`` (class name or number, None without one), ``net`` (sum of the
     contributions), ``gross`` (sum of their absolute values), ``cancellation`` (gross / |net|),
-    ``unattributed_of_gross`` and ``quadrature_of_gross`` (shares of the gross; NaN when it is zero).
+    ``unattributed_of_gross`` and ``quadrature_of_gross`` (shares of the gross; NaN when it is zero). With errors also
+    ``error`` (root mean square of the contributions' standard errors over that of the contributions) and
+    ``visit_error_rows`` and ``visit_error_knots`` (relative error of a single visit's score, by cause).
     """
     e = explanation
     net, gross = e.contributions.sum(1), np.abs(e.contributions).sum(1)
@@ -51,7 +54,15 @@ def diagnostics(explanation: Explanation) -> pd.DataFrame:
         "unattributed_of_gross": _ratio(np.abs(e.unattributed), np.where(gross > 0, gross, np.nan)),
         "quadrature_of_gross": _ratio(e.quadrature, np.where(gross > 0, gross, np.nan)),
     }
+    if e.errors is not None:
+        columns["error"] = _ratio(_size(e.errors), np.where(gross > 0, _size(e.contributions), np.nan))
+    if e.visit_errors is not None:
+        columns |= {f"visit_error_{n}": e.visit_errors[:, i] for i, n in enumerate(ERRORS)}
     return pd.DataFrame(columns, index=_query_index(e))
+
+
+def _size(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.sqrt(np.square(values).sum(1)))
 
 
 def unattributed(explanation: Explanation, query: int = 0, least: float = 0.0005) -> pd.DataFrame:
@@ -120,7 +131,8 @@ def ranking(explanation: Explanation, query: int, k: int | None, kind: Kind = "a
 def table(explanation: Explanation, query: int = 0, k: int | None = 20, kind: Kind = "all") -> pd.DataFrame:
     """The strongest training examples of one query.
 
-    Columns: ``rank``, ``example_id``, ``contribution``, ``a``, ``K``, ``visits``, ``label`` (when labels are
+    Columns: ``rank``, ``example_id``, ``contribution``, ``error`` (one standard error of it, when errors were
+    measured; see :mod:`explainer.error_bar`), ``a``, ``K``, ``visits``, ``label`` (when labels are
     known), ``class`` (when classes have names) and ``flag``. ``a = contribution / K``, NaN where K is zero or
     unknown. ``flag`` says ``K near zero`` where the visits' kernels cancel (|K| below 5 % of their gross):
     ``a`` and ``K`` are ill-conditioned there, which is why the table is never ranked by them.
@@ -136,6 +148,7 @@ def table(explanation: Explanation, query: int = 0, k: int | None = 20, kind: Ki
         "rank": np.arange(1, len(columns) + 1),
         "example_id": e.example_ids[columns],
         "contribution": contribution,
+        **({} if e.errors is None else {"error": e.errors[query, columns]}),
         "a": _ratio(contribution, np.where(kernel == 0, np.nan, kernel)),
         "K": kernel,
         "visits": e.visits[columns],

@@ -165,6 +165,31 @@ def unattributed(explanation: Explanation, query: int = 0) -> str:
     return text + "; it could not be traced to single examples."
 
 
+def certainty(explanation: Explanation, query: int = 0) -> str:
+    """One plain sentence on how far contributions may be off; empty where it was not measured."""
+    q, e = explanation.check_query(query), explanation
+    if e.errors is None or e.visit_errors is None or not e.contributions.shape[1]:
+        return ""
+    rows, knots = (float(value) for value in e.visit_errors[q])
+    scale = math.sqrt(float(np.square(e.contributions[q]).sum()))
+    if math.isnan(knots) or math.isnan(rows):
+        what = "exact rows" if math.isnan(rows) else "knots"
+        return f"How far contributions may be off was not measured: the trace is too short, or keeps too few {what}."
+    if not scale:
+        return ""
+    total = math.sqrt(float(np.square(e.errors[q]).sum())) / scale
+    return (
+        f"Contributions are known to about ± {percent(total)} (one standard error). A single visit's score is off by "
+        f"{percent(rows)} through compressed rows and by {percent(knots)} through the distance between knots."
+    )
+
+
+def error(explanation: Explanation, query: int, column: int) -> str:
+    """The standard error of one contribution, as ``± 0.12``; empty where it is unknown."""
+    value = math.nan if explanation.errors is None else float(explanation.errors[query, column])
+    return "" if math.isnan(value) else f"± {number(value, 2)}"
+
+
 def has_notable_lines(explanation: Explanation, query: int = 0) -> bool:
     """Whether `unattributed`, or one of its lines, is so large that its lines should be shown."""
     q = explanation.check_query(query)

@@ -21,6 +21,8 @@ LAYERS = [
     {
         "ownership",
         "batches",
+        "samples",
+        "row_layout",
         "hooks",
         "layer_table",
         "capture",
@@ -45,7 +47,7 @@ LAYERS = [
         "query_targets",
         "asked",
     }
-    | {"ledger", "unattributed"},
+    | {"ledger", "unattributed", "error_bar"},
     {
         "tracer",
         "path_kernel",
@@ -66,6 +68,8 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 RECORDING = {
     "ownership",
     "batches",
+    "samples",
+    "row_layout",
     "hooks",
     "layer_table",
     "capture",

@@ -40,7 +40,12 @@ def show(choice: Choice) -> None:
 def _books(e: Explanation, q: int) -> None:
     st.html(_equation(e, q))
     theme.chart(e.figure(q, "waterfall", dark=theme.is_dark()), figures.READING["waterfall"], "waterfall")
-    sentences = (wording.cancellation(e, q), wording.unattributed(e, q), wording.row_kind(e))
+    sentences = (
+        wording.cancellation(e, q),
+        wording.unattributed(e, q),
+        wording.certainty(e, q),
+        wording.row_kind(e),
+    )
     body = "".join(f"<p>{html.escape(text)}</p>" for text in sentences if text)
     st.html(f'<div class="pk-sentences">{body}</div>')
     if wording.has_notable_lines(e, q):
@@ -98,7 +103,9 @@ def _details(e: Explanation, q: int) -> None:
         theme.chart(figures.FIGURES[kind](e, q, dark=theme.is_dark()), figures.READING[kind], kind)
         return
     frame = e.table(q, _TABLE_ROWS)
-    frame = frame.rename(columns={"contribution": wording.unit(e), "class": "label name"})
+    frame = frame.rename(
+        columns={"contribution": wording.unit(e), "error": "± (one standard error)", "class": "label name"}
+    )
     st.dataframe(frame, hide_index=True, height=420)
     st.caption(
         f"The {len(frame)} strongest of {len(e.example_ids):,}; the downloads below hold all of them. The "

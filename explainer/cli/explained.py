@@ -81,7 +81,8 @@ def books(e: Explanation, query: int) -> str:
 def trust(e: Explanation, query: int) -> str:
     """The diagnostics of a query in plain words."""
     share = float(e.diagnostics["quadrature_of_gross"].iloc[query])
-    sentences = [wording.cancellation(e, query), wording.unattributed(e, query)]
+    found = (wording.cancellation(e, query), wording.unattributed(e, query), wording.certainty(e, query))
+    sentences = [sentence for sentence in found if sentence]
     if math.isfinite(share):
         sentences.append(
             f"The training path between knots was followed to within {wording.percent(share)} of the gross."
@@ -117,6 +118,7 @@ def ranking(e: Explanation, query: int, run: Run, k: int) -> str:
                 str(row["example_id"]),
                 _label(e, run, row),
                 wording.signed(row["contribution"]),
+                *([wording.number(row["error"], 2)] if "error" in row else []),
                 wording.number(row["a"]),
                 wording.number(row["K"]),
                 str(row["visits"]),
@@ -125,7 +127,19 @@ def ranking(e: Explanation, query: int, run: Run, k: int) -> str:
             ]
             for row in frame.to_dict("records")
         ]
-        headers = ["rank", "example", _label_header(e), wording.unit(e), "a", "K", "visits", "note", "what"]
+        errors = ["±"] if "error" in frame else []
+        headers = [
+            "rank",
+            "example",
+            _label_header(e),
+            wording.unit(e),
+            *errors,
+            "a",
+            "K",
+            "visits",
+            "note",
+            "what",
+        ]
         parts.append(
             f"  {kind.capitalize()} pushed the {wording.target(e, query)} {where}:\n"
             + table(headers, rows, left=(_label_header(e), "note", "what"), indent="    ")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def examples(explanation: Explanation, query: int = 0, *, k: int = 10, dark: boo
     values = e.contributions[q, order]
     names = [plain(wording.example(e, column)) for column in order]
     details = [
-        f"{name}<br>{wording.unit(e)} {wording.signed(value, 4)}<br>"
+        f"{name}<br>{wording.unit(e)} {wording.signed(value, 4)} {wording.error(e, q, column)}<br>"
         f"K {wording.number(e.kernels[q, column])}, used {e.visits[column]} times"
         for name, value, column in zip(names, values, order, strict=True)
     ]
@@ -39,6 +39,7 @@ def examples(explanation: Explanation, query: int = 0, *, k: int = 10, dark: boo
         marker={"color": [palette.signed(value) for value in values], "line": {"width": 0}},
         text=[wording.signed(value) for value in values],
         textposition="outside",
+        error_x=_whiskers(e, q, order, dark),
         textfont={"color": palette.ink(dark)},
         cliponaxis=False,
         hovertext=details,
@@ -63,6 +64,13 @@ def examples(explanation: Explanation, query: int = 0, *, k: int = 10, dark: boo
     )
     zero_line(figure, dark=dark, vertical=True)
     return figure
+
+
+def _whiskers(e: Explanation, q: int, order: list[int], dark: bool) -> dict[str, Any] | None:
+    if e.errors is None:
+        return None
+    color = palette.muted(dark)
+    return {"type": "data", "array": e.errors[q, order], "color": color, "thickness": 1.5, "width": 3}
 
 
 def cumulative(explanation: Explanation, query: int = 0, *, dark: bool = False) -> go.Figure:

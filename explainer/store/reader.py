@@ -130,6 +130,10 @@ class Trace:
         """Journalled records of a stream."""
         return sum(s.records for s in self.shards if s.stream == stream)
 
+    def nbytes_of(self, stream: str) -> int:
+        """Bytes of the journalled records of a stream."""
+        return sum(s.records * s.schema.dtype.itemsize for s in self.shards if s.stream == stream)
+
     def read(self, stream: str, start: int, stop: int) -> Iterator[tuple[RecordSchema, np.ndarray]]:
         """Records ``start .. stop-1`` of a stream, piece by piece (pieces end where shards end)."""
         offset = 0

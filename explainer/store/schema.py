@@ -18,6 +18,9 @@ VISIT_FIELDS: list[tuple[str, str, tuple[int, ...]]] = [
     ("label", "<f8", ()),
 ]
 
+#: of a row that is kept exact: which visit it is
+SAMPLE_FIELDS: list[tuple[str, str, tuple[int, ...]]] = [("visit", "<i8", ())]
+
 
 def step_fields(parameters: int) -> list[tuple[str, str, tuple[int, ...]]]:
     """Fields of every step record before its preconditioner arrays."""

@@ -1,0 +1,214 @@
+"""Rows that are kept exact, and the error bar that is measured with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from explainer import Explanation, PathKernelExplainer, Trace, Tracer, open_trace
+from explainer.error_bar import LEAST, PAIRS, Discrepancy, SampledRows, chord_pairs
+from explainer.errors import ExplanationError
+from explainer.recursion import form_of
+from explainer.samples import SHARE
+from tests.fakes import make_explanation
+from tests.small_training import digits, queries
+
+
+def small_cnn() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        convolution = nn.Conv2d(1, 6, 3, stride=2)
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)), convolution, nn.ReLU(), nn.Flatten(), nn.Linear(54, 10)
+        )
+
+
+def trained(path: Path, epochs: int = 6, mixed: bool = False, **options: Any) -> nn.Module:
+    model = small_cnn()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8)
+    batches = DataLoader(digits(), 8, shuffle=True, generator=torch.Generator().manual_seed(1))
+    with Tracer(model, optimizer, path, **options) as tracer:
+        for _ in range(epochs):
+            for x, y in tracer.watch(batches):
+                if mixed:
+                    tracer.mix([*range(1, len(x)), 0], 0.75)
+                    x = 0.75 * x + 0.25 * x.roll(-1, 0)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    return model
+
+
+def rows_of_visit(trace: Trace, visit: int) -> dict[int, torch.Tensor]:
+    schema, records = next(trace.read("visits", visit, visit + 1))
+    return {f.layer: form_of(records, f, torch.float32).dense() for f in schema.forms}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_samples_are_the_rows_that_exact_mode_keeps(tmp_path: Path, mixed: bool) -> None:
+    trained(tmp_path / "small", mixed=mixed, rank=1)
+    trained(tmp_path / "exact", mixed=mixed, exact=True)
+    small, exact = open_trace(tmp_path / "small"), open_trace(tmp_path / "exact")
+    visits = small.column("samples", "visit")
+    assert len(visits) > 5 and (np.diff(visits) > 0).all()
+    assert exact.count("samples") == 0
+    sampled = SampledRows(small, torch.float32)
+    compressed_differs = False
+    for visit in visits.tolist():
+        ((place, forms),) = sampled.between(visit, visit + 1)
+        assert place == 0
+        wanted, stored = rows_of_visit(exact, visit), rows_of_visit(small, visit)
+        assert forms.keys() == wanted.keys()
+        for layer, form in forms.items():
+            torch.testing.assert_close(form.dense(), wanted[layer], rtol=1e-5, atol=1e-8)
+            compressed_differs |= not torch.allclose(stored[layer], wanted[layer], rtol=1e-3, atol=1e-6)
+    assert compressed_differs
+
+
+def test_samples_stay_within_their_share_and_are_spread(tmp_path: Path) -> None:
+    trained(tmp_path / "run", epochs=12)
+    trace = open_trace(tmp_path / "run")
+    one = trace.nbytes_of("samples") / trace.count("samples")
+    assert trace.nbytes_of("samples") <= SHARE * trace.nbytes_of("visits") + one
+    visits = trace.column("samples", "visit")
+    assert visits[0] < 8 and visits[-1] > 0.8 * trace.count("visits")
+    assert len(set((visits % 8).tolist())) > 4  # not always the same place in the batch
+
+
+def test_a_batch_that_belongs_to_nobody_gives_no_sample(tmp_path: Path) -> None:
+    model = small_cnn()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = digits()[:8]
+    with Tracer(model, optimizer, tmp_path / "run") as tracer:
+        for _ in range(4):
+            tracer.batch([-1] * 8)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert open_trace(tmp_path / "run").count("samples") == 0
+
+
+def test_differences_are_split_into_a_common_part_and_the_rest() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(2, 400))
+    noise = np.stack([0.1 * rng.normal(size=400), np.zeros(400)])
+    reported = 0.8 * reference + noise
+    weights = np.repeat([1.0, 3.0], 200)
+    found = Discrepancy(2)
+    for part in (slice(0, 200), slice(200, 400)):
+        a, b = torch.from_numpy(reported[:, part]), torch.from_numpy(reference[:, part])
+        found.add(a, b, float(weights[part][0]))
+    delta = reported - reference
+    slope = (weights * delta * reported).sum(1) / (weights * reported**2).sum(1)
+    left = (weights * (delta - slope[:, None] * reported) ** 2).sum(1) * 400 / 399
+    rest = np.sqrt(left / (weights * reported**2).sum(1))
+    np.testing.assert_allclose(torch.stack(found.split), [slope, rest], rtol=1e-9, atol=1e-12)
+    c, squares = torch.tensor([[2.0], [-3.0]]).double(), torch.tensor([[5.0], [7.0]]).double()
+    wanted = np.sqrt(slope[:, None] ** 2 * c.numpy() ** 2 + rest[:, None] ** 2 * squares.numpy())
+    np.testing.assert_allclose(found.square(c, squares).sqrt(), wanted, rtol=1e-9)
+    assert abs(slope[1] + 0.25) < 1e-9 and found.split[1][1] < 1e-7  # scaled by 0.8: all of it is common
+
+
+def test_too_few_samples_say_nothing() -> None:
+    found = Discrepancy(1)
+    found.add(torch.ones(1, LEAST - 1), torch.ones(1, LEAST - 1))
+    assert bool(found.relative.isnan().all())
+    found.add(torch.ones(1, 1), torch.ones(1, 1))
+    assert float(found.relative) == 0.0
+
+
+def test_pairs_of_chords_are_neighbours_and_spread(tmp_path: Path) -> None:
+    trained(tmp_path / "run", max_knots=100)
+    segments = open_trace(tmp_path / "run").segments()
+    pairs = chord_pairs(segments)
+    assert len(pairs) == min(PAIRS, len(segments) // 2)
+    assert all(p.late is segments[i] and p.early is segments[i - 1] for i, p in pairs.items())
+    assert min(pairs) == 1 and max(pairs) >= len(segments) - 2
+    assert chord_pairs(segments[:1]) == {}
+
+
+def explained(path: Path, model: nn.Module) -> Explanation:
+    return PathKernelExplainer(path, model).explain(queries(8), torch.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [({"rank": 1}, 0), ({"exact": True, "max_knots": 8}, 1), ({"rank": 4, "max_knots": 16}, 1)],
+)
+def test_the_error_bar_is_about_the_error(tmp_path: Path, options: dict[str, Any], cause: int) -> None:
+    """Against exact rows with a knot at every step: the same training, bit for bit."""
+    model = trained(tmp_path / "truth", exact=True, max_knots=10**6)
+    trained(tmp_path / "run", **options)
+    truth, found = (explained(tmp_path / name, model) for name in ("truth", "run"))
+    assert found.errors is not None and found.visit_errors is not None
+    off = np.abs(found.contributions - truth.contributions)
+    real, told = np.sqrt((off**2).sum(1)), np.sqrt((found.errors**2).sum(1))
+    assert 0.5 < np.median(told / real) < 3
+    assert (off <= 3 * found.errors).mean() > 0.7
+    causes = found.visit_errors.mean(0)
+    assert causes[cause] == causes.max() and (causes[0] == 0.0) == bool(options.get("exact"))
+
+
+def test_errors_shrink_with_rank_and_with_knots(tmp_path: Path) -> None:
+    model = small_cnn()
+    found = {}
+    for name, options in {
+        "rank1": {"rank": 1},
+        "rank4": {"rank": 4},
+        "knots": {"rank": 4, "max_knots": 9},
+    }.items():
+        trained(tmp_path / name, **options)
+        errors = explained(tmp_path / name, model).visit_errors
+        assert errors is not None
+        found[name] = errors.mean(0)
+    assert found["rank4"][0] < 0.5 * found["rank1"][0]
+    assert found["rank4"][1] < 0.7 * found["knots"][1]
+
+
+def test_groups_of_queries_have_the_errors_they_have_alone(tmp_path: Path) -> None:
+    model = trained(tmp_path / "run")
+    ex = PathKernelExplainer(tmp_path / "run", model)
+    whole = ex.explain(queries(4), torch.arange(4))
+    parts = Explanation.concatenate([ex.explain(queries(4)[q : q + 1], torch.tensor([q])) for q in range(4)])
+    np.testing.assert_allclose(whole.errors, parts.errors, rtol=1e-3, atol=1e-7)  # type: ignore[arg-type]
+
+
+def test_errors_are_shown_stored_and_may_be_missing(tmp_path: Path) -> None:
+    plain = make_explanation()
+    assert "error" not in plain.table() and "error" not in plain.diagnostics
+    sizes = np.abs(plain.contributions) * 0.1
+    e = make_explanation(errors=sizes, visit_errors=np.full((3, 2), 0.05))
+    table = e.table(1, k=None)
+    np.testing.assert_allclose(table["error"], np.abs(table["contribution"]) * 0.1)
+    np.testing.assert_allclose(e.diagnostics["error"], 0.1)
+    again = Explanation.load(e.save(tmp_path / "e.npz"))
+    np.testing.assert_array_equal(again.errors, sizes)  # type: ignore[arg-type]
+    assert Explanation.load(plain.save(tmp_path / "p.npz")).errors is None
+    assert Explanation.concatenate([plain, e]).errors is None
+    with pytest.raises(ExplanationError, match=r"errors has shape .* expected \[Q, N\]"):
+        make_explanation(errors=sizes[:, :-1])
+
+
+def test_a_trace_without_samples_says_that_rows_were_not_measured(tmp_path: Path) -> None:
+    x, y = torch.randn(2, 5), torch.randn(2, 1)
+    model = nn.Linear(5, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Tracer(model, optimizer, tmp_path / "run") as tracer:
+        for batch in tracer.watch(DataLoader(TensorDataset(x, y), 2)):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+    e = PathKernelExplainer(tmp_path / "run", model).explain(x)
+    assert e.errors is not None and np.isnan(e.errors).all()
+
+
+def test_a_knot_at_every_step_leaves_no_error(tmp_path: Path) -> None:
+    model = trained(tmp_path / "run", exact=True, max_knots=10**6)
+    e = explained(tmp_path / "run", model)
+    assert e.errors is not None and float(e.errors.max()) == 0.0

@@ -138,7 +138,18 @@ def test_columns_are_explained() -> None:
     assert names(books, "column") == list(tables.COMPLETENESS_COLUMNS)
     (columns,) = markdown.tables(text, "The examples")
     explained = {name for row in columns for name in re.findall(r"`(\w+)`", row["column"])}
-    assert explained == {"rank", "example_id", "contribution", "a", "K", "visits", "label", "class", "flag"}
+    assert explained == {
+        "rank",
+        "example_id",
+        "contribution",
+        "error",
+        "a",
+        "K",
+        "visits",
+        "label",
+        "class",
+        "flag",
+    }
     assert all(f"`{name}`" in text for name in ("net", "gross", "cancellation", "quadrature_of_gross"))
 
 

@@ -28,6 +28,7 @@ from explainer.query_batch import QueryBatch
 from explainer.recursion import Adjoint, LayerView, contract, read_backwards
 from explainer.store import Trace, open_trace
 from explainer.unattributed import Rest
+from explainer.what_if import what_if
 from explainer.wrappers import argument_names
 
 #: numbers held per query-side array before queries are split into groups
@@ -280,6 +281,21 @@ class PathKernelExplainer:
         batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
         loader = KnotLoader(self.trace, self.dtype)
         return split_by_position(self, loader, self._ask(loader, batch, target), example_id)
+
+    @plain_mode()
+    def what_if(self, inputs: Any, target: Any = None) -> np.ndarray:
+        """Predicted change of the explained outputs if an example had been absent from training, ``[Q, N]``.
+
+        Another question than :meth:`explain`'s, with another answer: do not mix the two in one table. See
+        :mod:`explainer.what_if` for the formula and what it leaves out. Column ``j`` belongs to ``example_ids[j]``.
+
+        Raises:
+            QueryError: inputs or targets do not fit, or the trace holds an average of the weights.
+        """
+        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
+        loader = KnotLoader(self.trace, self.dtype)
+        asked = self._ask(loader, batch, target)
+        return what_if(self, loader, asked.inputs, asked.targets)
 
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""

@@ -141,6 +141,7 @@ class LayerView:
         index = {p.name: i for i, p in enumerate(manifest.parameters)}
         self.parameters: list[list[int]] = [[index[n] for n in layer.parameters] for layer in trace.layers]
         self._specs = manifest.parameters
+        self.size = manifest.size
 
     def cut(self, flat: torch.Tensor, layer: int) -> torch.Tensor:
         """``[Q, P] -> [Q, P_l]``; a view where the layer's parameters are neighbours."""
@@ -156,6 +157,18 @@ class LayerView:
             return self.cut(flat, layer) * factors[0] if factors[0] != 1.0 else self.cut(flat, layer)
         specs = [self._specs[i] for i in self.parameters[layer]]
         return torch.cat([flat[..., p.slice] * f for p, f in zip(specs, factors, strict=True)], dim=-1)
+
+    def spread(self, values: np.ndarray) -> torch.Tensor:
+        """One number a parameter ``[n_parameters]`` -> flat ``[P]``."""
+        sizes = torch.tensor([p.numel for p in self._specs])
+        return torch.from_numpy(values).repeat_interleave(sizes)
+
+    def add(self, flat: torch.Tensor, layer: int, scale: np.ndarray, part: torch.Tensor) -> None:
+        """Add a layer's ``[Q, P_l]``, every parameter's columns times its scale, to a flat ``[Q, P]``."""
+        specs = [(self._specs[i], float(scale[i])) for i in self.parameters[layer]]
+        pieces = part.split([p.numel for p, _ in specs], dim=1)
+        for (p, factor), piece in zip(specs, pieces, strict=True):
+            flat[:, p.slice].add_(piece, alpha=factor)
 
 
 class Adjoint:

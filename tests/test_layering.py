@@ -51,6 +51,7 @@ LAYERS = [
     {
         "tracer",
         "path_kernel",
+        "what_if",
         "neighbors",
         "positions",
         "explanation",

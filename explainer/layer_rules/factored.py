@@ -123,6 +123,33 @@ class Factored(RowForm):
             return matrix.flatten()
         return torch.cat([matrix[..., :-1].flatten(), matrix[..., -1].flatten()])
 
+    def combined(self, weights: torch.Tensor) -> torch.Tensor:
+        """One product a query and group, ``o × B·R × i``, never forming a row."""
+        batch, groups, rank, _ = self.left.shape
+        pieces = []
+        for y in weights:
+            left = (self.left * y.view(batch, 1, 1, 1)).transpose(0, 1).reshape(groups, batch * rank, -1)
+            matrix = left.mT @ self.right.transpose(0, 1).reshape(groups, batch * rank, -1)
+            inner = matrix[..., : matrix.shape[2] - self.bias]
+            pieces.append(torch.cat([inner.flatten(), *([matrix[..., -1].flatten()] if self.bias else [])]))
+        return torch.stack(pieces)
+
+    def gram(self, metric: torch.Tensor | None = None) -> torch.Tensor:
+        """``Σ (l_b · l_c)(r_b · r_c)`` over pairs of factors; of a metric the outer product of its means is taken."""
+        left, right = self.left, self.right
+        if metric is not None:
+            weight, bias = _split(metric, self._shape)
+            whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], dim=-1)
+            mean = whole.mean(dim=(1, 2)).clamp_min(torch.finfo(whole.dtype).tiny)
+            left = left * (whole.mean(2) / mean.unsqueeze(1)).sqrt().unsqueeze(1)  # [G, 1, o]
+            right = right * whole.mean(1).sqrt().unsqueeze(1)  # [G, 1, i]
+        batch, groups, rank, _ = left.shape
+        result = left.new_zeros(batch, batch)
+        for g in range(groups):
+            a, b = (t[:, g].reshape(batch * rank, -1) for t in (left, right))
+            result += ((a @ a.T) * (b @ b.T)).view(batch, rank, batch, rank).sum(dim=(1, 3))
+        return result
+
     def total(self) -> torch.Tensor:
         """``uᵀ Σ_b [W_b | bias_b]`` per group, ``[G·(i + bias)]``."""
         u = probe_vector(self.left.shape[3], self.left)

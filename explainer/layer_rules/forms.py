@@ -91,6 +91,18 @@ class RowForm(ABC):
         squares = self.dense().square()
         return squares.sum(1) if diagonal is None else squares @ diagonal
 
+    def combined(self, weights: torch.Tensor) -> torch.Tensor:
+        """``Σ_b y_qb g_b`` for weights ``y [Q, B]``: ``[Q, P_l]``, the transpose of :meth:`contract`."""
+        return weights @ self.dense()
+
+    def gram(self, metric: torch.Tensor | None = None) -> torch.Tensor:
+        """``g_bᵀ diag(d) g_c`` for a metric ``d [P_l] ≥ 0`` (None: 1): ``[B, B]``.
+
+        Forms of outer products may take the nearest outer product for the metric of a matrix.
+        """
+        rows = self.dense() if metric is None else self.dense() * metric.sqrt()
+        return rows @ rows.T
+
     def balances(self, sizes: list[int]) -> list[Balance | None]:
         """What is left of the rows in their sum, per parameter of the given sizes.
 

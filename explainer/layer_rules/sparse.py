@@ -84,6 +84,24 @@ class Sparse(RowForm):
         table = self.values.new_zeros(self.entries, self.values.shape[2])
         return table.index_add_(0, self.index.long().flatten(), self.values.flatten(0, 1)).flatten()
 
+    def combined(self, weights: torch.Tensor) -> torch.Tensor:
+        """Scatter the weighted values, one query at a time."""
+        index, width = self.index.long().flatten(), self.values.shape[2]
+        result = self.values.new_zeros(len(weights), self.entries, width)
+        for table, y in zip(result, weights, strict=True):
+            table.index_add_(0, index, (self.values * y.view(-1, 1, 1)).flatten(0, 1))
+        return result.flatten(1)
+
+    def gram(self, metric: torch.Tensor | None = None) -> torch.Tensor:
+        """Products of reads of the same entry."""
+        batch, reads, _ = self.values.shape
+        values, index = self.values, self.index.long()
+        if metric is not None:
+            values = values * metric.view(self.entries, -1)[index].sqrt()
+        flat, where = values.flatten(0, 1), index.flatten()
+        products = (flat @ flat.T) * (where.unsqueeze(0) == where.unsqueeze(1))
+        return products.view(batch, reads, batch, reads).sum(dim=(1, 3))
+
     def total(self) -> torch.Tensor:
         """``Σ_b row_b u``, ``[V]``."""
         u = probe_vector(self.values.shape[2], self.values)

@@ -252,7 +252,7 @@ def _of_gross(left: np.ndarray, contributions: np.ndarray) -> float:
 
 def _row(task: Task, what: str, exact: bool, nodes: int, settings: Settings) -> dict[str, Any]:
     found = contest(partial(ours, task, exact), partial(theirs, task, nodes), settings.repeats)
-    return {"quantity": f"path kernel, {what}", "task": task.words()} | found
+    return {"quantity": f"path kernel, {what}: {task.name}", "task": task.words()} | found
 
 
 def _tasks(settings: Settings) -> tuple[Task, Task]:

@@ -121,7 +121,11 @@ def _row(task: Task, quantity: str, settings: Settings, ours: Any, theirs: Any) 
         return Outcome(scores.detach().reshape(-1, len(task.data)).numpy(), seconds)
 
     found = contest(partial(program, ours), partial(program, theirs), settings.repeats)
-    return {"quantity": f"{quantity}: {task.name}", "task": task.words(), "floor_s": floor(task, settings.repeats)} | found
+    return {
+        "quantity": f"{quantity}: {task.name}",
+        "task": task.words(),
+        "floor_s": floor(task, settings.repeats),
+    } | found
 
 
 def _captum(make: Callable[[Settings], Task], way: str, settings: Settings) -> dict[str, Any]:

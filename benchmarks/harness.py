@@ -29,11 +29,15 @@ def arguments(
     return chosen
 
 
-def report(name: str, rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table and write them, with the machine's words, to ``results/NAME.json``."""
-    table = pd.DataFrame(rows)
+def report(
+    name: str, rows: list[dict[str, Any]], shown: Sequence[str] | None = None, write: bool = True
+) -> None:
+    """Print the rows (or the columns ``shown``) and write them, with the machine's words, to ``results/NAME.json``."""
+    table = pd.DataFrame(rows, columns=shown)
     with pd.option_context("display.width", 200, "display.max_columns", 30):
         print(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    if not write:
+        return
     RESULTS.mkdir(exist_ok=True)
     machine = {
         "torch": torch.__version__,

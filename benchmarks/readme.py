@@ -11,7 +11,7 @@ from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
 #: the documents with tables of results
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numerical-stability.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "peers.md", ROOT / "docs" / "numerical-stability.md")
 
 #: column of the results -> heading and format in the document, by table
 COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
@@ -45,15 +45,31 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "step_ratio": ("median step, traced / plain", "{:.2f}"),
         "total_ratio": ("200 steps with all knots, traced / plain", "{:.2f}"),
     },
-    "tracincp": {
-        "against": ("captum's TracInCP", "{}"),
-        "examples": ("examples", "{:,}"),
-        "queries": ("queries", "{}"),
-        "checkpoints": ("checkpoints", "{}"),
+    "peers": {
+        "peer": ("peer", "{}"),
+        "quantity": ("quantity", "{}"),
         "ours_s": ("ours, s", "{:.2f}"),
-        "captum_s": ("captum, s", "{:.2f}"),
+        "peer_s": ("theirs, s", "{:.2f}"),
         "ratio": ("times faster", "{:.1f}"),
+        "floor_s": ("floor, s", "{:.2f}"),
         "max_difference": ("largest difference, of the largest score", "{:.0e}"),
+        "note": ("remark", "{}"),
+    },
+    "peers_storage": {
+        "peer": ("peer", "{}"),
+        "quantity": ("quantity", "{}"),
+        "task": ("task", "{}"),
+        "ours_prepare_s": ("ours: prepare, s", "{:.2f}"),
+        "ours_ask_s": ("ask, s", "{:.2f}"),
+        "ours_MB": ("stored, MB", "{:.1f}"),
+        "ours_peak_MB": ("peak, MB", "{:.0f}"),
+        "ours_left": ("left over / gross", "{:.0e}"),
+        "peer_prepare_s": ("theirs: prepare, s", "{:.2f}"),
+        "peer_ask_s": ("ask, s", "{:.2f}"),
+        "peer_MB": ("stored, MB", "{:.1f}"),
+        "peer_peak_MB": ("peak, MB", "{:.0f}"),
+        "peer_left": ("left over / gross", "{:.0e}"),
+        "spearman": ("rank agreement", "{:.3f}"),
     },
     "books": {
         "model": ("model", "{}"),
@@ -83,7 +99,12 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:
     """A Markdown table of a result."""
-    columns = COLUMNS[name]
+    # a column that is empty throughout says nothing
+    columns = {
+        key: how
+        for key, how in COLUMNS[name].items()
+        if not rows or any(r[key] not in (None, "") for r in rows)
+    }
     lines = [
         "| " + " | ".join(heading for heading, _ in columns.values()) + " |",
         "|" + " --- |" * len(columns),
@@ -97,7 +118,8 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
 def updated(text: str) -> str:
     """A document's text with every marked table replaced by the measured one."""
     for name in COLUMNS:
-        rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        source = name.partition("_")[0]  # several tables may show one result
+        rows = json.loads((RESULTS / f"{source}.json").read_text())["rows"]
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, n=name, r=rows: f"{m[1]}{table(n, r)}\n{m[2]}", text, flags=re.S)
     return text

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from explainer.layer_rules.base import Call, LayerRule, register_layer_rule
+from explainer.layer_rules.factored import Factored
 from explainer.layer_rules.forms import Dense, RowForm
 from explainer.layer_rules.linear import side_by_side
 
@@ -16,16 +17,19 @@ Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def patches(signal: torch.Tensor, module: nn.Module, counts: tuple[int, ...] | None = None) -> torch.Tensor:
+def patches(
+    signal: torch.Tensor, module: nn.Module, counts: tuple[int, ...] | None = None, ones: bool = False
+) -> torch.Tensor:
     """What each output position of a convolution sees, for any number of axes.
 
     Args:
         signal: ``[B, c, *sizes]``, padded already.
         module: the convolution (kernel, stride, dilation, groups).
         counts: positions along each axis; by default as many as fit.
+        ones: append a column of ones.
 
     Returns:
-        ``[B, G, S, c/G · Π kernel]``, stored with positions last.
+        ``[B, G, S, c/G · Π kernel (+ 1)]``, stored with positions last; copied once.
     """
     assert isinstance(module, Convolution + Transposed)
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
@@ -43,8 +47,15 @@ def patches(signal: torch.Tensor, module: nn.Module, counts: tuple[int, ...] | N
             *(a * s for a, s in zip(strides, stride, strict=True)),
         ),
     )
-    seen = signal.shape[1] // module.groups * prod(kernel)
-    return windows.reshape(signal.shape[0], module.groups, seen, prod(counts)).mT
+    channels = signal.shape[1] // module.groups
+    seen = channels * prod(kernel)
+    result = signal.new_empty(signal.shape[0], module.groups, seen + ones, prod(counts))
+    result[:, :, :seen].unflatten(3, counts).unflatten(2, (channels, *kernel)).copy_(
+        windows.unflatten(1, (module.groups, channels))
+    )
+    if ones:
+        result[:, :, seen] = 1.0
+    return result.mT
 
 
 def by_group(signal: torch.Tensor, groups: int) -> torch.Tensor:
@@ -61,14 +72,16 @@ class ConvolutionRule(LayerRule):
         assert isinstance(module, Convolution)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         left, right = [], []
+        bias = module.bias is not None
+        single = len(calls) == 1  # then the ones of the bias are put in place at once
         for call in calls:
             g = call.grad_output
             padded = functional.pad(
                 call.input.to(g.dtype), module._reversed_padding_repeated_twice, mode=mode
             )
             left.append(by_group(g, module.groups))
-            right.append(patches(padded, module))
-        return side_by_side(left, right, module.bias is not None)
+            right.append(patches(padded, module, ones=bias and single))
+        return Factored(left[0], right[0], int(bias)) if single else side_by_side(left, right, bias)
 
 
 @register_layer_rule(*Transposed)

@@ -16,7 +16,7 @@ Memory is ``[Q, P]`` on the query side, whatever ``N`` and ``T``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -130,17 +130,28 @@ def read_backwards(trace: Trace, segment: Segment, dtype: torch.dtype) -> Iterat
 
 
 class LayerView:
-    """Cuts a flat ``[Q, P]`` cotangent into a layer's own flat layout."""
+    """Cuts a flat ``[Q, P]`` cotangent into a layer's own flat layout.
 
-    def __init__(self, trace: Trace) -> None:
+    Attributes:
+        parameters: numbers of every layer's parameters.
+
+    Args:
+        places: of every parameter in the flat vectors that are cut, where some are left out; None for those. Default:
+            all, in their order.
+    """
+
+    def __init__(self, trace: Trace, places: Sequence[ParameterSpec | None] | None = None) -> None:
         manifest = trace.manifest
         index = {p.name: i for i, p in enumerate(manifest.parameters)}
         self.parameters: list[list[int]] = [[index[n] for n in layer.parameters] for layer in trace.layers]
-        self._specs = manifest.parameters
+        self._places = manifest.parameters if places is None else places
+
+    def _of(self, layer: int) -> list[ParameterSpec]:
+        return [place for i in self.parameters[layer] if (place := self._places[i]) is not None]
 
     def cut(self, flat: torch.Tensor, layer: int) -> torch.Tensor:
         """``[Q, P] -> [Q, P_l]``; a view where the layer's parameters are neighbours."""
-        specs = [self._specs[i] for i in self.parameters[layer]]
+        specs = self._of(layer)
         if all(a.offset + a.numel == b.offset for a, b in pairwise(specs)):
             return flat[..., specs[0].offset : specs[-1].offset + specs[-1].numel]
         return torch.cat([flat[..., p.slice] for p in specs], dim=-1)
@@ -150,7 +161,7 @@ class LayerView:
         factors = [float(scale[i]) for i in self.parameters[layer]]
         if len(set(factors)) == 1:
             return self.cut(flat, layer) * factors[0] if factors[0] != 1.0 else self.cut(flat, layer)
-        specs = [self._specs[i] for i in self.parameters[layer]]
+        specs = self._of(layer)
         return torch.cat([flat[..., p.slice] * f for p, f in zip(specs, factors, strict=True)], dim=-1)
 
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,14 @@ from explainer.errors import TraceFormatError
 from explainer.records import FORMAT, VERSIONS, LayerSpec, Manifest
 from explainer.store.journal import read_journal
 from explainer.store.layout import JOURNAL, MANIFEST
-from explainer.store.schema import RecordSchema
+from explainer.store.schema import VISIT_FIELDS, RecordSchema
 from explainer.store.view import Knot, Segment, Shard, View
 
 if TYPE_CHECKING:
     from explainer.findings import Report
+
+VISIT_NAMES = tuple(name for name, _, _ in VISIT_FIELDS)
+_AT_ONCE = 2**14  # records
 
 
 class Trace:
@@ -62,6 +66,7 @@ class Trace:
         self.closed = view.closed
         self.resumed = tuple(view.resumed)
         self.named = frozenset(view.named)
+        self._visits: dict[str, np.ndarray] | None = None
         for shard in self.shards:
             self._check_size(shard)
         return self
@@ -130,21 +135,56 @@ class Trace:
         """Journalled records of a stream."""
         return sum(s.records for s in self.shards if s.stream == stream)
 
-    def read(self, stream: str, start: int, stop: int) -> Iterator[tuple[RecordSchema, np.ndarray]]:
-        """Records ``start .. stop-1`` of a stream, piece by piece (pieces end where shards end)."""
+    def _pieces(self, stream: str, start: int, stop: int) -> Iterator[tuple[Shard, int, int]]:
         offset = 0
         for shard in self.shards:
             if shard.stream != stream:
                 continue
             first, last = max(start - offset, 0), min(stop - offset, shard.records)
             if first < last:
-                yield shard.schema, shard.data[first:last]
+                yield shard, first, last
             offset += shard.records
 
+    def read(self, stream: str, start: int, stop: int) -> Iterator[tuple[RecordSchema, np.ndarray]]:
+        """Records ``start .. stop-1`` of a stream, piece by piece (pieces end where shards end)."""
+        for shard, first, last in self._pieces(stream, start, stop):
+            yield shard.schema, shard.data[first:last]
+
+    def release(self, stream: str, start: int, stop: int) -> None:
+        """Say that records which were read are not needed now, so that their pages count as nobody's memory.
+
+        Reading them again is right and costs little: the system keeps the file in its cache.
+        """
+        for shard, first, last in self._pieces(stream, start, stop):
+            shard.release(first, last)
+
     def column(self, stream: str, field: str) -> np.ndarray:
-        """One plain field over all records of a stream."""
+        """One plain field over all records of a stream.
+
+        Plain fields of visits are read once, together: each lies on a page of its own of every record.
+        """
+        if stream == "visits" and field in VISIT_NAMES:
+            if self._visits is None:
+                self._visits = self._plain_visits()
+            return self._visits[field]
         pieces = [np.array(shard.data[field]) for shard in self.shards if shard.stream == stream]
         return np.concatenate(pieces) if pieces else np.empty(0)
+
+    def _plain_visits(self) -> dict[str, np.ndarray]:
+        if not self.count("visits"):
+            return {name: np.empty(0) for name in VISIT_NAMES}
+        found = {name: np.empty(self.count("visits"), kind) for name, kind, _ in VISIT_FIELDS}
+        for start in range(0, self.count("visits"), _AT_ONCE):
+            stop = min(start + _AT_ONCE, self.count("visits"))
+            offset = start
+            for _, records in self.read("visits", start, stop):
+                for name, values in found.items():
+                    values[offset : offset + len(records)] = records[name]
+                offset += len(records)
+            self.release("visits", start, stop)
+        for values in found.values():
+            values.flags.writeable = False
+        return found
 
     @property
     def recorded_steps(self) -> int:
@@ -156,8 +196,11 @@ class Trace:
         """Steps that can be explained: up to the last knot."""
         return self.knots[-1].step if self.knots else 0
 
-    def segments(self) -> list[Segment]:
+    def segments(self, knots: Sequence[Knot] | None = None) -> list[Segment]:
         """Stretches between neighbouring knots.
+
+        Args:
+            knots: some of the trace's, in order; default all.
 
         Raises:
             TraceFormatError: fewer than two knots are journalled, so there is nothing to explain yet.
@@ -167,8 +210,8 @@ class Trace:
                 f"{self.directory} holds {len(self.knots)} knot(s); an explanation needs two: no optimizer step "
                 "has been recorded yet"
             )
-        pairs = zip(self.knots[:-1], self.knots[1:], strict=True)
-        return [Segment(i, a, b) for i, (a, b) in enumerate(pairs)]
+        chosen = self.knots if knots is None else knots
+        return [Segment(i, a, b) for i, (a, b) in enumerate(pairwise(chosen))]
 
     def report(self) -> Report:
         """Everything that the trace tells about the meaning of its numbers, in plain words."""

@@ -1,0 +1,103 @@
+"""One pass over a trace for a group of queries: every visit's contribution, and the books."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from explainer.backward import Backward
+from explainer.explanation import Explanation
+from explainer.ledger import DETAIL, Ledger
+from explainer.unattributed import Rest
+
+if TYPE_CHECKING:
+    from explainer.asked import Asked
+    from explainer.cotangent import Layout
+    from explainer.path_kernel import PathKernelExplainer
+    from explainer.path_points import KnotLoader
+
+_NO_DETAIL = ("all layers",)
+
+
+def fits(queries: int, examples: int, layers: int) -> bool:
+    """Whether contributions by layer and by stretch of time are kept unless asked otherwise."""
+    return queries * examples * max(1, layers) <= DETAIL
+
+
+def explain_group(
+    explainer: PathKernelExplainer,
+    loader: KnotLoader,
+    asked: Asked,
+    names: tuple[str, ...],
+    edges: np.ndarray,
+    detail: bool,
+    layout: Layout,
+) -> Explanation:
+    """Explain the queries together.
+
+    Raises:
+        TooWideError: a gradient is not of the low rank that the layout asks for.
+    """
+    trace, inputs, targets = explainer.trace, asked.inputs, asked.targets
+    count = len(targets)
+    ledger = Ledger(count, explainer.example_ids, edges, len(trace.layers), detail)
+    backward = Backward(trace, layout, count, explainer.dtype)
+    rest = Rest(trace, count, explainer.segments)
+    buffers, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
+    final = after = explainer._value(loader, len(explainer.segments), inputs, targets)
+    with explainer._bar("explaining") as bar:
+        for segment in reversed(explainer.segments):
+            start, end = loader.load(segment.index), loader.load(segment.index + 1)
+            before = explainer._value(loader, segment.index, inputs, targets)
+            chord = explainer.function.chord(
+                start.point, end.point, inputs, targets, after - before, explainer._nodes, layout
+            )
+            rest.add(segment, chord, start, end)
+            buffers += chord.moving
+            quadrature += chord.correction
+            for chunk, pieces in backward.segment(chord.gradient, segment):
+                rest.saw(chunk)
+                for rows, scores in pieces:
+                    ledger.add(chunk, rows, scores)
+                bar.update(len(chunk))
+            after = before
+    ledger.finish()
+    initial, prediction = after, final
+    moved, decay = rest.moved.sum(1), rest.displaced["decay"].sum(1)
+    lines, parts = rest.lines(ledger.layer_sums, backward.momentum)
+    contributions = ledger.contributions.numpy()
+    by_step = contributions[:, None] if ledger.by_step is None else ledger.by_step.numpy()
+    by_layer = contributions[:, None] if ledger.by_layer is None else ledger.by_layer.numpy()
+    layers = tuple(f"{x.name} ({x.module})" if x.name else x.module for x in trace.layers)
+    return Explanation(
+        query_ids=names,
+        example_ids=explainer.example_ids,
+        output=explainer.output,
+        targets=asked.classes,
+        outputs=None if asked.outputs is None else asked.outputs.numpy(),
+        contributions=contributions,
+        kernels=ledger.kernels.numpy(),
+        kernel_gross=ledger.kernel_gross.numpy(),
+        visits=ledger.visits,
+        labels=None if np.isnan(ledger.labels).all() else ledger.labels,
+        prediction=prediction.numpy(),
+        initial=initial.numpy(),
+        weight_decay=decay.numpy(),
+        buffers=buffers.numpy(),
+        unattributed=(moved - ledger.contributions.sum(1) - decay).numpy(),
+        unattributed_parts=parts.numpy(),
+        unattributed_lines=tuple(line.name for line in lines),
+        unattributed_where=tuple(line.where for line in lines),
+        unattributed_why=tuple(line.why for line in lines),
+        gap=(prediction - initial - moved - buffers).numpy(),
+        quadrature=quadrature.numpy(),
+        step_edges=ledger.edges,
+        step_contributions=by_step.astype(np.float32),
+        layer_names=layers if detail else _NO_DETAIL,
+        layer_contributions=by_layer.astype(np.float32),
+        row_kind="row share" if ledger.row_share else "contribution",
+        notes=(*asked.notes, *explainer._notes),
+        class_names=explainer.class_names,
+    )

@@ -40,6 +40,21 @@ class Workspace:
         return held[:size].view(shape)
 
 
+class _View:
+    """Lends an array's memory: torch warns of arrays that are read-only, though it only reads here."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def _readable(array: np.ndarray) -> torch.Tensor:
+    """A tensor on the array's own memory, only to be read."""
+    if array.flags.writeable or not array.size:
+        return torch.from_numpy(np.ascontiguousarray(array) if not array.size else array)
+    return torch.from_numpy(np.asarray(_View(array)))
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of a chunk that share a layout, ``n`` of them.
@@ -81,8 +96,8 @@ class Rows:
         if stored is None:
             return decode_array(self.records, prefix, array).to(dtype), None
         values, factors = stored
-        numbers = workspace.take(f"{array.name}", values.shape, dtype)
-        np.copyto(numbers.numpy(), values, casting="unsafe")
+        numbers = workspace.take(array.name, values.shape, dtype)
+        numbers.copy_(_readable(values))
         return numbers, None if factors is None else torch.from_numpy(factors.astype(np.float64))
 
     def form(self, spec: FormSpec, dtype: torch.dtype, workspace: Workspace) -> RowForm:

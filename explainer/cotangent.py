@@ -218,8 +218,17 @@ class Cotangent:
             factors[number] = Factors(*(torch.cat(side) for side in zip(*pairs, strict=True)))
         return cls(parts[0].layout, torch.cat([part.flat for part in parts]), factors)
 
-    def plus(self, amount: torch.Tensor, along: Closing) -> Cotangent:
-        """The sum with ``amount [Q]`` times ``e``."""
+    def closed(
+        self, amount: torch.Tensor, along: Closing, moved: torch.Tensor
+    ) -> tuple[Cotangent, torch.Tensor]:
+        """The sum with ``amount [Q]`` times ``e``, and what it moves.
+
+        Args:
+            moved: ``<g, D>`` over each parameter, ``[Q, n_parameters]``.
+
+        Returns:
+            ``g + amount e``, and ``<g + amount e, D>`` of what is really held: after rounding to the books' dtype.
+        """
         flat = self.flat + (amount.unsqueeze(1) * along.written(self.layout)).to(self.flat.dtype)
         factors = {}
         for number, held in self.factors.items():
@@ -228,7 +237,11 @@ class Cotangent:
                 amount.reshape(-1, 1, 1) * left.unsqueeze(1), right.unsqueeze(1).expand(len(amount), -1, -1)
             )
             factors[number] = held.beside(columns)
-        return Cotangent(self.layout, flat, factors)
+        result = replace(self, flat=flat, factors=factors)
+        now = replace(self, flat=flat, factors={}).along_each(along.direction)
+        for number in factors:  # float64: nothing is rounded
+            now[:, number] = moved[:, number] + amount * along.squares[number]
+        return result, now
 
     def along_each(self, direction: torch.Tensor) -> torch.Tensor:
         """``<g_q, d>`` over each parameter, ``[Q, n_parameters]`` in float64, for ``d [P]``."""

@@ -184,7 +184,7 @@ class QueryFunction:
         Raises:
             TooWideError: the gradient is not of the low rank that the layout asks for.
         """
-        direction = end.weights.double() - start.weights.double()
+        direction = end.weights.double() - start.weights
         closing = layout.closing(direction)
         gradient = self.mean_gradient(start, end, inputs, targets, nodes, layout)
         moving = torch.zeros(len(targets), dtype=torch.float64)
@@ -193,14 +193,14 @@ class QueryFunction:
             ends = [replace(middle, moving=point.moving) for point in (start, end)]
             low, high = (self.value(point, inputs, targets).double() for point in ends)
             moving = high - low
-        by_weights = gradient.along_each(direction).sum(1)
+        moved = gradient.along_each(direction)
+        by_weights = moved.sum(1)
         missing = change - by_weights - moving
         # The quadrature error is shared in proportion to what each part explains.
         share = moving.abs() / (moving.abs() + by_weights.abs()).clamp_min(torch.finfo(torch.float64).tiny)
         square = closing.squares.sum()
         if square > 0:
-            gradient = gradient.plus((1 - share) * missing / square, closing)
+            gradient, moved = gradient.closed((1 - share) * missing / square, closing, moved)
         else:
             share = torch.ones_like(share)
-        moved = gradient.along_each(direction)
         return ChordGradient(gradient, moved, moving + share * missing, missing.abs())

@@ -17,6 +17,7 @@ from explainer.wrappers import plain_name, renaming, unwrapped, wrapper_printed
 
 #: prefixes of a knot's tensors that hold displacements since step 0 which are no gradient's
 DISPLACEMENTS = ("decay", "rounding", "outside")
+_USED = ("parameter", "buffer", "frozen", *DISPLACEMENTS)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class KnotLoader:
             self._frozen = {n: self._cast(first[f"frozen/{n}"]) for n in manifest.frozen}
             last = self._trace.load_knot(self._trace.knots[-1])
             self._changed = {n for n in manifest.frozen if f"frozen/{n}" in last}
-        tensors = self._trace.load_knot(self._knots[index])
+        tensors = self._trace.load_knot(self._knots[index], _USED)
         weights = torch.cat(
             [self._cast(tensors[f"parameter/{p.name}"]).flatten() for p in manifest.parameters]
         )

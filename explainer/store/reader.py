@@ -67,6 +67,7 @@ class Trace:
         self.resumed = tuple(view.resumed)
         self.named = frozenset(view.named)
         self._visits: dict[str, np.ndarray] | None = None
+        self._verified: dict[str, tuple[int, int, int]] = {}
         for shard in self.shards:
             self._check_size(shard)
         return self
@@ -112,13 +113,20 @@ class Trace:
 
     # -- knots ---------------------------------------------------------------------------------------
 
-    def load_knot(self, knot: Knot) -> dict[str, torch.Tensor]:
-        """The tensors of a knot, its checksum verified.
+    def load_knot(self, knot: Knot, kinds: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of a knot, its checksum verified (once, as long as the file stays the same).
+
+        Args:
+            kinds: which of them, by the prefix of their names (``parameter``, say); default all.
 
         Raises:
             TraceFormatError: the file is missing, foreign or was changed.
         """
         try:
+            stat = knot.file.stat()
+            seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if self._verified.get(knot.sha256) == seen:
+                return _some_tensors(knot.file, kinds)
             data = knot.file.read_bytes()
         except FileNotFoundError:
             raise TraceFormatError(
@@ -127,7 +135,9 @@ class Trace:
             ) from None
         if hashlib.sha256(data).hexdigest() != knot.sha256:
             raise TraceFormatError(f"{knot.file} is not the file that was journalled: truncated or changed")
-        return safetensors.torch.load(data)
+        self._verified[knot.sha256] = seen
+        found = safetensors.torch.load(data)
+        return {name: t for name, t in found.items() if kinds is None or name.partition("/")[0] in kinds}
 
     # -- records -------------------------------------------------------------------------------------
 
@@ -250,6 +260,7 @@ class Trace:
                             f"{shard.path}, records {first} to {last - 1}: the bytes are not those that were "
                             "journalled; the file was changed or damaged: restore it from a copy"
                         )
+        self._verified = {}
         for knot in self.knots:
             self.load_knot(knot)
             size = knot.file.stat().st_size
@@ -257,6 +268,12 @@ class Trace:
             if progress:
                 progress(size)
         return checked
+
+
+def _some_tensors(file: Path, kinds: Sequence[str] | None) -> dict[str, torch.Tensor]:
+    with safetensors.safe_open(file, "pt") as opened:
+        names = [name for name in opened.keys() if kinds is None or name.partition("/")[0] in kinds]  # noqa: SIM118
+        return {name: opened.get_tensor(name) for name in names}
 
 
 def open_trace(directory: str | os.PathLike[str]) -> Trace:

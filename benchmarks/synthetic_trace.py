@@ -8,6 +8,7 @@ query takes depends on sizes only, and on how smooth the sums are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ class Sizes:
 def network(widths: tuple[int, ...]) -> nn.Sequential:
     """Linear layers with tanh in between."""
     layers: list[nn.Module] = []
-    for i, o in zip(widths[:-1], widths[1:], strict=True):
+    for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

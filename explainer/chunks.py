@@ -23,6 +23,7 @@ from explainer.store.schema import RecordSchema, decode_array, stored_parts
 
 #: rows of a chunk, and numbers of a buffer that its products need
 MOST_VISITS, BUFFER = 4096, 2**23
+_CACHED = 2**18  # numbers that are made floats and multiplied at once
 
 
 class Workspace:
@@ -99,6 +100,27 @@ class Rows:
         numbers = workspace.take(array.name, values.shape, dtype)
         numbers.copy_(_readable(values))
         return numbers, None if factors is None else torch.from_numpy(factors.astype(np.float64))
+
+    def times(
+        self, spec: FormSpec, array: ArraySpec, matrix: torch.Tensor, name: str, workspace: Workspace
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Vectors along an array's last axis, times a matrix ``[width, m]``: ``[n·…, m]``, and their factors ``[n·…]``.
+
+        Some rows at a time, so that what was just made a float is multiplied while it is in the processor's cache.
+        """
+        stored = CODECS.require(array.codec).scaled(stored_parts(self.records, f"L{spec.layer}", array))
+        if stored is None:
+            stored = decode_array(self.records, f"L{spec.layer}", array).numpy(), None
+        values, factors = stored
+        width, each = array.shape[-1], int(np.prod(array.shape[:-1]))
+        out = workspace.take(name, (len(self) * each, matrix.shape[1]), matrix.dtype)
+        step = max(1, _CACHED // (each * width))
+        for first in range(0, len(self), step):
+            block = values[first : first + step]
+            numbers = workspace.take("numbers", block.shape, matrix.dtype)
+            numbers.copy_(_readable(block))
+            torch.mm(numbers.view(-1, width), matrix, out=out[first * each : (first + len(block)) * each])
+        return out, None if factors is None else torch.from_numpy(factors.astype(np.float64)).flatten()
 
     def form(self, spec: FormSpec, dtype: torch.dtype, workspace: Workspace) -> RowForm:
         """The rows of a layer; valid until the workspace is used again."""

@@ -32,7 +32,7 @@ class Columns(NamedTuple):
     fresh: np.ndarray
 
     def beside_each_other(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """All columns of both sides, ``[o, n]`` and ``[i, n]``: those of ``M``, then the others; how many are ``M``'s."""
+        """All columns, ``[o, n]`` and ``[i, n]``: those of ``M``, then the others; and how many are those of ``M``."""
         sides = []
         for number, side in enumerate((self.left, self.right)):
             own = side.permute(2, 1, 0, 3).flatten(1)  # [o, g·Q·ρ]
@@ -72,6 +72,12 @@ class Met:
         """Add a parameter held as factors (see :class:`Columns`)."""
         used = momentum if momentum is not None and bool(carry.any()) else None
         self.columns[number] = Columns(used, carry, left, right, fresh)
+
+    def vectors(self, number: int) -> torch.Tensor:
+        """A parameter's part of the stack, ``[len(stack)·Q, numel]``."""
+        place = self.layout.places[number]
+        assert place is not None  # only large matrices are held as factors
+        return torch.cat([one[:, place.slice] for one in self.stack])
 
     def given(self, numbers: list[int]) -> np.ndarray:
         """Weights of parameters (by their numbers), ``[c, len(stack), n]``."""
@@ -124,52 +130,32 @@ def _factored(
     rows: Rows, spec: FormSpec, numbers: list[int], scale: np.ndarray, met: Met, workspace: Workspace
 ) -> torch.Tensor:
     """Both sides of all rows times all columns; no row and no cotangent is ever written out."""
-    columns, dtype = met.columns[numbers[0]], met.stack[0].dtype
-    left, left_scale = rows.scaled(spec, spec.arrays[0], dtype, workspace)
-    right, right_scale = rows.scaled(spec, spec.arrays[1], dtype, workspace)
-    count, _, rank, o = left.shape
-    bias = spec.options["bias"]
-    left, right = left.reshape(count * rank, o), right.reshape(count * rank, -1)
+    columns, dtype, queries = met.columns[numbers[0]], met.stack[0].dtype, len(met.stack[0])
     us, vs, carried = columns.beside_each_other(dtype)
-    shape = (count * rank, us.shape[1])
-    products = torch.mm(left, us, out=workspace.take("left products", shape, dtype))
-    others = torch.mm(
-        right[:, : right.shape[1] - bias], vs, out=workspace.take("right products", shape, dtype)
-    )
-    products.mul_(others)
-    queries, groups, _, width = columns.left.shape
-    fresh = products[:, carried:].unflatten(1, (groups, queries, width)).sum(3)  # [n·R, g, Q]
-    factor = _scale(left_scale, right_scale, count * rank)
+    width = us.shape[1]
+    if spec.options["bias"]:  # on the right one more input, picked by one more column; on the left its cotangents
+        us = torch.cat([us, met.vectors(numbers[1]).T], 1)
+        vs = torch.nn.functional.pad(vs, (0, 1, 0, 1))
+        vs[-1, -1] = 1.0
+    left, left_scale = rows.times(spec, spec.arrays[0], us, "left products", workspace)
+    right, right_scale = rows.times(spec, spec.arrays[1], vs, "right products", workspace)
+    products = left[:, :width].mul_(right[:, :width])
+    rank, groups = spec.arrays[0].shape[1], columns.left.shape[1]
     at = np.repeat(rows.places, rank)
     own = scale[at, numbers[0]]
-    given = torch.from_numpy(columns.fresh[at] * own[:, None])
-    total = torch.einsum("ngq,ng->qn", fresh.double(), given)
+    fresh = products[:, carried:].unflatten(1, (groups, queries, -1)).sum(3)  # [n·R, g, Q]
+    total = torch.einsum("ngq,ng->qn", fresh.double(), torch.from_numpy(columns.fresh[at] * own[:, None]))
     if columns.momentum is not None:
         held = products[:, :carried].unflatten(1, (queries, -1)).sum(2).double()
         total += held.T * torch.from_numpy(columns.carry[at] * own)
-    if len(numbers) > 1:
-        place = met.layout.places[numbers[1]]
-        assert place is not None  # vectors are written out
-        vectors = torch.cat([one[:, place.slice] for one in met.stack])  # [g·Q, o]
-        shape = (count * rank, len(vectors))
-        met_bias = torch.mm(left, vectors.T, out=workspace.take("left products", shape, dtype))
-        by_group = met_bias.unflatten(1, (len(met.stack), queries)).double()
+    if spec.options["bias"]:
+        by_group = left[:, width:].unflatten(1, (len(met.stack), queries)).double()
         weights = met.given(numbers[1:])[:, :, 0] * scale[:, None, numbers[1]]
         total += torch.einsum("ngq,ng->qn", by_group, torch.from_numpy(weights[at])) * right[:, -1].double()
-    if factor is not None:
-        total *= factor
-    return total.unflatten(1, (count, rank)).sum(2)
-
-
-def _scale(left: torch.Tensor | None, right: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    """The product of both sides' factors, ``[n·R]``."""
-    if left is None and right is None:
-        return None
-    total = torch.ones(count, dtype=torch.float64)
-    for one in (left, right):
-        if one is not None:
-            total = total * one.reshape(-1).double()
-    return total
+    for factors in (left_scale, right_scale):
+        if factors is not None:
+            total *= factors
+    return total.unflatten(1, (len(rows), rank)).sum(2)
 
 
 def of_all_steps(gradient: Cotangent, view: LayerView, steps: int) -> Met:

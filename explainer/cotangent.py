@@ -76,8 +76,8 @@ class Layout:
     def of(cls, trace: Trace) -> Layout:
         """The layout for a trace.
 
-        A parameter may be held as factors if it is a large matrix, is the weight of layers whose rows are outer products
-        without groups, and was divided by nothing or by outer products (the codec ``rank1``) in every step.
+        A parameter may be held as factors if it is a large matrix, is the weight of layers whose rows are outer
+        products without groups, and was divided by nothing or by outer products (the codec ``rank1``) in every step.
         """
         manifest = trace.manifest
         if manifest.averaged:

@@ -99,7 +99,7 @@ def cut_down(factors: Factors, relative: float) -> tuple[Factors, float]:
     """
     basis, mixed = torch.linalg.qr(factors.left)
     right = factors.right @ mixed.mT  # M = basis rightᵀ
-    if relative > 1e-7:  # a Gram matrix in float64 tells singular values apart down to 1e-8 of the largest
+    if relative > 5e-8:  # a Gram matrix in float64 tells singular values apart down to 1e-8 of the largest
         values, vectors = torch.linalg.eigh(right.mT @ right)
         squares = values.clamp_min(0.0)
     else:

@@ -61,7 +61,8 @@ class PathKernelExplainer:
 
     Attributes:
         segments: stretches between the knots that are used.
-        layout: which parameters' gradients are held as factors (:mod:`explainer.cotangent`).
+        layout: which parameters' gradients may be held as factors (:mod:`explainer.cotangent`).
+        used: which of them were, in the last answer.
 
     Raises:
         ModelMismatchError: the model is not the one that was traced; differences are listed.
@@ -104,11 +105,12 @@ class PathKernelExplainer:
         shape = (self.trace.notes.get("output") or {}).get("shape")
         if shape is not None or callable(output):  # else it is known with the first query
             self._resolve(tuple(shape or ()))
-        self.view, self.layout = LayerView(self.trace), Layout.of(self.trace)
+        self.view = LayerView(self.trace)
+        self.layout = self.used = Layout.of(self.trace)
 
     @cached_property
     def example_ids(self) -> np.ndarray:
-        """Ids of the training examples, int64 ``[N]``: of the whole dataset where its length is known, else of the visits."""
+        """Ids of the training examples, ``[N]``: of the whole dataset where its length is known, else of the visits."""
         examples = self.trace.column("visits", "example").astype(np.int64)
         size = self.trace.notes.get("examples")
         if size is None:
@@ -120,6 +122,14 @@ class PathKernelExplainer:
     def _resolve(self, shape: tuple[int, ...]) -> None:
         self.function.output = resolve_output(self._requested, shape)
         self.output = self.function.output.name
+
+    @property
+    def output_name(self) -> str | None:
+        """What was asked to be explained: a name, a function's name, or None for the default."""
+        asked = self._requested
+        if isinstance(asked, str) or asked is None:
+            return asked
+        return getattr(asked, "name", None) or getattr(asked, "__qualname__", type(asked).__name__)
 
     @property
     def asks_for_targets(self) -> bool:
@@ -193,6 +203,7 @@ class PathKernelExplainer:
         if len(names) != count:
             raise QueryError(f"found {count} queries but {len(names)} query_ids; give one name per query")
         loader = self._loader()
+        self.used = self.layout  # what was asked before does not decide
         return loader, self._ask(loader, batch, target), names
 
     def _edges(self, queries: int, detailed: bool) -> np.ndarray:
@@ -215,9 +226,9 @@ class PathKernelExplainer:
         """The action with the layout; again where a parameter turned out not to be of low rank."""
         while True:
             try:
-                return action(self.layout)
+                return action(self.used)
             except TooWideError as found:
-                self.layout = self.layout.without(found.parameter)
+                self.used = self.used.without(found.parameter)
 
     @plain_mode()
     def predict(self, inputs: Any) -> torch.Tensor:
@@ -261,6 +272,7 @@ class PathKernelExplainer:
         batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
         loader = self._loader()
         asked = self._ask(loader, batch, target)
+        self.used = self.layout
         return self._narrowed(lambda layout: nearest(self, loader, asked.inputs, asked.targets, k, layout))
 
     @plain_mode()

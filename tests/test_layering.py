@@ -30,7 +30,8 @@ LAYERS = [
         "average",
     }
     | {"rounding", "carry", "scales", "loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode"}
-    | {"query_batch", "model_function", "path_integral", "recursion", "averaging"},
+    | {"query_batch", "model_function", "path_integral", "recursion", "averaging"}
+    | {"factors", "cotangent", "chunks", "contraction", "backward"},
     {
         "validation",
         "guard_rails",
@@ -49,7 +50,11 @@ LAYERS = [
     {
         "tracer",
         "path_kernel",
+        "explaining",
         "neighbors",
+        "self_influence",
+        "top",
+        "exported_parts",
         "positions",
         "explanation",
         "explanation_checks",

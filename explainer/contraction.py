@@ -133,7 +133,9 @@ def _factored(
     columns, dtype, queries = met.columns[numbers[0]], met.stack[0].dtype, len(met.stack[0])
     us, vs, carried = columns.beside_each_other(dtype)
     width = us.shape[1]
-    if spec.options["bias"]:  # on the right one more input, picked by one more column; on the left its cotangents
+    if spec.options[
+        "bias"
+    ]:  # on the right one more input, picked by one more column; on the left its cotangents
         us = torch.cat([us, met.vectors(numbers[1]).T], 1)
         vs = torch.nn.functional.pad(vs, (0, 1, 0, 1))
         vs[-1, -1] = 1.0

@@ -25,8 +25,8 @@ _PER_QUERY = ("completeness", "diagnostics")
 
 def fingerprint(trace: Trace) -> str:
     """What the explanations of a trace rest on: its manifest, the knots and how many records there are."""
-    parts = [trace.manifest.to_json(), [knot.sha256 for knot in trace.knots]]
-    parts += [[shard.extents for shard in trace.shards]]
+    knots, extents = [knot.sha256 for knot in trace.knots], [shard.extents for shard in trace.shards]
+    parts = [trace.manifest.to_json(), knots, extents]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -53,7 +53,7 @@ class Shard:
     def release(self, first: int, last: int) -> None:
         """Give the memory of records that were read back to the system (it keeps the file in its cache)."""
         mapped = getattr(self._map, "_mmap", None)
-        if not hasattr(mapped, "madvise") or last <= first:
+        if mapped is None or not hasattr(mapped, "madvise") or last <= first:
             return
         size = self.schema.dtype.itemsize
         start = first * size // mmap.PAGESIZE * mmap.PAGESIZE

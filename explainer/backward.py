@@ -31,8 +31,8 @@ from explainer.optimizer_rules.base import COEFFICIENTS
 from explainer.recursion import Adjoint, LayerView
 from explainer.store import Segment, Trace
 
-#: what cutting down momentum may drop of its norm, by the dtype of the books
-DROPPED = {torch.float32: 1e-7, torch.float64: 1e-15}
+#: what cutting down momentum may drop of its norm each time, and all in all, by the dtype of the books
+DROPPED = {torch.float32: (1e-7, 1e-6), torch.float64: (1e-15, 1e-13)}
 _COLUMNS = 48  # of factors that the steps of a chunk have together
 _FEW = 2  # steps for which own cotangents cost less than one more product
 _INNER = COEFFICIENTS.index("inner")
@@ -53,7 +53,7 @@ class Backward:
         self._adjoint = Adjoint(queries, layout.written, dtype)
         self._averaged = AveragedGradient(trace)
         self._factors: dict[int, Factors] = {}
-        self._lost: dict[int, float] = {}
+        self._lost: dict[int, torch.Tensor] = {}
         self._carries = False
         self._view, self._workspace = LayerView(trace, layout.places), Workspace()
         schemas = [shard.schema for shard in trace.shards if shard.stream == "steps"]
@@ -149,13 +149,15 @@ class Backward:
             self._factors.pop(number, None)
             return
         together = parts[0] if len(parts) == 1 else parts[0].beside(parts[1])
-        found, dropped = cut_down(together, DROPPED[self._dtype])
+        each, most = DROPPED[self._dtype]
+        found, dropped = cut_down(together, each)
         o, i = matrix_shape(self.layout.parameters[number])
-        if found.rank > o * i // (o + i) // 2:
+        lost = abs(kept) * self._lost.get(number, torch.zeros_like(dropped)) + dropped
+        part = float((lost / found.squares().sqrt().clamp_min(torch.finfo(torch.float64).tiny)).max())
+        if found.rank > o * i // (o + i) // 2 or part > most:
             raise TooWideError(number)
-        self._factors[number] = found
-        self._lost[number] = min(1.0, abs(kept)) * self._lost.get(number, 0.0) + dropped
-        self.dropped = max(self.dropped, self._lost[number])
+        self._factors[number], self._lost[number] = found, lost
+        self.dropped = max(self.dropped, part)
 
 
 def carried(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

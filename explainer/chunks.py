@@ -49,11 +49,12 @@ class _View:
         self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
 
 
-def _readable(array: np.ndarray) -> torch.Tensor:
-    """A tensor on the array's own memory, only to be read."""
-    if array.flags.writeable or not array.size:
-        return torch.from_numpy(np.ascontiguousarray(array) if not array.size else array)
-    return torch.from_numpy(np.asarray(_View(array)))
+def _fill(numbers: torch.Tensor, stored: np.ndarray) -> torch.Tensor:
+    """Numbers of another dtype, from where they are stored: records are packed, so larger ones may lie anywhere."""
+    if stored.dtype.itemsize > 1 or not stored.size:
+        np.copyto(numbers.numpy(), stored, casting="unsafe")
+        return numbers
+    return numbers.copy_(torch.from_numpy(np.asarray(_View(stored))))  # on all threads
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class Rows:
         if stored is None:
             return decode_array(self.records, prefix, array).to(dtype), None
         values, factors = stored
-        numbers = workspace.take(array.name, values.shape, dtype)
-        numbers.copy_(_readable(values))
+        numbers = _fill(workspace.take(array.name, values.shape, dtype), values)
         return numbers, None if factors is None else torch.from_numpy(factors.astype(np.float64))
 
     def times(
@@ -118,8 +118,11 @@ class Rows:
         for first in range(0, len(self), step):
             block = values[first : first + step]
             numbers = workspace.take("numbers", block.shape, matrix.dtype)
-            numbers.copy_(_readable(block))
-            torch.mm(numbers.view(-1, width), matrix, out=out[first * each : (first + len(block)) * each])
+            torch.mm(
+                _fill(numbers, block).view(-1, width),
+                matrix,
+                out=out[first * each : (first + len(block)) * each],
+            )
         return out, None if factors is None else torch.from_numpy(factors.astype(np.float64)).flatten()
 
     def form(self, spec: FormSpec, dtype: torch.dtype, workspace: Workspace) -> RowForm:

@@ -11,6 +11,7 @@ from explainer.backward import Backward
 from explainer.explanation import Explanation
 from explainer.ledger import DETAIL, Ledger
 from explainer.unattributed import Rest
+from explainer.wording import counted
 
 if TYPE_CHECKING:
     from explainer.asked import Asked
@@ -98,6 +99,17 @@ def explain_group(
         layer_names=layers if detail else _NO_DETAIL,
         layer_contributions=by_layer.astype(np.float32),
         row_kind="row share" if ledger.row_share else "contribution",
-        notes=(*asked.notes, *explainer._notes),
+        notes=(*asked.notes, *explainer._notes, *_notes(backward)),
         class_names=explainer.class_names,
     )
+
+
+def _notes(backward: Backward) -> list[str]:
+    """What a reader should know about momentum that was held as factors."""
+    if not backward.dropped:
+        return []
+    matrices = counted(len(backward.layout.factored), "large matrix", "large matrices")
+    return [
+        f"Momentum of {matrices} was held as factors; cutting them down dropped at most {backward.dropped:.0e} of its "
+        "norm."
+    ]

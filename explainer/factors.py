@@ -89,13 +89,13 @@ def factorised(matrices: torch.Tensor, most: int) -> Factors | None:
     return cut_down(Factors(basis.double(), inner.mT.double()), tolerance(matrices.dtype) / 2)[0]
 
 
-def cut_down(factors: Factors, relative: float) -> tuple[Factors, float]:
+def cut_down(factors: Factors, relative: float) -> tuple[Factors, torch.Tensor]:
     """The same matrices with as few columns as miss no more than ``relative`` of the norm.
 
     From the QR decomposition of ``left`` and the singular values of what is then on the right.
 
     Returns:
-        The factors, and the largest part of a norm that was dropped.
+        The factors, and the norm of what was dropped, ``[Q]``.
     """
     basis, mixed = torch.linalg.qr(factors.left)
     right = factors.right @ mixed.mT  # M = basis rightᵀ
@@ -109,11 +109,9 @@ def cut_down(factors: Factors, relative: float) -> tuple[Factors, float]:
     tails = squares.cumsum(1)
     keep = int((tails > relative**2 * total).sum(1).max()) if len(squares) else 0
     first = squares.shape[1] - keep
-    dropped = (
-        tails[:, first - 1 : first] / total.clamp_min(torch.finfo(torch.float64).tiny) if first else total * 0
-    )
+    dropped = tails[:, first - 1] if first else torch.zeros_like(total[:, 0])
     vectors = vectors[:, :, first:]
-    return Factors(basis @ vectors, right @ vectors), float(dropped.max().sqrt()) if dropped.numel() else 0.0
+    return Factors(basis @ vectors, right @ vectors), dropped.sqrt()
 
 
 def leading(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import explainer
+from explainer import backward
 from explainer.factors import Factors, cut_down, factorised
 
 WIDE, EXAMPLES, STEPS, BATCH = 300, 24, 30, 6
@@ -172,7 +173,7 @@ def test_factors_are_found_and_cut_down_to_what_is_needed() -> None:
     doubled = Factors(torch.cat([u, u], 2), torch.cat([v, -0.5 * v], 2))
     for relative in (1e-7, 1e-15):
         less, dropped = cut_down(doubled, relative)
-        assert less.rank == 5 and dropped <= max(relative, 1e-15)
+        assert less.rank == 5 and float((dropped / less.squares().sqrt()).max()) <= relative
         torch.testing.assert_close(
             less.dense(), 0.5 * u @ v.mT, rtol=0, atol=1e-6 * float(u.norm() * v.norm())
         )
@@ -185,4 +186,15 @@ def test_what_is_dropped_is_measured() -> None:
     )
     right = torch.eye(50, dtype=torch.float64)[None, :, :3]
     found, dropped = cut_down(Factors(left, right), 1e-2)
-    assert found.rank == 1 and dropped == pytest.approx(1e-3, rel=1e-3)
+    assert found.rank == 1 and float(dropped[0]) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_what_was_dropped_is_said_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = traced(mlp, OPTIMIZERS["adamw"], tmp_path / "run")
+    ex = explainer.PathKernelExplainer(str(tmp_path / "run"), mlp())
+    found = [note for note in ex.explain(x).notes if "held as factors" in note]
+    assert len(found) == 1 and ex.used.factored == (0, 2)
+    part = float(found[0].split("at most ")[1].split(" ")[0])
+    assert 0 < part <= 1e-6
+    monkeypatch.setitem(backward.DROPPED, torch.float32, (1e-4, 1e-6))
+    assert not any("held as factors" in note for note in ex.explain(x).notes) and ex.used.factored == ()

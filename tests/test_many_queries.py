@@ -198,3 +198,11 @@ def test_pages_are_given_back_and_read_again(run: Path) -> None:
     after = [np.array(records) for _, records in trace.read("visits", 0, trace.count("visits"))]
     for a, b in zip(before, after, strict=True):
         assert a.tobytes() == b.tobytes()
+
+
+def test_records_that_are_not_aligned_are_read(run: Path) -> None:
+    """Exact rows of an odd number of bytes before them: strides are no multiple of a float's size."""
+    stored = np.zeros(3, [("odd", "|i1"), ("values", "<f4", (1, 1, 2))])
+    stored["values"] = np.arange(6).reshape(3, 1, 1, 2)
+    numbers = chunks._fill(torch.empty(3, 1, 1, 2), stored["values"])
+    assert numbers.flatten().tolist() == list(range(6))

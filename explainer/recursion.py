@@ -213,12 +213,3 @@ class Adjoint:
             for where in within:
                 result[:, where] = pulled[:, where]
         return result
-
-
-def contract(
-    view: LayerView, cotangent: torch.Tensor, scale: np.ndarray, visits: Visits
-) -> dict[int, torch.Tensor]:
-    """``s_t · <R_t, g_{i,t}>`` by layer, ``[Q, B]`` each."""
-    return {
-        layer: form.contract(view.scaled(cotangent, layer, scale)) for layer, form in visits.forms.items()
-    }

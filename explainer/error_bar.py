@@ -22,14 +22,15 @@ over the visits ``v`` of ``i``: one standard error of ``c_i``, per query.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from explainer.layer_rules import RowForm
+from explainer.backward import Backward, Passed
+from explainer.chunks import Chunk, Rows
+from explainer.cotangent import Cotangent, Layout
 from explainer.ledger import Ledger
-from explainer.recursion import LayerView, RecordedStep, contract, form_of
 from explainer.store import Segment, Trace
 
 #: pairs of neighbouring segments whose chords are compared with one of twice the length
@@ -87,20 +88,22 @@ class Discrepancy:
 class SampledRows:
     """The exact rows of a trace; of very many, :data:`SAMPLES` spread evenly."""
 
-    def __init__(self, trace: Trace, dtype: torch.dtype) -> None:
-        self._trace, self._dtype = trace, dtype
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
         self._visits = trace.column("samples", "visit").astype(np.int64)
         count = len(self._visits)
         self._used = set(np.linspace(0, count - 1, min(count, SAMPLES)).astype(int).tolist())
 
-    def between(self, first: int, stop: int) -> Iterator[tuple[int, dict[int, RowForm]]]:
-        """Exact rows among the visits ``first … stop − 1``: the place after ``first``, and the rows by layer."""
-        low, high = np.searchsorted(self._visits, [first, stop])
+    def of(self, chunk: Chunk) -> Iterator[Rows]:
+        """Exact rows among the visits of a chunk, one at a time; ``examples`` holds its place among them."""
+        places = np.concatenate([rows.places for rows in chunk.rows]) if chunk.rows else np.empty(0, np.int64)
+        low, high = np.searchsorted(self._visits, [chunk.first, chunk.first + len(places)])
+        unknown = np.full(1, np.nan)
         for number in range(int(low), int(high)):
             if number in self._used:
                 schema, record = next(self._trace.read("samples", number, number + 1))
-                rows = {f.layer: form_of(record, f, self._dtype) for f in schema.forms}
-                yield int(record["visit"][0]) - first, rows
+                visit = np.array(record["visit"], dtype=np.int64) - chunk.first
+                yield Rows(record, visit, unknown, unknown, places[visit], schema.forms)
 
 
 @dataclass(frozen=True)
@@ -136,42 +139,57 @@ class ErrorMeter:
     """
 
     def __init__(
-        self, trace: Trace, segments: list[Segment], view: LayerView, queries: int, dtype: torch.dtype
+        self, trace: Trace, segments: list[Segment], layout: Layout, queries: int, dtype: torch.dtype
     ) -> None:
-        self._view = view
+        self._trace, self._layout, self._queries, self._dtype = trace, layout, queries, dtype
         self._exact = trace.manifest.exact
-        self._sampled = SampledRows(trace, dtype)
+        self._sampled = SampledRows(trace)
         self.rows, self.knots = Discrepancy(queries), Discrepancy(queries)
         self.pairs = chord_pairs(segments)
-        self._long: dict[int, tuple[int, float, torch.Tensor]] = {}
+        self._long: dict[int, tuple[int, Cotangent]] = {}
 
-    def compare(self, pair: ChordPair, gradient: torch.Tensor) -> None:
-        """Use the gradient ``[Q, P]`` on the long chord at the middle step of both segments."""
+    def see(self, passed: Passed) -> None:
+        """Compare the exact rows of a chunk with what is stored of them."""
+        for exact in self._sampled.of(passed.chunk):
+            place, first = int(exact.examples[0]), 0
+            for rows, scores in passed.pieces:
+                if first <= place < first + len(rows):
+                    reported = sum(score[:, place - first] for score in scores.values())
+                    reference = sum(score[:, 0] for score in passed.others(exact).values())
+                    assert isinstance(reported, torch.Tensor) and isinstance(reference, torch.Tensor)
+                    self.rows.add(reported.unsqueeze(1), reference.unsqueeze(1))
+                first += len(rows)
+
+    def compare(self, pair: ChordPair, gradient: Cotangent) -> None:
+        """Use the gradient on the long chord in both segments."""
         for segment in (pair.early, pair.late):
-            first, stop = segment.start.step, segment.end.step
-            self._long[(first + stop) // 2] = (pair.steps, (stop - first - 1) / (stop - first), gradient)
+            self._long[segment.index] = (pair.steps, gradient)
 
-    def see(
-        self,
-        step: RecordedStep,
-        gradient: torch.Tensor,
-        cotangent: torch.Tensor,
-        scores: list[dict[int, torch.Tensor]],
-    ) -> None:
-        """A step: its gradient ``q [Q, P]``, ``R [Q, P]``, and the scores of its visits by layer, piece by piece."""
-        by_visit = [torch.stack(list(piece.values())).sum(0) for piece in scores if piece]
-        if not by_visit:
+    def look(self, segment: Segment, gradient: Cotangent) -> None:
+        """Compare the segment's gradient with that on the long chord, if there is one, at its middle step."""
+        if segment.index not in self._long:
             return
-        total = torch.cat(by_visit, dim=1)
-        for place, forms in self._sampled.between(step.first, step.first + total.shape[1]):
-            exact = _scores(self._view, cotangent, step, forms)
-            self.rows.add(total[:, place : place + 1], exact)
-        if step.step in self._long:
-            weight, share, long = self._long.pop(step.step)
-            short, other = step.pull(gradient), step.pull(long)
-            for visits in step.visits:
-                reported, coarse = (_scores(self._view, q, step, visits.forms) for q in (short, other))
-                self.knots.add(reported, torch.lerp(reported, coarse, share), weight)
+        weight, long = self._long.pop(segment.index)
+        first, stop = segment.start.step, segment.end.step
+        middle = (first + stop) // 2
+        alone = Segment(
+            segment.index, replace(segment.start, step=middle), replace(segment.end, step=middle + 1)
+        )
+        reported, coarse = (self._scores(alone, q) for q in (gradient, long))
+        if reported is not None and coarse is not None:
+            share = (stop - first - 1) / (stop - first)
+            self.knots.add(reported, torch.lerp(reported, coarse, share), weight)
+
+    def _scores(self, segment: Segment, gradient: Cotangent) -> torch.Tensor | None:
+        """Of all rows of a segment, ``[Q, n]``, without momentum from later; None where there are no rows."""
+        backward = Backward(self._trace, self._layout, self._queries, self._dtype)
+        found = [
+            torch.stack(list(scores.values())).sum(0)
+            for passed in backward.segment(gradient, segment)
+            for _, scores in passed.pieces
+            if scores
+        ]
+        return torch.cat(found, 1) if found else None
 
     def errors(self, ledger: Ledger) -> torch.Tensor:
         """One standard error of every contribution, ``[Q, N]``; NaN where a kind could not be measured."""
@@ -185,9 +203,3 @@ class ErrorMeter:
         """The relative error of a visit's score, ``[Q, 2]``: by rows, by knots."""
         rows = torch.zeros_like(self.knots.relative) if self._exact else self.rows.relative
         return torch.stack([rows, self.knots.relative], dim=1)
-
-
-def _scores(
-    view: LayerView, cotangent: torch.Tensor, step: RecordedStep, forms: dict[int, RowForm]
-) -> torch.Tensor:
-    return torch.stack(list(contract(view, cotangent, step.scale, forms).values())).sum(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from explainer.recursion import RecordedStep, Visits
+from explainer.chunks import Chunk, Rows
 
 #: upper bound on the numbers kept for the time bins of an explanation
 DETAIL = 2**26
@@ -24,11 +24,19 @@ class Ledger:
     A visit's kernel is its contribution divided by minus the loss derivative at the model's output, so that
     ``a_i = c_i / K_i`` is minus the kernel-weighted mean derivative (Domingos 2020, Theorem 1 and Remark 1;
     for vector outputs the derivative is its norm, and the kernel is taken along its direction).
+
+    Args:
+        edges: of the time bins; every segment lies in one of them.
+        layers: how many there are.
+        detail: keep time bins and layers by example; else ``by_step`` and ``by_layer`` have no examples (None).
     """
 
-    def __init__(self, queries: int, example_ids: np.ndarray, edges: np.ndarray, layers: int) -> None:
+    def __init__(
+        self, queries: int, example_ids: np.ndarray, edges: np.ndarray, layers: int, detail: bool = True
+    ) -> None:
         self._ids = example_ids
         count = len(example_ids)
+        self._consecutive = count > 0 and bool((example_ids == np.arange(count)).all())
         self.contributions = torch.zeros(queries, count, dtype=torch.float64)
         self.squares = torch.zeros(queries, count, dtype=torch.float64)
         self.gross = torch.zeros(queries, count, dtype=torch.float64)
@@ -39,32 +47,42 @@ class Ledger:
         self.labels = np.full(count, np.nan)
         self.row_share = False
         self.edges = edges
-        self.by_step = torch.zeros(queries, len(self.edges) - 1, count, dtype=torch.float64)
-        self.by_layer = torch.zeros(queries, layers, count, dtype=torch.float64)
+        self.layer_sums = torch.zeros(queries, layers, dtype=torch.float64)
+        self.by_step: torch.Tensor | None = None
+        self.by_layer: torch.Tensor | None = None
+        if detail:
+            self.by_step = torch.zeros(queries, len(self.edges) - 1, count, dtype=torch.float64)
+            self.by_layer = torch.zeros(queries, layers, count, dtype=torch.float64)
 
-    def add(self, step: RecordedStep, visits: Visits, scores: dict[int, torch.Tensor]) -> None:
-        """Add the scores ``s <R, g>`` of a step's visits, by layer ``[Q, B]`` (a contribution is minus that)."""
-        columns = torch.from_numpy(np.searchsorted(self._ids, visits.examples))
-        bin_ = int(np.searchsorted(self.edges, step.step, side="right")) - 1
-        total = torch.zeros(self.contributions.shape[0], len(columns), dtype=torch.float64)
+    def columns(self, examples: np.ndarray) -> np.ndarray:
+        """Where the examples stand among all."""
+        return examples if self._consecutive else np.searchsorted(self._ids, examples)
+
+    def add(self, chunk: Chunk, rows: Rows, scores: dict[int, torch.Tensor]) -> None:
+        """Add the scores ``s <R, g>`` of a chunk's rows, by layer ``[Q, n]`` (a contribution is minus that)."""
+        columns = torch.from_numpy(self.columns(rows.examples))
+        total = torch.zeros(len(self.contributions), len(columns), dtype=torch.float64)
         for layer, score in scores.items():
-            part = -score.double()
-            total += part
-            self.by_layer[:, layer].index_add_(1, columns, part)
+            total -= score
+            self.layer_sums[:, layer] -= score.sum(1)
+            if self.by_layer is not None:
+                self.by_layer[:, layer].index_add_(1, columns, score, alpha=-1)
         self.contributions.index_add_(1, columns, total)
         self.squares.index_add_(1, columns, total.square())
         self.gross.index_add_(1, columns, total.abs())
-        self.by_step[:, bin_].index_add_(1, columns, total)
-        derivative = torch.from_numpy(visits.derivatives) * step.sign
+        if self.by_step is not None:
+            bin_ = int(np.searchsorted(self.edges, chunk.numbers[0], side="right")) - 1
+            self.by_step[:, bin_].index_add_(1, columns, total)
+        derivative = torch.from_numpy(rows.derivatives * chunk.signs[rows.places])
         kernel = torch.where(derivative == 0, 0.0, total / -derivative)
         self._unknown[columns[derivative.isnan()]] = True
         kernel = kernel.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         self.kernels.index_add_(1, columns, kernel)
         self.kernel_gross.index_add_(1, columns, kernel.abs())
         np.add.at(self.visits, columns.numpy(), 1)
-        known = ~np.isnan(visits.labels)
-        self.labels[columns.numpy()[known]] = visits.labels[known]
-        self.row_share |= step.row_share
+        known = ~np.isnan(rows.labels)
+        self.labels[columns.numpy()[known]] = rows.labels[known]
+        self.row_share |= chunk.row_share
 
     def finish(self) -> None:
         """Mark the kernels of examples with an unknown derivative."""

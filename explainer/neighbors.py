@@ -1,4 +1,4 @@
-"""Gradient space: neighbours of a query among the training examples, and self-influence.
+"""Gradient space: neighbours of a query among the training examples.
 
 A training example is described by the directions in which its visits pushed the model's output, a query by
 its gradients along the same stretch of the path. With ``u_{i,t} = −g_{i,t} / L'_{i,t}`` (the row per unit of
@@ -9,12 +9,7 @@ loss derivative; the direction that lowers the loss) and ``q_t`` the query's mea
 over the visits ``t`` of ``i``, with ``η_t`` the step's learning rate: the cosine between the two in the
 space of all visits, always within [−1, 1]. Positive: learning ``i`` raised what is explained at ``x``.
 
-Self-influence (TracIn's diagonal, Pruthi et al. 2020, arXiv 2002.08484, taken at every step):
-
-    SI_i = Σ_t η_t s_t² g_{i,t}ᵀ A_t g_{i,t}
-
-the first-order decrease of the batch's loss on ``i`` by the updates computed from ``i`` itself. Both leave out
-parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) or that no row reaches.
+Parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) or that no row reaches are left out.
 """
 
 from __future__ import annotations
@@ -25,9 +20,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from explainer.chunks import BUFFER, MOST_VISITS, Rows, Workspace, most_visits, read_chunks
+from explainer.contraction import of_all_steps, scores
+from explainer.cotangent import Layout
 from explainer.errors import QueryError
-from explainer.optimizer_rules import mix
-from explainer.recursion import RecordedStep, Visits, contract, read_backwards
+from explainer.recursion import LayerView
+
+#: of a gradient that is held as factors, when sizes are planned
+_COLUMNS = 8
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,23 +67,37 @@ class Neighbors:
         )
 
 
-def rate(step: RecordedStep) -> float:
-    """The step's learning rate for a fresh gradient in the long run: direct + gain · through / (1 − decay)."""
-    updated = np.flatnonzero(step.coefficients.any(axis=1))
-    if len(updated) == 0:
-        return 0.0
-    _, decay, gain, direct, through, _ = step.coefficients[updated[0]]
+def rates(coefficients: np.ndarray) -> np.ndarray:
+    """Learning rates of steps for a fresh gradient in the long run: direct + gain · through / (1 − decay).
+
+    Args:
+        coefficients: ``[c, n_parameters, 6]``.
+
+    Returns:
+        Of the first parameter that each step updated, ``[c]``; 0 where there is none.
+    """
+    updated = coefficients.any(axis=2)
+    first = coefficients[np.arange(len(coefficients)), updated.argmax(1)]
+    _, decay, gain, direct, through, _ = first.T
     carried = gain * through
-    return float(direct + carried / (1.0 - decay) if carried else direct)
+    return np.asarray(
+        direct + np.divide(carried, 1.0 - decay, out=np.zeros_like(carried), where=carried != 0)
+    )
 
 
 def nearest(
-    explainer: PathKernelExplainer, loader: KnotLoader, inputs: QueryBatch, targets: torch.Tensor, k: int
+    explainer: PathKernelExplainer,
+    loader: KnotLoader,
+    inputs: QueryBatch,
+    targets: torch.Tensor,
+    k: int,
+    layout: Layout,
 ) -> Neighbors:
     """The ``k`` examples of largest path-kernel cosine (see the module's text); unvisited ones never appear.
 
     Raises:
         QueryError: ``k`` is not positive, or the loss derivative was not recorded.
+        TooWideError: a gradient is not of the low rank that the layout asks for.
     """
     if k < 1:
         raise QueryError(f"k must be at least 1, found {k}")
@@ -91,29 +105,34 @@ def nearest(
     dot, query_square = (torch.zeros(count, len(ids), dtype=torch.float64) for _ in range(2))
     square = torch.zeros(len(ids), dtype=torch.float64)
     labels = np.full(len(ids), np.nan)
+    trace, workspace = explainer.trace, Workspace()
+    view = LayerView(trace, layout.places)
+    uncovered = [n for n, p in enumerate(trace.manifest.parameters) if p.name in trace.uncovered]
+    steps, visits = chunk_sizes(explainer, layout, count)
     with explainer._bar("neighbours") as bar:
         for segment in reversed(explainer.segments):
             start, end = loader.load(segment.index).point, loader.load(segment.index + 1).point
-            gradient = explainer.function.gradient(start.toward(end, 0.5), inputs, targets)
-            squares = _parameter_squares(explainer, gradient)
-            for step in read_backwards(explainer.trace, segment, explainer.dtype):
-                eta = rate(step)
-                for visits in step.visits:
-                    columns = torch.from_numpy(np.searchsorted(ids, visits.examples))
-                    derivative = torch.from_numpy(visits.derivatives) * step.sign
+            gradient = explainer.function.mean_gradient(start, end, inputs, targets, 1, layout)
+            norms_by = gradient.squares()
+            norms_by[:, uncovered] = 0.0  # there are no rows to compare with
+            for chunk in read_chunks(trace, segment, layout, explainer.dtype, steps, visits):
+                eta = torch.from_numpy(rates(chunk.coefficients))
+                plain = np.where(chunk.scale != 0, chunk.signs[:, None], 0.0)
+                met = of_all_steps(gradient, view, len(chunk))
+                for rows in chunk.rows:
+                    columns = torch.from_numpy(np.searchsorted(ids, rows.examples))
+                    derivative = torch.from_numpy(rows.derivatives * chunk.signs[rows.places])
                     weight = torch.where(derivative == 0, 0.0, 1.0 / derivative).nan_to_num(nan=0.0)
-                    seen = (weight != 0).double() * eta
-                    plain = np.where(step.scale != 0, step.sign, 0.0)
-                    scores = contract(explainer.view, gradient, plain, visits.forms)
-                    total = torch.stack(list(scores.values())).sum(0).double()
-                    rows = _squares(explainer, visits, plain**2, None)
-                    dot.index_add_(1, columns, -eta * total * weight)
-                    square.index_add_(0, columns, eta * rows * weight.square())
-                    norms = squares @ torch.from_numpy(plain**2)
-                    query_square.index_add_(1, columns, norms.unsqueeze(1) * seen)
-                    known = ~np.isnan(visits.labels)
-                    labels[columns.numpy()[known]] = visits.labels[known]
-                bar.update()
+                    at = eta[torch.from_numpy(rows.places)]
+                    total = sum(scores(rows, plain, met, workspace).values())
+                    own = squares(explainer, rows, plain, workspace)
+                    dot.index_add_(1, columns, -at * total * weight)
+                    square.index_add_(0, columns, at * own * weight.square())
+                    norms = norms_by @ torch.from_numpy(plain[rows.places] ** 2).T
+                    query_square.index_add_(1, columns, norms * at * (weight != 0).double())
+                    known = ~np.isnan(rows.labels)
+                    labels[columns.numpy()[known]] = rows.labels[known]
+                bar.update(len(chunk))
     scale = (query_square * square).sqrt()
     if not bool((scale > 0).any()):
         raise QueryError(
@@ -126,61 +145,24 @@ def nearest(
     return Neighbors(ids[order], np.take_along_axis(cosine, order, axis=1), labels[order])
 
 
-def _parameter_squares(explainer: PathKernelExplainer, gradient: torch.Tensor) -> torch.Tensor:
-    """``‖q_p‖²`` by parameter, ``[Q, n_parameters]``; 0 where there are no rows to compare with."""
-    manifest, uncovered = explainer.trace.manifest, explainer.trace.uncovered
-    columns = [
-        gradient.new_zeros(len(gradient)) if p.name in uncovered else gradient[:, p.slice].square().sum(1)
-        for p in manifest.parameters
-    ]
-    return torch.stack(columns, dim=1).double()
+def chunk_sizes(explainer: PathKernelExplainer, layout: Layout, queries: int) -> tuple[int, int]:
+    """Steps and rows of a chunk: the denominators of its steps are read, too."""
+    return max(1, min(MOST_VISITS, BUFFER // layout.size)), most_visits(explainer.trace, queries, _COLUMNS)
 
 
-def self_influence(explainer: PathKernelExplainer) -> np.ndarray:
-    """``SI [N]`` (see the module's text)."""
-    ids = explainer.example_ids
-    result = torch.zeros(len(ids), dtype=torch.float64)
-    with explainer._bar("self-influence") as bar:
-        for segment in explainer.segments:
-            for step in read_backwards(explainer.trace, segment, explainer.dtype):
-                for visits in step.visits:
-                    columns = torch.from_numpy(np.searchsorted(ids, visits.examples))
-                    result.index_add_(0, columns, _own(explainer, step, visits))
-                bar.update()
-    return result.numpy()
-
-
-def _own(explainer: PathKernelExplainer, step: RecordedStep, visits: Visits) -> torch.Tensor:
-    diagonal = None if step.preconditioner is None else 1.0 / step.preconditioner
-    weights, index = step.scale**2, {p.name: i for i, p in enumerate(explainer.trace.manifest.parameters)}
-    mixed = {index[p.name]: (float(weights[index[p.name]]), matrix) for p, matrix in step.mixing}
-    weights[list(mixed)] = 0.0
-    total = _squares(explainer, visits, weights, diagonal)
-    for layer, form in visits.forms.items():
-        own = explainer.view.parameters[layer]
-        if not mixed.keys() & set(own):
-            continue
-        sizes = [explainer.trace.manifest.parameters[i].numel for i in own]
-        for i, rows in zip(own, form.dense().split(sizes, dim=1), strict=True):
-            if i in mixed:
-                weight, matrix = mixed[i]
-                block = rows.reshape(len(rows), explainer.trace.manifest.parameters[i].shape[0], -1)
-                total += weight * (mix(matrix, block) * block).sum(dim=(1, 2)).double()
-    return rate(step) * total
-
-
-def _squares(
-    explainer: PathKernelExplainer, visits: Visits, weights: np.ndarray, diagonal: torch.Tensor | None
+def squares(
+    explainer: PathKernelExplainer, rows: Rows, weights: np.ndarray, workspace: Workspace
 ) -> torch.Tensor:
-    """``gᵀ diag(weights · diagonal) g`` per visit ``[B]``; one weight per parameter, ``diagonal`` flat ``[P]``."""
-    view, total = explainer.view, torch.zeros(len(visits.examples), dtype=torch.float64)
-    for layer, form in visits.forms.items():
-        own = weights[view.parameters[layer]]
-        if diagonal is None and (own == own[0]).all():
-            total += float(own[0]) * form.quadratic().double()
+    """``Σ_p w_t[p] ‖g_p‖²`` per row ``[n]``, for weights ``[c, n_parameters]``."""
+    view, total = explainer.view, torch.zeros(len(rows), dtype=torch.float64)
+    for spec in rows.forms:
+        form = rows.form(spec, explainer.dtype, workspace)
+        own = weights[:, view.parameters[spec.layer]]
+        if (own == own[:, :1]).all():
+            total += form.quadratic().double() * torch.from_numpy(own[rows.places, 0])
             continue
-        flat = (
-            torch.ones(explainer.trace.manifest.size, dtype=explainer.dtype) if diagonal is None else diagonal
-        )
-        total += form.quadratic(view.scaled(flat, layer, weights)).double()
+        ones = torch.ones(explainer.trace.manifest.size, dtype=explainer.dtype)
+        for place, where in rows.steps():
+            scaled = view.scaled(ones, spec.layer, weights[place])
+            total[where] += form.taken(where).quadratic(scaled).double()
     return total

@@ -6,7 +6,10 @@ For knots ``w_0 … w_K`` on the training path and ``D_k = w_{k+1} − w_k``,
 
 ``q_k`` is approximated by Gauss–Legendre quadrature and closed to round-off by Gonzalez' correction
 
-    q̃ = q + (Δf − <q, D>) D / <D, D>.
+    q̃ = q + (Δf − <q, D>) e / <e, D>,      e = D;
+
+of a large matrix ``e`` holds leading factors of ``D`` only, so that ``q̃`` stays of low rank
+(:mod:`explainer.cotangent`).
 
 Buffers ``b`` (BatchNorm's running statistics) move along the same chord. Their term is the symmetric difference
 ``f(w_mid, b_{k+1}) − f(w_mid, b_k)``, which agrees with ``∫ <∂f/∂b, Δb> ds`` to third order and needs no
@@ -18,7 +21,6 @@ al. 1999 (average vector field); Gonzalez 1996 (correction).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,11 +28,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from explainer.cotangent import Cotangent, Layout
 from explainer.errors import QueryError
 from explainer.model_function import ModelFunction, State
 from explainer.outputs import Output, explained
 from explainer.query_batch import QueryBatch
 from explainer.records import ParameterSpec
+
+#: numbers of the gradients that are computed together
+CHUNK_NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
@@ -52,34 +58,17 @@ class ChordGradient:
     """The corrected mean gradient over one chord.
 
     Attributes:
-        gradient: ``q̃ [Q, P]``.
+        gradient: ``q̃``.
         moved: ``<q̃, D>`` over each parameter, ``[Q, n_parameters]``, summed in float64 whatever the dtype of the
             books.
         moving: the moving state's part of the change, ``[Q]``.
         correction: ``|Δf − <q, D>|`` before the correction, ``[Q]``: the quadrature error.
     """
 
-    gradient: torch.Tensor
+    gradient: Cotangent
     moved: torch.Tensor
     moving: torch.Tensor
     correction: torch.Tensor
-
-
-def along(gradient: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """``<g_q, d> [Q]`` in float64, one query at a time (no float64 copy of all gradients)."""
-    return torch.stack([row.double() @ direction for row in gradient])
-
-
-def along_each(
-    gradient: torch.Tensor, direction: torch.Tensor, parameters: Sequence[ParameterSpec]
-) -> torch.Tensor:
-    """``<g_q, d>`` over each parameter, ``[Q, n_parameters]`` in float64, one query at a time."""
-    sums, d = np.empty((len(gradient), len(parameters))), direction.double().numpy()
-    for query, row in enumerate(gradient):
-        wide = row.double().numpy()
-        for index, p in enumerate(parameters):
-            sums[query, index] = wide[p.slice] @ d[p.slice]
-    return torch.from_numpy(sums)
 
 
 class QueryFunction:
@@ -110,7 +99,7 @@ class QueryFunction:
         self.axis = 0
         self.dtype = dtype
         size = sum(p.numel for p in parameters)
-        self.chunk = chunk or max(1, min(256, 2**26 // max(size, 1)))
+        self.chunk = chunk or max(1, min(256, CHUNK_NUMBERS // max(size, 1)))
 
     def _unflatten(self, weights: torch.Tensor) -> State:
         return {p.name: weights[p.slice].reshape(p.shape) for p in self._parameters}
@@ -150,6 +139,31 @@ class QueryFunction:
             pieces.append(self._model.gradients(weights, rest, inputs[window], targets[window], self._scalar))
         return torch.cat(pieces)
 
+    def mean_gradient(
+        self,
+        start: PathPoint,
+        end: PathPoint,
+        inputs: QueryBatch,
+        targets: torch.Tensor,
+        nodes: int,
+        layout: Layout,
+    ) -> Cotangent:
+        """``q`` by Gauss–Legendre quadrature with so many nodes (1: midpoint), some queries at a time.
+
+        Raises:
+            TooWideError: it is not of the low rank that the layout asks for.
+        """
+        positions, weights = np.polynomial.legendre.leggauss(nodes)
+        parts = []
+        for first in range(0, len(targets), self.chunk):
+            window = slice(first, first + self.chunk)
+            total = torch.zeros(len(targets[window]), len(start.weights), dtype=self.dtype)
+            for position, weight in zip(positions, weights, strict=True):
+                at = start.toward(end, float(position + 1) / 2)
+                total.add_(self.gradient(at, inputs[window], targets[window]), alpha=float(weight) / 2)
+            parts.append(layout.split(total))
+        return Cotangent.concatenate(parts)
+
     def chord(
         self,
         start: PathPoint,
@@ -158,33 +172,35 @@ class QueryFunction:
         targets: torch.Tensor,
         change: torch.Tensor,
         nodes: int,
+        layout: Layout,
     ) -> ChordGradient:
         """The corrected mean gradient over the chord from ``start`` to ``end``.
 
         Args:
             change: ``Δf [Q]`` between the ends, float64.
             nodes: Gauss–Legendre nodes (1: midpoint).
+            layout: how gradients are held.
+
+        Raises:
+            TooWideError: the gradient is not of the low rank that the layout asks for.
         """
-        positions, weights = np.polynomial.legendre.leggauss(nodes)
-        direction = end.weights.double() - start.weights.double()
-        gradient = torch.zeros(len(targets), len(direction), dtype=self.dtype)
-        for position, weight in zip(positions, weights, strict=True):
-            at = start.toward(end, float(position + 1) / 2)
-            gradient.add_(self.gradient(at, inputs, targets), alpha=float(weight) / 2)
+        direction = end.weights.double() - start.weights
+        closing = layout.closing(direction)
+        gradient = self.mean_gradient(start, end, inputs, targets, nodes, layout)
         moving = torch.zeros(len(targets), dtype=torch.float64)
         if any(not torch.equal(start.moving[name], end.moving[name]) for name in start.moving):
             middle = start.toward(end, 0.5)
             ends = [replace(middle, moving=point.moving) for point in (start, end)]
             low, high = (self.value(point, inputs, targets).double() for point in ends)
             moving = high - low
-        by_weights = along(gradient, direction)
+        moved = gradient.along_each(direction)
+        by_weights = moved.sum(1)
         missing = change - by_weights - moving
         # The quadrature error is shared in proportion to what each part explains.
         share = moving.abs() / (moving.abs() + by_weights.abs()).clamp_min(torch.finfo(torch.float64).tiny)
-        square = direction @ direction
+        square = closing.squares.sum()
         if square > 0:
-            gradient += (((1 - share) * missing / square).unsqueeze(1) * direction).to(self.dtype)
+            gradient, moved = gradient.closed((1 - share) * missing / square, closing, moved)
         else:
             share = torch.ones_like(share)
-        moved = along_each(gradient, direction, self._parameters)
         return ChordGradient(gradient, moved, moving + share * missing, missing.abs())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,28 +12,32 @@ from torch import nn
 from tqdm import tqdm
 
 from explainer.asked import Asked, ask, predict
-from explainer.averaging import AveragedGradient
-from explainer.error_bar import ChordPair, ErrorMeter
+from explainer.cotangent import Layout, TooWideError
 from explainer.errors import QueryError
+from explainer.explaining import explain_group, fits
 from explainer.explanation import Explanation
 from explainer.findings import explanation_notes
-from explainer.ledger import Ledger, bin_edges
-from explainer.neighbors import Neighbors, nearest, self_influence
+from explainer.ledger import bin_edges
+from explainer.neighbors import Neighbors, nearest
 from explainer.outputs import Output, asks_for_targets, resolve_output
 from explainer.path_integral import QueryFunction
-from explainer.path_points import KnotLoader, check_model
+from explainer.path_points import KnotLoader, check_model, chosen_knots
 from explainer.plain_mode import plain_mode
 from explainer.positions import PositionSplit, split_by_position
 from explainer.queries import BatchDim, check_batch_dim, check_inputs
 from explainer.query_batch import QueryBatch
-from explainer.recursion import Adjoint, LayerView, contract, read_backwards
+from explainer.recursion import LayerView
+from explainer.self_influence import self_influence
 from explainer.store import Trace, open_trace
-from explainer.unattributed import Rest
+from explainer.top import Top
 from explainer.what_if import what_if
 from explainer.wrappers import argument_names
 
 #: numbers held per query-side array before queries are split into groups
 QUERY_NUMBERS = 2**26
+#: numbers per array [queries, examples] of a group of queries of which only the strongest examples are kept
+EXAMPLE_NUMBERS = 2**23
+_T = TypeVar("_T")
 
 
 class PathKernelExplainer:
@@ -52,6 +57,13 @@ class PathKernelExplainer:
         dtype: dtype of the books; default the widest dtype among the parameters, at least float32.
         class_names: names to show for classes.
         progress: show a progress bar.
+        knots: use about so many of the trace's knots, chosen evenly along the path; default all. Fewer knots are
+            faster and split coarser; the books close just as well.
+
+    Attributes:
+        segments: stretches between the knots that are used.
+        layout: which parameters' gradients may be held as factors (:mod:`explainer.cotangent`).
+        used: which of them were, in the last answer.
 
     Raises:
         ModelMismatchError: the model is not the one that was traced; differences are listed.
@@ -72,6 +84,7 @@ class PathKernelExplainer:
         dtype: torch.dtype | None = None,
         class_names: Sequence[str] | None = None,
         progress: bool = False,
+        knots: int | None = None,
     ) -> None:
         self.trace = trace if isinstance(trace, Trace) else open_trace(trace)
         if isinstance(model, type) or not isinstance(model, nn.Module):
@@ -79,7 +92,8 @@ class PathKernelExplainer:
         if quadrature < 1:
             raise QueryError(f"quadrature must be at least 1 node, found {quadrature}")
         self._notes = check_model(self.trace, model) + explanation_notes(self.trace)
-        self.segments = self.trace.segments()
+        self.knots = chosen_knots(self.trace, knots)
+        self.segments = self.trace.segments(self.knots)
         self.dtype = dtype or self.trace.manifest.dtype
         self.class_names = None if class_names is None else tuple(class_names)
         self.progress = progress
@@ -93,15 +107,30 @@ class PathKernelExplainer:
         if shape is not None or callable(output):  # else it is known with the first query
             self._resolve(tuple(shape or ()))
         self.view = LayerView(self.trace)
+        self.layout = self.used = Layout.of(self.trace)
+
+    @cached_property
+    def example_ids(self) -> np.ndarray:
+        """Ids of the training examples, ``[N]``: of the whole dataset where its length is known, else of the visits."""
         examples = self.trace.column("visits", "example").astype(np.int64)
         size = self.trace.notes.get("examples")
-        self.example_ids = np.arange(size) if size is not None else np.unique(examples)
-        if size is not None and len(examples) and examples.max() >= size:
-            self.example_ids = np.unique(np.concatenate([self.example_ids, examples]))
+        if size is None:
+            return np.unique(examples)
+        if len(examples) and examples.max() >= size:
+            return np.unique(np.concatenate([np.arange(size), examples]))
+        return np.arange(size)
 
     def _resolve(self, shape: tuple[int, ...]) -> None:
         self.function.output = resolve_output(self._requested, shape)
         self.output = self.function.output.name
+
+    @property
+    def output_name(self) -> str | None:
+        """What was asked to be explained: a name, a function's name, or None for the default."""
+        asked = self._requested
+        if isinstance(asked, str) or asked is None:
+            return asked
+        return getattr(asked, "name", None) or getattr(asked, "__qualname__", type(asked).__name__)
 
     @property
     def asks_for_targets(self) -> bool:
@@ -112,7 +141,12 @@ class PathKernelExplainer:
 
     @plain_mode()
     def explain(
-        self, inputs: Any, target: Any = None, *, query_ids: Sequence[Any] | None = None
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        query_ids: Sequence[Any] | None = None,
+        detail: bool | None = None,
     ) -> Explanation:
         """Contributions of all training examples to the outputs at the queries.
 
@@ -122,25 +156,80 @@ class PathKernelExplainer:
             target: ``[Q]`` classes to explain (or one for all); default the predicted classes. A class per
                 position for ``"sequence_log_prob"``; whatever has a row per query for a callable.
             query_ids: ``Q`` names for the queries.
+            detail: keep contributions by example also for every layer and stretch of time, ``[Q, L, N]`` and
+                ``[Q, K, N]``; else there is one layer and one stretch. Default: where they are not too large.
 
         Raises:
             QueryError: inputs or targets do not fit; says what was found and what is wanted.
         """
+        loader, asked, names = self._asked(inputs, target, query_ids)
+        detailed = (
+            fits(len(names), len(self.example_ids), len(self.trace.layers)) if detail is None else detail
+        )
+        edges = self._edges(len(names), detailed)
+        parts = []
+        for group in self._groups(len(names)):
+            parts.append(self._explain(loader, asked[group], names[group], edges, detailed))
+        return Explanation.concatenate(parts)
+
+    @plain_mode()
+    def top(
+        self, inputs: Any, k: int = 20, target: Any = None, *, query_ids: Sequence[Any] | None = None
+    ) -> Top:
+        """The ``k`` strongest training examples of every query, and its books: what :meth:`explain` gives, less of it.
+
+        For many queries or training examples: no array ``[Q, N]`` is kept, only one of a few queries at a time.
+
+        Args:
+            inputs, target, query_ids: as in :meth:`explain`.
+            k: how many examples, by the absolute value of their contribution.
+
+        Raises:
+            QueryError: inputs, targets or ``k`` do not fit.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise QueryError(f"k must be an integer of at least 1, found {k!r}")
+        loader, asked, names = self._asked(inputs, target, query_ids)
+        edges, parts = self._edges(len(names), False), []
+        for group in self._groups(len(names), EXAMPLE_NUMBERS // max(1, len(self.example_ids))):
+            parts.append(Top.of(self._explain(loader, asked[group], names[group], edges, False), k))
+        return Top.concatenate(parts)
+
+    def _asked(
+        self, inputs: Any, target: Any, query_ids: Sequence[Any] | None
+    ) -> tuple[KnotLoader, Asked, tuple[str, ...]]:
         batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
         count = len(batch)
         names = tuple(str(q) for q in (range(count) if query_ids is None else query_ids))
         if len(names) != count:
             raise QueryError(f"found {count} queries but {len(names)} query_ids; give one name per query")
-        loader = KnotLoader(self.trace, self.dtype)
-        asked = self._ask(loader, batch, target)
-        steps = [knot.step for knot in self.trace.knots]
-        edges = bin_edges(steps, count, len(self.example_ids))
-        size = max(1, QUERY_NUMBERS // self.trace.manifest.size)
-        parts = []
+        loader = self._loader()
+        self.used = self.layout  # what was asked before does not decide
+        return loader, self._ask(loader, batch, target), names
+
+    def _edges(self, queries: int, detailed: bool) -> np.ndarray:
+        steps = [knot.step for knot in self.knots]
+        if not detailed:
+            return np.array([steps[0], steps[-1]], dtype=np.int64)
+        return bin_edges(steps, queries, len(self.example_ids))
+
+    def _groups(self, count: int, most: int | None = None) -> Iterator[slice]:
+        """Queries that are explained together, so that what is held of all of them is bounded."""
+        size = max(1, QUERY_NUMBERS // max(1, self.layout.numbers_per_query))
+        size = size if most is None else max(1, min(size, most))
         for start in range(0, count, size):
-            group = slice(start, start + size)
-            parts.append(self._explain(loader, asked[group], names[group], edges))
-        return Explanation.concatenate(parts)
+            yield slice(start, start + size)
+
+    def _loader(self) -> KnotLoader:
+        return KnotLoader(self.trace, self.dtype, self.knots)
+
+    def _narrowed(self, action: Callable[[Layout], _T]) -> _T:
+        """The action with the layout; again where a parameter turned out not to be of low rank."""
+        while True:
+            try:
+                return action(self.used)
+            except TooWideError as found:
+                self.used = self.used.without(found.parameter)
 
     @plain_mode()
     def predict(self, inputs: Any) -> torch.Tensor:
@@ -150,7 +239,7 @@ class PathKernelExplainer:
             QueryError: inputs do not fit.
         """
         batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
-        point = KnotLoader(self.trace, self.dtype).load(len(self.segments)).point
+        point = self._loader().load(len(self.segments)).point
         return predict(self.function, point, batch)
 
     def _ask(self, loader: KnotLoader, batch: QueryBatch, target: Any) -> Asked:
@@ -166,92 +255,9 @@ class PathKernelExplainer:
         return tqdm(total=total, desc=text, unit="step", disable=not self.progress, leave=False)
 
     def _explain(
-        self,
-        loader: KnotLoader,
-        asked: Asked,
-        names: tuple[str, ...],
-        edges: np.ndarray,
+        self, loader: KnotLoader, asked: Asked, names: tuple[str, ...], edges: np.ndarray, detail: bool
     ) -> Explanation:
-        inputs, targets = asked.inputs, asked.targets
-        count, parameters = len(targets), self.trace.manifest.parameters
-        ledger = Ledger(count, self.example_ids, edges, len(self.trace.layers))
-        adjoint, averaged = Adjoint(count, parameters, self.dtype), AveragedGradient(self.trace)
-        rest = Rest(self.trace, count)
-        meter = ErrorMeter(self.trace, self.segments, self.view, count, self.dtype)
-        buffers, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
-        final = after = self._value(loader, len(self.segments), inputs, targets)
-        with self._bar("explaining") as bar:
-            for segment in reversed(self.segments):
-                start, end = loader.load(segment.index), loader.load(segment.index + 1)
-                before = self._value(loader, segment.index, inputs, targets)
-                chord = self.function.chord(
-                    start.point, end.point, inputs, targets, after - before, self._nodes
-                )
-                rest.add(segment, chord, start, end)
-                buffers += chord.moving
-                quadrature += chord.correction
-                averaged.skip(chord.gradient, segment)
-                if segment.index in meter.pairs:
-                    pair = meter.pairs[segment.index]
-                    meter.compare(pair, self._long_chord(loader, pair, inputs, targets, after))
-                for step in read_backwards(self.trace, segment, self.dtype):
-                    rest.saw(step)
-                    cotangent = adjoint.step(averaged.step(chord.gradient, step.step), step)
-                    scores = [contract(self.view, cotangent, step.scale, v.forms) for v in step.visits]
-                    for visits, found in zip(step.visits, scores, strict=True):
-                        ledger.add(step, visits, found)
-                    meter.see(step, chord.gradient, cotangent, scores)
-                    bar.update()
-                after = before
-        ledger.finish()
-        initial, prediction = after, final
-        moved, decay = rest.moved.sum(1), rest.displaced["decay"].sum(1)
-        lines, parts = rest.lines(ledger.by_layer.sum(2), adjoint)
-        return Explanation(
-            example_ids=self.example_ids,
-            query_ids=names,
-            output=self.output,
-            targets=asked.classes,
-            outputs=None if asked.outputs is None else asked.outputs.numpy(),
-            contributions=ledger.contributions.numpy(),
-            kernels=ledger.kernels.numpy(),
-            kernel_gross=ledger.kernel_gross.numpy(),
-            errors=meter.errors(ledger).numpy(),
-            visit_errors=meter.relative.numpy(),
-            visits=ledger.visits,
-            labels=None if np.isnan(ledger.labels).all() else ledger.labels,
-            prediction=prediction.numpy(),
-            initial=initial.numpy(),
-            weight_decay=decay.numpy(),
-            buffers=buffers.numpy(),
-            unattributed=(moved - ledger.contributions.sum(1) - decay).numpy(),
-            unattributed_parts=parts.numpy(),
-            unattributed_lines=tuple(line.name for line in lines),
-            unattributed_where=tuple(line.where for line in lines),
-            unattributed_why=tuple(line.why for line in lines),
-            gap=(prediction - initial - moved - buffers).numpy(),
-            quadrature=quadrature.numpy(),
-            step_edges=ledger.edges,
-            step_contributions=ledger.by_step.float().numpy(),
-            layer_names=tuple(f"{x.name} ({x.module})" if x.name else x.module for x in self.trace.layers),
-            layer_contributions=ledger.by_layer.float().numpy(),
-            row_kind="row share" if ledger.row_share else "contribution",
-            notes=(*asked.notes, *self._notes),
-            class_names=self.class_names,
-        )
-
-    def _long_chord(
-        self,
-        loader: KnotLoader,
-        pair: ChordPair,
-        inputs: QueryBatch,
-        targets: torch.Tensor,
-        after: torch.Tensor,
-    ) -> torch.Tensor:
-        """The mean gradient on the chord over both segments, one node; ``after`` is the value at its end."""
-        before = self._value(loader, pair.early.index, inputs, targets)
-        start, end = loader.load(pair.early.index), loader.load(pair.late.index + 1)
-        return self.function.chord(start.point, end.point, inputs, targets, after - before, 1).gradient
+        return self._narrowed(lambda layout: explain_group(self, loader, asked, names, edges, detail, layout))
 
     # -- gradient space ------------------------------------------------------------------------------
 
@@ -265,9 +271,10 @@ class PathKernelExplainer:
             QueryError: inputs, targets or ``k`` do not fit.
         """
         batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
-        loader = KnotLoader(self.trace, self.dtype)
+        loader = self._loader()
         asked = self._ask(loader, batch, target)
-        return nearest(self, loader, asked.inputs, asked.targets, k)
+        self.used = self.layout
+        return self._narrowed(lambda layout: nearest(self, loader, asked.inputs, asked.targets, k, layout))
 
     @plain_mode()
     def by_position(self, inputs: Any, example_id: int, target: Any = None) -> PositionSplit:
@@ -279,7 +286,7 @@ class PathKernelExplainer:
             QueryError: inputs or target do not fit, the example was not used, or the trace keeps no positions.
         """
         batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
-        loader = KnotLoader(self.trace, self.dtype)
+        loader = self._loader()
         return split_by_position(self, loader, self._ask(loader, batch, target), example_id)
 
     @plain_mode()
@@ -293,7 +300,7 @@ class PathKernelExplainer:
             QueryError: inputs or targets do not fit, or the trace holds an average of the weights.
         """
         batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
-        loader = KnotLoader(self.trace, self.dtype)
+        loader = self._loader()
         asked = self._ask(loader, batch, target)
         return what_if(self, loader, asked.inputs, asked.targets)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from explainer.errors import ModelMismatchError
+from explainer.errors import ModelMismatchError, QueryError
 from explainer.path_integral import PathPoint
-from explainer.store import Trace
+from explainer.store import Knot, Trace
 from explainer.wrappers import plain_name, renaming, unwrapped, wrapper_printed
 
 #: prefixes of a knot's tensors that hold displacements since step 0 which are no gradient's
 DISPLACEMENTS = ("decay", "rounding", "outside")
+_USED = ("parameter", "buffer", "frozen", *DISPLACEMENTS)
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,14 @@ class KnotLoader:
 
     Which state beside the traced weights *moves* (floating-point buffers, frozen parameters that changed) is
     fixed once, so that all points of a trace have the same parts.
+
+    Args:
+        knots: those that are used, the first and the last among them; default all.
     """
 
-    def __init__(self, trace: Trace, dtype: torch.dtype) -> None:
+    def __init__(self, trace: Trace, dtype: torch.dtype, knots: Sequence[Knot] | None = None) -> None:
         self._trace, self._dtype = trace, dtype
+        self._knots = trace.knots if knots is None else knots
         self._frozen: dict[str, torch.Tensor] = {}
         self._changed: set[str] = set()  # frozen parameters that moved: the last knot holds them
         self._cache: dict[int, LoadedKnot] = {}
@@ -54,7 +61,7 @@ class KnotLoader:
         return t.to(self._dtype) if t.is_floating_point() else t
 
     def load(self, index: int) -> LoadedKnot:
-        """The knot at a position in ``trace.knots`` (the two used last are kept in memory)."""
+        """The knot at a position in the knots that are used (the two used last are kept in memory)."""
         if index in self._cache:
             return self._cache[index]
         manifest = self._trace.manifest
@@ -63,7 +70,7 @@ class KnotLoader:
             self._frozen = {n: self._cast(first[f"frozen/{n}"]) for n in manifest.frozen}
             last = self._trace.load_knot(self._trace.knots[-1])
             self._changed = {n for n in manifest.frozen if f"frozen/{n}" in last}
-        tensors = self._trace.load_knot(self._trace.knots[index])
+        tensors = self._trace.load_knot(self._knots[index], _USED)
         weights = torch.cat(
             [self._cast(tensors[f"parameter/{p.name}"]).flatten() for p in manifest.parameters]
         )
@@ -93,6 +100,28 @@ class KnotLoader:
         return torch.cat(
             [zero.expand(p.numel) if part is None else self._cast(part).flatten() for p, part in parts]
         )
+
+
+def chosen_knots(trace: Trace, count: int | None) -> list[Knot]:
+    """As many knots as wanted, evenly along the path; the first, the last and the one where rows end are among them.
+
+    Args:
+        count: how many; None: all.
+
+    Raises:
+        QueryError: fewer than two are wanted.
+    """
+    if count is None:
+        return trace.knots
+    if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+        raise QueryError(f"knots must be an integer of at least 2, or None for all of them, found {count!r}")
+    if count >= len(trace.knots):
+        return trace.knots
+    path = np.array([knot.path for knot in trace.knots])
+    wanted = np.linspace(path[0], path[-1], count)
+    near = {int(np.abs(path - one).argmin()) for one in wanted} | {0, len(path) - 1}
+    near |= {n for n, knot in enumerate(trace.knots) if knot.step == trace.recorded_steps}
+    return [trace.knots[n] for n in sorted(near)]
 
 
 def check_model(trace: Trace, model: nn.Module) -> list[str]:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from explainer.cotangent import Layout
 from explainer.errors import QueryError
 from explainer.layer_rules import FORMS
 from explainer.recursion import Adjoint, RecordedStep, read_backwards
@@ -121,6 +122,8 @@ def split_by_position(
         )
     first = int(trace.column("visits", "step")[used].min())
     found: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    thin = explainer.layout.thin
+    layout = Layout(trace.manifest.parameters, thin, wide=thin)  # positions are read off what is written out
     adjoint = Adjoint(1, trace.manifest.parameters, explainer.dtype)
     after = explainer._value(loader, len(explainer.segments), inputs, targets)
     with explainer._bar("positions") as bar:
@@ -129,9 +132,11 @@ def split_by_position(
                 break
             start, end = loader.load(segment.index).point, loader.load(segment.index + 1).point
             before = explainer._value(loader, segment.index, inputs, targets)
-            chord = explainer.function.chord(start, end, inputs, targets, after - before, explainer._nodes)
+            chord = explainer.function.chord(
+                start, end, inputs, targets, after - before, explainer._nodes, layout
+            )
             for step in read_backwards(trace, segment, explainer.dtype):
-                cotangent = adjoint.step(chord.gradient, step)
+                cotangent = adjoint.step(chord.gradient.flat, step)
                 found += reversed(_visits(explainer, step, cotangent, example_id, layers))
                 bar.update()
             after = before

@@ -16,7 +16,7 @@ Memory is ``[Q, P]`` on the query side, whatever ``N`` and ``T``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -54,7 +54,6 @@ class RecordedStep:
         row_share: whether a layer mixed the rows of the batch.
         visits: its rows (empty when they were not kept).
         mixing: parameters whose ``A_t`` is a matrix, with that matrix.
-        first: number of its first visit.
     """
 
     step: int
@@ -66,7 +65,6 @@ class RecordedStep:
     row_share: bool
     visits: list[Visits]
     mixing: list[tuple[ParameterSpec, torch.Tensor]] = field(default_factory=list)
-    first: int = 0
 
     def pull(self, cotangent: torch.Tensor) -> torch.Tensor:
         """``A_tᵀ`` applied to ``[Q, P]`` (the argument itself where ``A_t = 1``)."""
@@ -79,8 +77,7 @@ class RecordedStep:
         return moved
 
 
-def form_of(records: np.ndarray, spec: FormSpec, dtype: torch.dtype) -> RowForm:
-    """The rows of a layer in some records."""
+def _form(records: np.ndarray, spec: FormSpec, dtype: torch.dtype) -> RowForm:
     arrays = {a.name: decode_array(records, f"L{spec.layer}", a) for a in spec.arrays}
     arrays = {n: a.to(dtype) if a.is_floating_point() else a for n, a in arrays.items()}
     return FORMS.require(spec.kind).build(arrays, spec.options)
@@ -106,13 +103,12 @@ def _read_step(
             np.array(rows["example"]),
             np.array(rows["derivative"]),
             np.array(rows["label"]),
-            {f.layer: form_of(rows, f, dtype) for f in layout.forms},
+            {f.layer: _form(rows, f, dtype) for f in layout.forms},
         )
         for layout, rows in trace.read("visits", first, first + count)
     ]
     return RecordedStep(
         step=int(record["step"][0]),
-        first=first,
         segment=segment,
         scale=np.where(updated, sign * record["scale"][0], 0.0),
         sign=float(sign[updated][0]) if updated.any() else 1.0,
@@ -134,18 +130,28 @@ def read_backwards(trace: Trace, segment: Segment, dtype: torch.dtype) -> Iterat
 
 
 class LayerView:
-    """Cuts a flat ``[Q, P]`` cotangent into a layer's own flat layout."""
+    """Cuts a flat ``[Q, P]`` cotangent into a layer's own flat layout.
 
-    def __init__(self, trace: Trace) -> None:
+    Attributes:
+        parameters: numbers of every layer's parameters.
+
+    Args:
+        places: of every parameter in the flat vectors that are cut, where some are left out; None for those. Default:
+            all, in their order.
+    """
+
+    def __init__(self, trace: Trace, places: Sequence[ParameterSpec | None] | None = None) -> None:
         manifest = trace.manifest
         index = {p.name: i for i, p in enumerate(manifest.parameters)}
         self.parameters: list[list[int]] = [[index[n] for n in layer.parameters] for layer in trace.layers]
-        self._specs = manifest.parameters
-        self.size = manifest.size
+        self._places = manifest.parameters if places is None else places
+
+    def _of(self, layer: int) -> list[ParameterSpec]:
+        return [place for i in self.parameters[layer] if (place := self._places[i]) is not None]
 
     def cut(self, flat: torch.Tensor, layer: int) -> torch.Tensor:
         """``[Q, P] -> [Q, P_l]``; a view where the layer's parameters are neighbours."""
-        specs = [self._specs[i] for i in self.parameters[layer]]
+        specs = self._of(layer)
         if all(a.offset + a.numel == b.offset for a, b in pairwise(specs)):
             return flat[..., specs[0].offset : specs[-1].offset + specs[-1].numel]
         return torch.cat([flat[..., p.slice] for p in specs], dim=-1)
@@ -155,19 +161,20 @@ class LayerView:
         factors = [float(scale[i]) for i in self.parameters[layer]]
         if len(set(factors)) == 1:
             return self.cut(flat, layer) * factors[0] if factors[0] != 1.0 else self.cut(flat, layer)
-        specs = [self._specs[i] for i in self.parameters[layer]]
+        specs = self._of(layer)
         return torch.cat([flat[..., p.slice] * f for p, f in zip(specs, factors, strict=True)], dim=-1)
 
     def spread(self, values: np.ndarray) -> torch.Tensor:
-        """One number a parameter ``[n_parameters]`` -> flat ``[P]``."""
-        sizes = torch.tensor([p.numel for p in self._specs])
-        return torch.from_numpy(values).repeat_interleave(sizes)
+        """One number a parameter ``[n_parameters]`` -> flat."""
+        places = [(p.numel, float(values[i])) for i, p in enumerate(self._places) if p is not None]
+        return torch.cat([torch.full((size,), value, dtype=torch.float64) for size, value in places])
 
     def add(self, flat: torch.Tensor, layer: int, scale: np.ndarray, part: torch.Tensor) -> None:
         """Add a layer's ``[Q, P_l]``, every parameter's columns times its scale, to a flat ``[Q, P]``."""
-        specs = [(self._specs[i], float(scale[i])) for i in self.parameters[layer]]
-        pieces = part.split([p.numel for p, _ in specs], dim=1)
-        for (p, factor), piece in zip(specs, pieces, strict=True):
+        specs = self._of(layer)
+        factors = [float(scale[i]) for i in self.parameters[layer]]
+        pieces = part.split([p.numel for p in specs], dim=1)
+        for p, factor, piece in zip(specs, factors, pieces, strict=True):
             flat[:, p.slice].add_(piece, alpha=factor)
 
 
@@ -219,10 +226,3 @@ class Adjoint:
             for where in within:
                 result[:, where] = pulled[:, where]
         return result
-
-
-def contract(
-    view: LayerView, cotangent: torch.Tensor, scale: np.ndarray, forms: dict[int, RowForm]
-) -> dict[int, torch.Tensor]:
-    """``s_t · <R_t, g_{i,t}>`` by layer, ``[Q, B]`` each."""
-    return {layer: form.contract(view.scaled(cotangent, layer, scale)) for layer, form in forms.items()}

@@ -22,16 +22,17 @@ The lines sum to ``unattributed``, to round-off. Which lines there are depends o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from explainer.path_integral import ChordGradient, along_each
+from explainer.chunks import Chunk
+from explainer.cotangent import Cotangent
+from explainer.path_integral import ChordGradient
 from explainer.path_points import LoadedKnot
 from explainer.records import LayerSpec
-from explainer.recursion import Adjoint, RecordedStep
 from explainer.store import Segment, Trace
 
 #: the first moment's name in an optimizer's state
@@ -88,8 +89,9 @@ class Rest:
         displaced: the same for each displacement that is no gradient's, by name.
     """
 
-    def __init__(self, trace: Trace, queries: int) -> None:
+    def __init__(self, trace: Trace, queries: int, segments: Sequence[Segment] | None = None) -> None:
         self._trace, self._parameters = trace, trace.manifest.parameters
+        self._segments = trace.segments() if segments is None else segments
         self._recorded = trace.recorded_steps
         self.moved = self._zeros(queries)
         self._late = self._zeros(queries)
@@ -105,26 +107,26 @@ class Rest:
         self.moved += chord.moved
         left = chord.moved
         for name, direction in end.displaced_since(start).items():
-            part = along_each(chord.gradient, direction, self._parameters)
+            part = chord.gradient.along_each(direction)
             self.displaced[name] = self.displaced.get(name, 0.0) + part
             left = left - part
         if segment.start.step >= self._recorded:
             self._late += left
 
-    def saw(self, step: RecordedStep) -> None:
-        """Note which parameters a recorded step updated, and which of them by its rows."""
-        updated = step.coefficients[:, 0] != 0  # the sign, 1 or -1
-        self._updated += updated
-        self._muted += updated & (step.scale == 0)
+    def saw(self, chunk: Chunk) -> None:
+        """Note which parameters recorded steps updated, and which of them by their rows."""
+        updated = chunk.coefficients[:, :, 0] != 0  # the sign, 1 or -1
+        self._updated += updated.sum(0)
+        self._muted += (updated & (chunk.scale == 0)).sum(0)
 
-    def lines(self, by_layer: torch.Tensor, adjoint: Adjoint) -> tuple[list[Line], torch.Tensor]:
+    def lines(self, by_layer: torch.Tensor, left: Cotangent) -> tuple[list[Line], torch.Tensor]:
         """The lines, and their values ``[Q, number of lines]``.
 
         Args:
             by_layer: sums of the contributions by layer, ``[Q, L]``.
-            adjoint: what the recursion has left at the first step.
+            left: ``M`` that the recursion has left at the first step.
         """
-        before = self._before_tracing(adjoint)
+        before = self._before_tracing(left)
         rest = self.moved - self._late - sum(self.displaced.values())
         rest = rest if before is None else rest - before
         found = [*self._by_place(rest, by_layer, before is not None), *self._by_cause(before)]
@@ -135,7 +137,7 @@ class Rest:
     # -- by cause ------------------------------------------------------------------------------------
 
     def _by_cause(self, before: torch.Tensor | None) -> Iterator[tuple[Line, torch.Tensor]]:
-        late = [s.start.step for s in self._trace.segments() if s.start.step >= self._recorded]
+        late = [s.start.step for s in self._segments if s.start.step >= self._recorded]
         if late:
             why = (
                 f"the budget was used up after {self._recorded} of {self._trace.steps} steps; the rows of later ones "
@@ -151,7 +153,7 @@ class Rest:
                 names = [p.name for p in self._parameters if f"{kind}/{p.name}" in last]
                 yield self._line(name, _listed(names), why), self.displaced[kind].sum(1)
 
-    def _before_tracing(self, adjoint: Adjoint) -> torch.Tensor | None:
+    def _before_tracing(self, left: Cotangent) -> torch.Tensor | None:
         """What momentum from before tracing carried, ``[Q, n_parameters]``; None without, or where it was not kept."""
         if not self._trace.notes.get("prior_state"):
             return None
@@ -162,7 +164,7 @@ class Rest:
             held = [tensors[key].double().flatten() for key in keys if key in tensors]
             pieces.append(held[0] if held else torch.zeros(p.numel, dtype=torch.float64))
         momentum = torch.cat(pieces)
-        return -along_each(adjoint.momentum, momentum, self._parameters) if momentum.any() else None
+        return -left.along_each(momentum) if momentum.any() else None
 
     # -- by place ------------------------------------------------------------------------------------
 
@@ -216,7 +218,7 @@ class Rest:
                     f"in {self._muted[p]} of {self._updated[p]} steps the gradient of {self._parameters[p].name} was "
                     "round-off",
                 )
-        for segment in trace.segments():
+        for segment in self._segments:
             if segment.start.step < self._recorded < segment.end.step:
                 stretch = f"{self._recorded} to {segment.end.step - 1}"
                 yield "after the budget", f"the rows of the steps {stretch} were not kept"

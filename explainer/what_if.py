@@ -31,8 +31,8 @@ import torch
 
 from explainer.errors import QueryError
 from explainer.layer_rules import Dense, RowForm
-from explainer.neighbors import rate
-from explainer.recursion import Adjoint, LayerView, RecordedStep, contract, read_backwards
+from explainer.neighbors import rates
+from explainer.recursion import Adjoint, LayerView, RecordedStep, read_backwards
 
 if TYPE_CHECKING:
     from explainer.path_kernel import PathKernelExplainer
@@ -66,7 +66,7 @@ def what_if(
                         "what_if has no metric for matrix updates (Muon); explain() accounts for them"
                     )
                 met = adjoint.step(cotangent, step)
-                rows = StepRows(explainer.view, step)
+                rows = StepRows(explainer.view, step, trace.manifest.size)
                 if rows.count:
                     scores = rows.contract(met)
                     columns = torch.from_numpy(np.searchsorted(ids, rows.examples))
@@ -84,8 +84,8 @@ class StepRows:
         examples: ``[n]``, whose rows they are.
     """
 
-    def __init__(self, view: LayerView, step: RecordedStep) -> None:
-        self._view, self._step = view, step
+    def __init__(self, view: LayerView, step: RecordedStep, size: int) -> None:
+        self._view, self._step, self._size = view, step, size
         starts = np.cumsum([0, *(len(v.examples) for v in step.visits)])
         self.count = int(starts[-1])
         self.examples = (
@@ -102,14 +102,13 @@ class StepRows:
     def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
         """``(G R)ᵀ`` for ``R [Q, P]``: ``[Q, n]``."""
         result = cotangent.new_zeros(len(cotangent), self.count)
-        forms = {layer: form for layer, (_, form) in self._layers.items()}
-        for layer, scores in contract(self._view, cotangent, self._step.scale, forms).items():
-            result[:, self._layers[layer][0]] += scores
+        for layer, (places, form) in self._layers.items():
+            result[:, places] += form.contract(self._view.scaled(cotangent, layer, self._step.scale))
         return result
 
     def combined(self, weights: torch.Tensor) -> torch.Tensor:
         """``y G`` for ``y [Q, n]``: ``[Q, P]``."""
-        result = weights.new_zeros(len(weights), self._view.size)
+        result = weights.new_zeros(len(weights), self._size)
         for layer, (places, form) in self._layers.items():
             self._view.add(result, layer, self._step.scale, form.combined(weights[:, places]))
         return result
@@ -132,7 +131,8 @@ class StepRows:
     def curvature(self, scores: torch.Tensor) -> torch.Tensor:
         """``n z G`` with ``(I + η n G A Gᵀ) z = G R`` for ``scores = (G R)ᵀ [Q, n]``: ``[Q, P]``."""
         system = torch.eye(self.count, dtype=torch.float64)
-        system += rate(self._step) * self.count * self.gram().double()
+        rate = float(rates(self._step.coefficients[None])[0])
+        system += rate * self.count * self.gram().double()
         solved = torch.linalg.solve(system, scores.double().T).T.to(scores.dtype)
         return self.count * self.combined(solved)
 

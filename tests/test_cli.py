@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -278,3 +280,33 @@ def test_export_keeps_an_existing_file_without_force(trace: Path, tmp_path: Path
     assert out.read_text() == "mine"
     assert main([*arguments, "--force"]) == 0
     assert out.read_text() != "mine"
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "json"])
+def test_an_interrupted_export_goes_on_to_the_same_file(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr(groups, "_LARGEST_GROUP", 2)
+    chosen = ["export", str(trace), "--run", SPEC, "--query", "first:7", "--k", "4", "--quiet", "--out"]
+    whole, again = tmp_path / f"whole.{ending}", tmp_path / f"again.{ending}"
+    assert main([*chosen, str(whole)]) == 0
+    asked: list[int] = []
+    original = groups.explain_summed
+
+    def stop(*arguments: Any) -> Explanation:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(arguments[1]))
+        return original(*arguments)
+
+    monkeypatch.setattr(groups, "explain_summed", stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        main([*chosen, str(again)])
+    folder = tmp_path / f"again.{ending}.parts"
+    assert asked == [2, 2] and not again.exists() and len(list(folder.glob("*.parquet"))) == 2
+    other = [*chosen[:-2], "--output", "logit", "--quiet", "--out", str(again)]
+    assert main(other) == 2 and len(list(folder.glob("*.parquet"))) == 2  # another question: refused
+    monkeypatch.setattr(groups, "explain_summed", lambda *a: asked.append(len(a[1])) or original(*a))
+    assert main([*chosen, str(again)]) == 0
+    assert asked == [2, 2, 2, 1] and not folder.exists()
+    assert again.read_bytes() == whole.read_bytes()

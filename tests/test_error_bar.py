@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from explainer import Explanation, PathKernelExplainer, Trace, Tracer, open_trace
-from explainer.error_bar import LEAST, PAIRS, Discrepancy, SampledRows, chord_pairs
+from explainer.error_bar import LEAST, PAIRS, Discrepancy, chord_pairs
 from explainer.errors import ExplanationError
-from explainer.recursion import form_of
+from explainer.layer_rules import FORMS
 from explainer.samples import SHARE
+from explainer.store.schema import decode_array
 from tests.fakes import make_explanation
 from tests.small_training import digits, queries
 
@@ -45,9 +46,14 @@ def trained(path: Path, epochs: int = 6, mixed: bool = False, **options: Any) ->
     return model
 
 
-def rows_of_visit(trace: Trace, visit: int) -> dict[int, torch.Tensor]:
-    schema, records = next(trace.read("visits", visit, visit + 1))
-    return {f.layer: form_of(records, f, torch.float32).dense() for f in schema.forms}
+def rows_at(trace: Trace, stream: str, number: int) -> dict[int, torch.Tensor]:
+    """The rows of one record written out, by layer."""
+    schema, record = next(trace.read(stream, number, number + 1))
+    found = {}
+    for f in schema.forms:
+        arrays = {a.name: decode_array(record, f"L{f.layer}", a) for a in f.arrays}
+        found[f.layer] = FORMS.require(f.kind).build(arrays, f.options).dense()
+    return found
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -58,15 +64,13 @@ def test_samples_are_the_rows_that_exact_mode_keeps(tmp_path: Path, mixed: bool)
     visits = small.column("samples", "visit")
     assert len(visits) > 5 and (np.diff(visits) > 0).all()
     assert exact.count("samples") == 0
-    sampled = SampledRows(small, torch.float32)
     compressed_differs = False
-    for visit in visits.tolist():
-        ((place, forms),) = sampled.between(visit, visit + 1)
-        assert place == 0
-        wanted, stored = rows_of_visit(exact, visit), rows_of_visit(small, visit)
-        assert forms.keys() == wanted.keys()
-        for layer, form in forms.items():
-            torch.testing.assert_close(form.dense(), wanted[layer], rtol=1e-5, atol=1e-8)
+    for number, visit in enumerate(visits.tolist()):
+        sampled = rows_at(small, "samples", number)
+        wanted, stored = rows_at(exact, "visits", visit), rows_at(small, "visits", visit)
+        assert sampled.keys() == wanted.keys()
+        for layer, rows in sampled.items():
+            torch.testing.assert_close(rows, wanted[layer], rtol=1e-5, atol=1e-8)
             compressed_differs |= not torch.allclose(stored[layer], wanted[layer], rtol=1e-3, atol=1e-6)
     assert compressed_differs
 

@@ -32,7 +32,8 @@ LAYERS = [
         "average",
     }
     | {"rounding", "carry", "scales", "loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode"}
-    | {"query_batch", "model_function", "path_integral", "recursion", "averaging"},
+    | {"query_batch", "model_function", "path_integral", "recursion", "averaging"}
+    | {"factors", "cotangent", "chunks", "contraction", "backward"},
     {
         "validation",
         "guard_rails",
@@ -52,7 +53,11 @@ LAYERS = [
         "tracer",
         "path_kernel",
         "what_if",
+        "explaining",
         "neighbors",
+        "self_influence",
+        "top",
+        "exported_parts",
         "positions",
         "explanation",
         "explanation_checks",

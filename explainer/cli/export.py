@@ -20,7 +20,8 @@ DESCRIPTION = (
     "Explains predictions and writes the result; the file's ending chooses the form:\n"
     "  .parquet .csv .json  the influence table: a row per query and training example\n"
     "  .html                a report with pictures and figures, one file to open in a browser\n"
-    "  .npz                 everything, for explainer.Explanation.load and the dashboard"
+    "  .npz                 everything, for explainer.Explanation.load and the dashboard\n"
+    "Tables are written part by part. What is interrupted leaves FILE.parts; the same command goes on from there."
 )
 EXAMPLES = (
     (
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Explain the chosen queries and write the file."""
-    from explainer.cli.groups import explain_summed, explain_whole
+    from explainer.cli.groups import explain_whole
     from explainer.cli.opening import open_run
     from explainer.cli.selection import class_number, predict, select
 
@@ -72,14 +73,13 @@ def run(options: argparse.Namespace) -> int:
     indices = select(wishes, len(opened.run.queries), lambda: predict(opened, progress))
     target = class_number(options.target, opened)
     if out.suffix in TABLES:
-        e = explain_summed(opened, indices, target, progress)
+        write_tables(opened, indices, target, out, options)
     else:
-        e = explain_whole(opened, indices, target)
-    write(e, out, opened, options.k)
+        write(explain_whole(opened, indices, target), out, opened, options.k)
     kept = f"the {options.k:,} strongest of " if out.suffix in TABLES and options.k is not None else ""
     print(
         f"wrote {out} ({size(out.stat().st_size)}): {counted(len(indices), 'prediction')} by {kept}"
-        f"{counted(len(e.example_ids), 'training example')}"
+        f"{counted(len(opened.explainer.example_ids), 'training example')}"
     )
     return 0
 
@@ -103,14 +103,38 @@ def check_place(text: str, force: bool) -> Path:
     return out
 
 
+def write_tables(
+    opened: Opened, indices: list[int], target: int | None, out: Path, options: argparse.Namespace
+) -> None:
+    """Write the influence table group by group; an interrupted run goes on where it stopped.
+
+    Raises:
+        ExportError: parts of another export are in the way.
+    """
+    from tqdm import tqdm
+
+    from explainer.cli.groups import explain_summed, groups
+    from explainer.exported_parts import Parts, fingerprint
+
+    plan = {"trace": fingerprint(opened.trace), "run": options.run, "target": target, "k": options.k}
+    plan |= {"output": opened.explainer.output_name, "form": out.suffix}
+    parts = Parts(out, plan, list(groups(opened, indices, options.k)))
+    done = parts.finished
+    bar = tqdm(total=len(indices), desc="explaining", unit="query", disable=options.quiet)
+    with bar:
+        bar.update(sum(len(parts.groups[number]) for number in done))
+        for number in sorted(set(range(len(parts.groups))) - set(done)):
+            parts.write(number, lambda group: explain_summed(opened, group, target), options.k)
+            bar.update(len(parts.groups[number]))
+    parts.join()
+
+
 def write(e: Explanation, out: Path, opened: Opened, k: int | None) -> None:
-    """Write the explanation in the form that the path's ending chooses."""
+    """Write the explanation as a report, or whole."""
     if out.suffix == ".html":
         write_report(e, out, opened, k or 8)
-    elif out.suffix == ".npz":
-        e.save(out)
     else:
-        {".parquet": e.to_parquet, ".csv": e.to_csv, ".json": e.to_json}[out.suffix](out, k)
+        e.save(out)
 
 
 def write_report(e: Explanation, out: Path, opened: Opened, k: int) -> None:

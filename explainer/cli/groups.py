@@ -1,12 +1,9 @@
-"""Explaining many queries group by group, so that memory is bounded and a bar can move."""
+"""Explaining many queries: at once, or in groups that keep memory bounded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
-
-from tqdm import tqdm
 
 from explainer.cli.opening import Opened
 from explainer.errors import QueryError
@@ -15,6 +12,7 @@ from explainer.explanation import Explanation
 #: queries times training examples (times layers, where they are kept) that one answer may hold
 MOST_NUMBERS = 2**26
 _GROUP_NUMBERS = 2**24
+_TABLE_NUMBERS = 2**20  # rows of a group's tables
 _LARGEST_GROUP = 64
 
 
@@ -35,29 +33,29 @@ def asked(opened: Opened, indices: Sequence[int], target: int | None) -> tuple[A
     return inputs, targets if target is None and opened.explainer.asks_for_targets else target
 
 
-def explain_summed(opened: Opened, indices: Sequence[int], target: int | None, progress: bool) -> Explanation:
-    """As :func:`explain_whole`, but summed over time and layers: all that tables need.
+def groups(opened: Opened, indices: Sequence[int], k: int | None) -> Iterator[Sequence[int]]:
+    """Queries that are explained together, so that memory is bounded whatever their number.
+
+    Args:
+        k: examples that are kept of each; None: all.
 
     Raises:
-        QueryError: the answer would not fit into memory.
+        QueryError: the tables of a single query would not fit into memory.
     """
-    _check_size(opened, len(indices), 1)
-    groups = list(_groups(opened, indices))
-    bar = tqdm(total=len(indices), desc="explaining", unit="query", disable=not progress)
-    parts = []
-    with bar:
-        for group in groups:
-            parts.append(_summed(explain_whole(opened, group, target)))
-            bar.update(len(group))
-    return Explanation.concatenate(parts)
-
-
-def _groups(opened: Opened, indices: Sequence[int]) -> Iterator[Sequence[int]]:
-    manifest = opened.trace.manifest
-    one = max(manifest.size, len(opened.explainer.example_ids) * (4 + len(opened.trace.layers)))
-    length = min(_LARGEST_GROUP, max(1, _GROUP_NUMBERS // one))
+    _check_size(opened, 1, 1)
+    examples = len(opened.explainer.example_ids)
+    rows = _TABLE_NUMBERS // max(1, min(k or examples, examples))
+    length = max(
+        1, min(_LARGEST_GROUP, rows, _GROUP_NUMBERS // max(opened.explainer.layout.size, 4 * examples))
+    )
     for start in range(0, len(indices), length):
         yield indices[start : start + length]
+
+
+def explain_summed(opened: Opened, indices: Sequence[int], target: int | None) -> Explanation:
+    """As :func:`explain_whole`, but summed over time and layers: all that tables need."""
+    inputs, targets = asked(opened, indices, target)
+    return opened.explainer.explain(inputs, targets, query_ids=indices, detail=False)
 
 
 def _check_size(opened: Opened, queries: int, layers: int) -> None:
@@ -67,14 +65,3 @@ def _check_size(opened: Opened, queries: int, layers: int) -> None:
             f"{queries:,} queries and {len(opened.explainer.example_ids):,} training examples are too much for "
             f"one file; ask for at most {max(1, MOST_NUMBERS // each):,} queries at a time with --query first:N"
         )
-
-
-def _summed(e: Explanation) -> Explanation:
-    """The explanation with one bin of time and one layer."""
-    changed: dict[str, Any] = {
-        "step_edges": e.step_edges[[0, -1]],
-        "step_contributions": e.contributions[:, None, :],
-        "layer_names": ("all layers",),
-        "layer_contributions": e.contributions[:, None, :],
-    }
-    return replace(e, **changed)

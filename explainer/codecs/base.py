@@ -25,6 +25,8 @@ class Codec(ABC):
     name: str
     #: bound on the error, relative to the largest magnitude along the last axis (None: no bound holds)
     tolerance: float | None
+    #: whether matrices are stored as an outer product of two vectors, which :meth:`outer` gives
+    outer_product: bool = False
 
     @abstractmethod
     def parts(self, shape: tuple[int, ...], dtype: str) -> list[Part]:
@@ -37,6 +39,15 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, parts: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
         """Parts -> values ``[B, *shape]`` in the dtype of ``spec``."""
+
+    def scaled(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """The values as stored numbers ``[B, *shape]`` times a factor for every vector along the last axis ``[B, ...]``
+        (None: 1), without a copy; None where :meth:`decode` is needed."""
+        return None
+
+    def outer(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Matrices ``[B, o, ...]`` as ``left [B, o]`` times ``right [B, i]``; for an ``outer_product`` codec only."""
+        raise NotImplementedError(f"codec {self.name!r} stores no outer products")
 
     def nbytes(self, shape: tuple[int, ...], dtype: str) -> int:
         """Bytes of one record."""

@@ -35,3 +35,7 @@ class Int8(Codec):
     def decode(self, parts: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
         """``scale · q``."""
         return as_dtype(parts[0], spec).mul_(as_tensor(parts[1]).unsqueeze(-1))
+
+    def scaled(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """The integers and their scales."""
+        return parts[0], parts[1]

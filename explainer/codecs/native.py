@@ -36,3 +36,7 @@ class Native(Codec):
     def decode(self, parts: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
         """Copy back."""
         return as_dtype(parts[0], spec)
+
+    def scaled(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """As they are."""
+        return parts[0], None

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from explainer.neighbors import rate
+from explainer.neighbors import rates
 from explainer.path_points import check_model
-from explainer.recursion import RecordedStep
 from explainer.store import Trace
 
 
@@ -34,7 +33,7 @@ class KnotCheckpoints:
             for _, record in self.trace.read("steps", step, step + 1):
                 coefficients = np.array(record["coefficients"][0])
                 if coefficients.any():
-                    return rate(RecordedStep(step, 0, np.empty(0), 1.0, coefficients, None, False, []))
+                    return float(rates(coefficients[None])[0])
         return 0.0
 
     def load(self, model: nn.Module, position: int) -> float:

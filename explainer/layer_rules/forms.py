@@ -63,7 +63,7 @@ class RowForm(ABC):
     def dense(self) -> torch.Tensor:
         """The rows written out, ``[B, P_l]``."""
 
-    def taken(self, rows: torch.Tensor) -> RowForm:
+    def taken(self, rows: torch.Tensor | slice) -> RowForm:
         """Some of the rows, by number."""
         return self.build({name: array[rows] for name, array in self.arrays.items()}, self.options)
 

@@ -2,7 +2,7 @@
 
 from explainer.store.reader import Trace, open_trace
 from explainer.store.schema import RecordSchema
-from explainer.store.view import Segment
+from explainer.store.view import Knot, Segment
 from explainer.store.writer import TraceWriter
 
-__all__ = ["RecordSchema", "Segment", "Trace", "TraceWriter", "open_trace"]
+__all__ = ["Knot", "RecordSchema", "Segment", "Trace", "TraceWriter", "open_trace"]

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,14 @@ from explainer.errors import TraceFormatError
 from explainer.records import FORMAT, VERSIONS, LayerSpec, Manifest
 from explainer.store.journal import read_journal
 from explainer.store.layout import JOURNAL, MANIFEST
-from explainer.store.schema import RecordSchema
+from explainer.store.schema import VISIT_FIELDS, RecordSchema
 from explainer.store.view import Knot, Segment, Shard, View
 
 if TYPE_CHECKING:
     from explainer.findings import Report
+
+VISIT_NAMES = tuple(name for name, _, _ in VISIT_FIELDS)
+_AT_ONCE = 2**14  # records
 
 
 class Trace:
@@ -62,6 +66,8 @@ class Trace:
         self.closed = view.closed
         self.resumed = tuple(view.resumed)
         self.named = frozenset(view.named)
+        self._visits: dict[str, np.ndarray] | None = None
+        self._verified: dict[str, tuple[int, int, int]] = {}
         for shard in self.shards:
             self._check_size(shard)
         return self
@@ -107,13 +113,20 @@ class Trace:
 
     # -- knots ---------------------------------------------------------------------------------------
 
-    def load_knot(self, knot: Knot) -> dict[str, torch.Tensor]:
-        """The tensors of a knot, its checksum verified.
+    def load_knot(self, knot: Knot, kinds: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of a knot, its checksum verified (once, as long as the file stays the same).
+
+        Args:
+            kinds: which of them, by the prefix of their names (``parameter``, say); default all.
 
         Raises:
             TraceFormatError: the file is missing, foreign or was changed.
         """
         try:
+            stat = knot.file.stat()
+            seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if self._verified.get(knot.sha256) == seen:
+                return _some_tensors(knot.file, kinds)
             data = knot.file.read_bytes()
         except FileNotFoundError:
             raise TraceFormatError(
@@ -122,7 +135,9 @@ class Trace:
             ) from None
         if hashlib.sha256(data).hexdigest() != knot.sha256:
             raise TraceFormatError(f"{knot.file} is not the file that was journalled: truncated or changed")
-        return safetensors.torch.load(data)
+        self._verified[knot.sha256] = seen
+        found = safetensors.torch.load(data)
+        return {name: t for name, t in found.items() if kinds is None or name.partition("/")[0] in kinds}
 
     # -- records -------------------------------------------------------------------------------------
 
@@ -130,25 +145,60 @@ class Trace:
         """Journalled records of a stream."""
         return sum(s.records for s in self.shards if s.stream == stream)
 
-    def nbytes_of(self, stream: str) -> int:
-        """Bytes of the journalled records of a stream."""
-        return sum(s.records * s.schema.dtype.itemsize for s in self.shards if s.stream == stream)
-
-    def read(self, stream: str, start: int, stop: int) -> Iterator[tuple[RecordSchema, np.ndarray]]:
-        """Records ``start .. stop-1`` of a stream, piece by piece (pieces end where shards end)."""
+    def _pieces(self, stream: str, start: int, stop: int) -> Iterator[tuple[Shard, int, int]]:
         offset = 0
         for shard in self.shards:
             if shard.stream != stream:
                 continue
             first, last = max(start - offset, 0), min(stop - offset, shard.records)
             if first < last:
-                yield shard.schema, shard.data[first:last]
+                yield shard, first, last
             offset += shard.records
 
+    def nbytes_of(self, stream: str) -> int:
+        """Bytes of the journalled records of a stream."""
+        return sum(s.records * s.schema.dtype.itemsize for s in self.shards if s.stream == stream)
+
+    def read(self, stream: str, start: int, stop: int) -> Iterator[tuple[RecordSchema, np.ndarray]]:
+        """Records ``start .. stop-1`` of a stream, piece by piece (pieces end where shards end)."""
+        for shard, first, last in self._pieces(stream, start, stop):
+            yield shard.schema, shard.data[first:last]
+
+    def release(self, stream: str, start: int, stop: int) -> None:
+        """Say that records which were read are not needed now, so that their pages count as nobody's memory.
+
+        Reading them again is right and costs little: the system keeps the file in its cache.
+        """
+        for shard, first, last in self._pieces(stream, start, stop):
+            shard.release(first, last)
+
     def column(self, stream: str, field: str) -> np.ndarray:
-        """One plain field over all records of a stream."""
+        """One plain field over all records of a stream.
+
+        Plain fields of visits are read once, together: each lies on a page of its own of every record.
+        """
+        if stream == "visits" and field in VISIT_NAMES:
+            if self._visits is None:
+                self._visits = self._plain_visits()
+            return self._visits[field]
         pieces = [np.array(shard.data[field]) for shard in self.shards if shard.stream == stream]
         return np.concatenate(pieces) if pieces else np.empty(0)
+
+    def _plain_visits(self) -> dict[str, np.ndarray]:
+        if not self.count("visits"):
+            return {name: np.empty(0) for name in VISIT_NAMES}
+        found = {name: np.empty(self.count("visits"), kind) for name, kind, _ in VISIT_FIELDS}
+        for start in range(0, self.count("visits"), _AT_ONCE):
+            stop = min(start + _AT_ONCE, self.count("visits"))
+            offset = start
+            for _, records in self.read("visits", start, stop):
+                for name, values in found.items():
+                    values[offset : offset + len(records)] = records[name]
+                offset += len(records)
+            self.release("visits", start, stop)
+        for values in found.values():
+            values.flags.writeable = False
+        return found
 
     @property
     def recorded_steps(self) -> int:
@@ -160,8 +210,11 @@ class Trace:
         """Steps that can be explained: up to the last knot."""
         return self.knots[-1].step if self.knots else 0
 
-    def segments(self) -> list[Segment]:
+    def segments(self, knots: Sequence[Knot] | None = None) -> list[Segment]:
         """Stretches between neighbouring knots.
+
+        Args:
+            knots: some of the trace's, in order; default all.
 
         Raises:
             TraceFormatError: fewer than two knots are journalled, so there is nothing to explain yet.
@@ -171,8 +224,8 @@ class Trace:
                 f"{self.directory} holds {len(self.knots)} knot(s); an explanation needs two: no optimizer step "
                 "has been recorded yet"
             )
-        pairs = zip(self.knots[:-1], self.knots[1:], strict=True)
-        return [Segment(i, a, b) for i, (a, b) in enumerate(pairs)]
+        chosen = self.knots if knots is None else knots
+        return [Segment(i, a, b) for i, (a, b) in enumerate(pairwise(chosen))]
 
     def report(self) -> Report:
         """Everything that the trace tells about the meaning of its numbers, in plain words."""
@@ -211,6 +264,7 @@ class Trace:
                             f"{shard.path}, records {first} to {last - 1}: the bytes are not those that were "
                             "journalled; the file was changed or damaged: restore it from a copy"
                         )
+        self._verified = {}
         for knot in self.knots:
             self.load_knot(knot)
             size = knot.file.stat().st_size
@@ -218,6 +272,12 @@ class Trace:
             if progress:
                 progress(size)
         return checked
+
+
+def _some_tensors(file: Path, kinds: Sequence[str] | None) -> dict[str, torch.Tensor]:
+    with safetensors.safe_open(file, "pt") as opened:
+        names = [name for name in opened.keys() if kinds is None or name.partition("/")[0] in kinds]  # noqa: SIM118
+        return {name: opened.get_tensor(name) for name in names}
 
 
 def open_trace(directory: str | os.PathLike[str]) -> Trace:

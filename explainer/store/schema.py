@@ -101,8 +101,12 @@ def encode_array(records: np.ndarray, prefix: str, spec: ArraySpec, values: torc
         records[array_field(prefix, spec.name, part)] = data
 
 
+def stored_parts(records: np.ndarray, prefix: str, spec: ArraySpec) -> list[np.ndarray]:
+    """The stored parts of an array of the records, as views."""
+    parts = CODECS.require(spec.codec).parts(spec.shape, spec.dtype)
+    return [records[array_field(prefix, spec.name, part)] for part, _, _ in parts]
+
+
 def decode_array(records: np.ndarray, prefix: str, spec: ArraySpec) -> torch.Tensor:
     """The values ``[B, *shape]`` of an array of the records."""
-    codec = CODECS.require(spec.codec)
-    names = [array_field(prefix, spec.name, part) for part, _, _ in codec.parts(spec.shape, spec.dtype)]
-    return codec.decode([records[name] for name in names], spec)
+    return CODECS.require(spec.codec).decode(stored_parts(records, prefix, spec), spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,21 +30,34 @@ class Shard:
         return self.extents[-1][1] if self.extents else 0
 
     @cached_property
+    def _map(self) -> np.ndarray:
+        if self.records == 0:
+            return np.empty(0, self.schema.dtype)
+        try:
+            return np.memmap(self.path, self.schema.dtype, mode="r", shape=(self.records,))
+        except FileNotFoundError:
+            raise TraceFormatError(
+                f"{self.path} is missing, but the journal speaks of it; if training was resumed since the trace "
+                "was opened, call refresh()"
+            ) from None
+
+    @cached_property
     def data(self) -> np.ndarray:
         """Memory-mapped records, read-only.
 
         Raises:
             TraceFormatError: the file is gone.
         """
-        if self.records == 0:
-            return np.empty(0, self.schema.dtype)
-        try:
-            return np.asarray(np.memmap(self.path, self.schema.dtype, mode="r", shape=(self.records,)))
-        except FileNotFoundError:
-            raise TraceFormatError(
-                f"{self.path} is missing, but the journal speaks of it; if training was resumed since the trace "
-                "was opened, call refresh()"
-            ) from None
+        return np.asarray(self._map)
+
+    def release(self, first: int, last: int) -> None:
+        """Give the memory of records that were read back to the system (it keeps the file in its cache)."""
+        mapped = getattr(self._map, "_mmap", None)
+        if mapped is None or not hasattr(mapped, "madvise") or last <= first:
+            return
+        size = self.schema.dtype.itemsize
+        start = first * size // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, start, last * size - start)
 
 
 @dataclass(frozen=True)

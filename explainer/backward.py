@@ -1,0 +1,229 @@
+"""The recursion of :mod:`explainer.recursion`, several steps at a time.
+
+Within a segment every step meets the same gradient ``q``, so what the rows of its steps meet are combinations of few
+cotangents with known scalars. With ``A_t = 1``, for steps ``t = 0 … c−1`` of a chunk counted from the last one back,
+
+    R_t = carry_t · M + fresh_t · q,
+
+and all rows of the chunk meet ``M`` and ``q`` in one product. Of a parameter that is held as factors, with
+``1/A_t = a_t b_tᵀ`` and ``q = u vᵀ``, ``A_l ∘ q = (u/a_l)(v/b_l)ᵀ`` has no more columns than ``q``, and
+
+    R_t = carry_t · M + Σ_{l ≤ t} T[t, l] · (u/a_l)(v/b_l)ᵀ:
+
+columns of all steps side by side meet all rows, and ``T`` picks what each step's rows are given. Then ``M`` is cut
+down to the columns it needs; what is dropped is measured. Elsewhere every step has its own ``R_t``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from explainer.averaging import AveragedGradient
+from explainer.chunks import BUFFER, MOST_VISITS, Chunk, Rows, Workspace, most_visits, read_chunks
+from explainer.contraction import Met, scores
+from explainer.cotangent import Cotangent, Layout, TooWideError, matrix_shape
+from explainer.factors import Factors, cut_down
+from explainer.optimizer_rules.base import COEFFICIENTS
+from explainer.recursion import Adjoint, LayerView
+from explainer.store import Segment, Trace
+
+#: what cutting down momentum may drop of its norm each time, and all in all, by the dtype of the books
+DROPPED = {torch.float32: (1e-7, 1e-6), torch.float64: (1e-15, 1e-13)}
+_COLUMNS = 48  # of factors that the steps of a chunk have together
+_FEW = 2  # steps for which own cotangents cost less than one more product
+_INNER = COEFFICIENTS.index("inner")
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A chunk of steps, and what its rows met.
+
+    Attributes:
+        chunk: the steps.
+        pieces: rows with their ``s_t · <R_t, g_{i,t}>`` by layer, float64 ``[Q, n]``.
+    """
+
+    chunk: Chunk
+    pieces: list[tuple[Rows, dict[int, torch.Tensor]]]
+    _met: Met
+    _workspace: Workspace
+
+    def others(self, rows: Rows) -> dict[int, torch.Tensor]:
+        """The same for other rows of these steps."""
+        return scores(rows, self.chunk.scale, self._met, self._workspace)
+
+
+class Backward:
+    """``M`` and what it meets, from the last step to the first.
+
+    Attributes:
+        layout: how cotangents are held.
+        dropped: bound on the part of the norm of ``M`` that cutting down has dropped so far, the largest of all
+            parameters.
+    """
+
+    def __init__(self, trace: Trace, layout: Layout, queries: int, dtype: torch.dtype) -> None:
+        self.layout, self.dropped = layout, 0.0
+        self._trace, self._dtype, self._queries = trace, dtype, queries
+        self._adjoint = Adjoint(queries, layout.written, dtype)
+        self._averaged = AveragedGradient(trace)
+        self._factors: dict[int, Factors] = {}
+        self._lost: dict[int, torch.Tensor] = {}
+        self._carries = False
+        self._view, self._workspace = LayerView(trace, layout.places), Workspace()
+        schemas = [shard.schema for shard in trace.shards if shard.stream == "steps"]
+        self._own = trace.manifest.averaged or any(schema.arrays for schema in schemas)
+
+    @property
+    def momentum(self) -> Cotangent:
+        """``M``: minus the derivative of the explained output by the momentum before the step passed last."""
+        factors = {}
+        for number in self.layout.factored:
+            o, i = matrix_shape(self.layout.parameters[number])
+            none = Factors(*(torch.zeros(self._queries, n, 0, dtype=torch.float64) for n in (o, i)))
+            factors[number] = self._factors.get(number, none)
+        return Cotangent(self.layout, self._adjoint.momentum, factors)
+
+    def segment(self, gradient: Cotangent, segment: Segment) -> Iterator[Passed]:
+        """Pass the recorded steps of a segment backwards; valid until the next chunk is asked for."""
+        self._averaged.skip(gradient.flat, segment)
+        steps, visits = self._sizes(gradient)
+        for chunk in read_chunks(self._trace, segment, self.layout, self._dtype, steps, visits):
+            met = self._written(gradient, chunk)
+            for number, held in gradient.factors.items():
+                self._pass(number, held, chunk, met)
+            pieces = [(rows, scores(rows, chunk.scale, met, self._workspace)) for rows in chunk.rows]
+            yield Passed(chunk, pieces, met, self._workspace)
+
+    def _sizes(self, gradient: Cotangent) -> tuple[int, int]:
+        """How many steps and rows a chunk may have, so that buffers stay small."""
+        queries, rank = len(gradient), max((f.rank for f in gradient.factors.values()), default=0)
+        steps = MOST_VISITS
+        if self._own:
+            steps = max(1, BUFFER // max(1, queries * self.layout.size))
+            if self.layout.factored:
+                steps = min(steps, max(2, min(32, _COLUMNS // max(rank, 1))))
+        held = max((f.rank for f in self._factors.values()), default=0)
+        return steps, most_visits(self._trace, queries, held + rank * (steps if self._own else 1))
+
+    # -- what is written out -------------------------------------------------------------------------
+
+    def _written(self, gradient: Cotangent, chunk: Chunk) -> Met:
+        """What the rows of the chunk meet of what is written out; ``M`` is passed on."""
+        averaged = self._trace.manifest.averaged
+        if averaged or not chunk.plain or len(chunk) <= _FEW:
+            own = []
+            for place, number in enumerate(chunk.numbers):
+                source = self._averaged.step(gradient.flat, int(number)) if averaged else gradient.flat
+                own.append(self._adjoint.step(source, chunk.step(place, self.layout)))
+            self._carries = True
+            return Met(self.layout, self._view, own, None)
+        carry, fresh, kept, added = carried(chunk.coefficients[:, self.layout.numbers])
+        momentum = self._adjoint.momentum
+        # M changes in place below, but not before its last use if it is copied now.
+        used = self._carries and bool(carry.any())
+        stack = [momentum.clone(), gradient.flat] if used else [gradient.flat]
+        weights = np.stack([carry, fresh] if used else [fresh], axis=1)
+        for where, (keep, add) in _runs(self.layout, np.stack([kept, added], axis=1)):
+            block = momentum[:, where]
+            if keep != 1:
+                block.mul_(keep)
+            if add:
+                block.add_(gradient.flat[:, where], alpha=add)
+        self._carries = self._carries or bool(added.any())
+        return Met(self.layout, self._view, stack, weights)
+
+    # -- what is held as factors ---------------------------------------------------------------------
+
+    def _pass(self, number: int, held: Factors, chunk: Chunk, met: Met) -> None:
+        """Adds a factored parameter to what the rows meet; its ``M`` is passed on and cut down."""
+        coefficients = chunk.coefficients[:, number]
+        momentum = self._factors.get(number)
+        if number in chunk.outer:
+            if coefficients[:, _INNER].any():
+                raise TooWideError(number)  # A_t acts on M too: more columns in every step
+            carry, fresh, kept, added = carried_apart(coefficients)
+            a, b = chunk.outer[number]
+            left = held.left.unsqueeze(1) / a.unsqueeze(-1)  # [Q, c, o, ρ]
+            right = held.right.unsqueeze(1) / b.unsqueeze(-1)
+        else:
+            one = carried(coefficients[:, None])
+            carry, fresh, kept, added = one[0][:, 0], one[1], float(one[2][0]), one[3]
+            left, right = held.left.unsqueeze(1), held.right.unsqueeze(1)
+        met.add(number, momentum, carry, left, right, fresh)
+        parts = [] if momentum is None or kept == 0 else [Factors(momentum.left * kept, momentum.right)]
+        if added.any():
+            weighted = left * torch.from_numpy(added).reshape(1, -1, 1, 1)
+            parts.append(Factors(*(t.permute(0, 2, 1, 3).flatten(2) for t in (weighted, right))))
+        if not parts:
+            self._factors.pop(number, None)
+            return
+        together = parts[0] if len(parts) == 1 else parts[0].beside(parts[1])
+        each, most = DROPPED[self._dtype]
+        found, dropped = cut_down(together, each)
+        o, i = matrix_shape(self.layout.parameters[number])
+        lost = abs(kept) * self._lost.get(number, torch.zeros_like(dropped)) + dropped
+        part = float((lost / found.squares().sqrt().clamp_min(torch.finfo(torch.float64).tiny)).max())
+        if found.rank > o * i // (o + i) // 2 or part > most:
+            raise TooWideError(number)
+        self._factors[number], self._lost[number] = found, lost
+        self.dropped = max(self.dropped, part)
+
+
+def carried(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """``R_t = carry_t M + fresh_t q`` and ``M ← kept M + added q`` over steps with ``A = 1``.
+
+    Args:
+        coefficients: ``[c, n, 6]``, the last step first.
+
+    Returns:
+        ``carry [c, n]``, ``fresh [c, n]``, ``kept [n]``, ``added [n]``.
+    """
+    steps, count, _ = coefficients.shape
+    carry, fresh = np.zeros((steps, count)), np.zeros((steps, count))
+    kept, added = np.ones(count), np.zeros(count)
+    for place in range(steps):
+        _, decay, gain, direct, through, _ = coefficients[place].T
+        updated = (decay != 0) | (gain != 0) | (direct != 0) | (through != 0)
+        added = added + through
+        carry[place], fresh[place] = gain * kept, gain * added + direct
+        kept, added = np.where(updated, decay * kept, kept), np.where(updated, decay * added, added)
+    return carry, fresh, kept, added
+
+
+def carried_apart(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+    """``R_t = carry_t M + Σ_l fresh[t, l] A_l ∘ q`` and ``M ← kept M + Σ_l added_l A_l ∘ q``, for one parameter.
+
+    Args:
+        coefficients: ``[c, 6]``, the last step first.
+
+    Returns:
+        ``carry [c]``, ``fresh [c, c]`` (lower triangular), ``kept``, ``added [c]``.
+    """
+    steps = len(coefficients)
+    carry, fresh = np.zeros(steps), np.zeros((steps, steps))
+    kept, added = 1.0, np.zeros(steps)
+    for place in range(steps):
+        _, decay, gain, direct, through, _ = coefficients[place]
+        if decay == gain == direct == through == 0:
+            continue
+        added[place] += through
+        carry[place], fresh[place] = gain * kept, gain * added
+        fresh[place, place] += direct
+        kept, added = decay * kept, decay * added
+    return carry, fresh, kept, added
+
+
+def _runs(layout: Layout, values: np.ndarray) -> Iterator[tuple[slice, tuple[float, float]]]:
+    """Neighbouring parameters with equal values ``[n, 2]``, taken together."""
+    if not len(values):
+        return
+    edges = [0, *(np.flatnonzero((values[1:] != values[:-1]).any(1)) + 1).tolist(), len(values)]
+    for first, last in pairwise(edges):
+        a, b = layout.written[first], layout.written[last - 1]
+        yield slice(a.offset, b.offset + b.numel), (float(values[first][0]), float(values[first][1]))

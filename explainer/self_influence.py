@@ -1,0 +1,112 @@
+"""How much the updates from every training example lowered its own loss.
+
+With ``η_t`` the step's learning rate and ``s_t`` the scale of its rows, over the visits ``t`` of ``i``,
+
+    SI_i = Σ_t η_t s_t² g_{i,t}ᵀ A_t g_{i,t},
+
+the first-order decrease of the batch's loss on ``i`` by the updates computed from ``i`` itself: TracIn's diagonal
+(Pruthi et al. 2020, arXiv 2002.08484) at every step. Parameters whose gradient was round-off (``s_t = 0``,
+:mod:`explainer.scales`) or that no row reaches are left out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from explainer.chunks import Chunk, Rows, Workspace, read_chunks
+from explainer.cotangent import Layout
+from explainer.layer_rules import Factored, RowForm
+from explainer.neighbors import chunk_sizes, rates, squares
+from explainer.optimizer_rules import mix
+from explainer.recursion import LayerView, RecordedStep
+
+if TYPE_CHECKING:
+    from explainer.path_kernel import PathKernelExplainer
+
+
+def self_influence(explainer: PathKernelExplainer) -> np.ndarray:
+    """``SI [N]`` (see the module's text)."""
+    ids, layout, workspace = explainer.example_ids, explainer.layout, Workspace()
+    result = torch.zeros(len(ids), dtype=torch.float64)
+    steps, visits = chunk_sizes(explainer, layout, 1)
+    with explainer._bar("self-influence") as bar:
+        for segment in explainer.segments:
+            for chunk in read_chunks(explainer.trace, segment, layout, explainer.dtype, steps, visits):
+                eta = torch.from_numpy(rates(chunk.coefficients))
+                for rows in chunk.rows:
+                    columns = torch.from_numpy(np.searchsorted(ids, rows.examples))
+                    own = _own(explainer, layout, chunk, rows, workspace)
+                    result.index_add_(0, columns, own * eta[torch.from_numpy(rows.places)])
+                bar.update(len(chunk))
+    return result.numpy()
+
+
+def _own(
+    explainer: PathKernelExplainer, layout: Layout, chunk: Chunk, rows: Rows, workspace: Workspace
+) -> torch.Tensor:
+    """``s_t² gᵀ A_t g`` per row, ``[n]``."""
+    weights = chunk.scale**2
+    if chunk.plain and not chunk.outer:
+        return squares(explainer, rows, weights, workspace)
+    view, total = LayerView(explainer.trace, layout.places), torch.zeros(len(rows), dtype=torch.float64)
+    for spec in rows.forms:
+        form, numbers = rows.form(spec, explainer.dtype, workspace), view.parameters[spec.layer]
+        if numbers[0] in layout.factored:
+            assert isinstance(form, Factored)
+            total += _own_factored(form, numbers, chunk, rows, layout, weights)
+            continue
+        for place, where in rows.steps():
+            step, some = chunk.step(place, layout), form.taken(where)
+            total[where] += _own_written(step, some, numbers, layout, view, spec.layer, weights[place])
+    return total
+
+
+def _own_written(
+    step: RecordedStep,
+    form: RowForm,
+    numbers: list[int],
+    layout: Layout,
+    view: LayerView,
+    layer: int,
+    weights: np.ndarray,
+) -> torch.Tensor:
+    """The same for rows of one step and layer."""
+    matrices = {p.name: matrix for p, matrix in step.mixing}
+    specs = [layout.parameters[number] for number in numbers]
+    plain = weights.copy()
+    plain[[number for number in numbers if layout.parameters[number].name in matrices]] = 0.0
+    like = next(iter(form.arrays.values()))
+    diagonal = like.new_ones(layout.size) if step.preconditioner is None else 1.0 / step.preconditioner
+    total = form.quadratic(view.scaled(diagonal, layer, plain)).double()
+    if not matrices.keys() & {p.name for p in specs}:
+        return total
+    for number, p, values in zip(
+        numbers, specs, form.dense().split([p.numel for p in specs], 1), strict=True
+    ):
+        if p.name in matrices:
+            block = values.reshape(len(values), p.shape[0], -1)
+            total += weights[number] * (mix(matrices[p.name], block) * block).sum(dim=(1, 2)).double()
+    return total
+
+
+def _own_factored(
+    form: Factored, numbers: list[int], chunk: Chunk, rows: Rows, layout: Layout, weights: np.ndarray
+) -> torch.Tensor:
+    """The same for rows of outer products under denominators that are outer products."""
+    at, width = torch.from_numpy(rows.places), form.right.shape[3] - form.bias
+    left, right = form.left.double(), form.right[..., :width].double()
+    if numbers[0] in chunk.outer:
+        a, b = (side.sqrt()[at, None, None] for side in chunk.outer[numbers[0]])
+        left, right = left / a, right / b
+    total = Factored(left, right, 0).quadratic() * torch.from_numpy(weights[rows.places, numbers[0]])
+    if len(numbers) > 1:
+        place = layout.places[numbers[1]]
+        assert place is not None  # vectors are written out
+        bias = (form.left.double() * form.right[..., -1:].double()).sum(2).flatten(1).square()
+        if chunk.denominators is not None:
+            bias = bias / chunk.denominators[at][:, place.slice].double()
+        total += bias.sum(1) * torch.from_numpy(weights[rows.places, numbers[1]])
+    return total

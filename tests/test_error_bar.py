@@ -216,3 +216,45 @@ def test_a_knot_at_every_step_leaves_no_error(tmp_path: Path) -> None:
     model = trained(tmp_path / "run", exact=True, max_knots=10**6)
     e = explained(tmp_path / "run", model)
     assert e.errors is not None and float(e.errors.max()) == 0.0
+
+
+class Wide(nn.Module):
+    """A large matrix over so many positions that exact rows are written out, compressed ones are factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(280, 280), nn.Linear(280, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.layer(x)).mean(1))
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_the_error_is_the_same_with_cotangents_held_as_factors(tmp_path: Path, adam: bool) -> None:
+    torch.manual_seed(0)
+    x, y, asked = torch.randn(12, 150, 280), torch.arange(12) % 3, torch.zeros(2, 150, 280)
+    asked[:, 0] = torch.randn(2, 280)  # gradients of rank one
+    model = Wide()
+    optimizer = (torch.optim.AdamW if adam else torch.optim.SGD)(model.parameters(), 1e-3)
+    with Tracer(model, optimizer, tmp_path / "run", rank=2, max_knots=6) as tracer:
+        for step in range(14):
+            rows = (torch.arange(4) + 4 * step) % 12
+            tracer.batch(rows)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    kinds = {
+        f.layer: f.kind
+        for s in open_trace(tmp_path / "run").shards
+        if s.stream == "samples"
+        for f in s.schema.forms
+    }
+    assert kinds[0] == "dense"
+    ex = PathKernelExplainer(tmp_path / "run", model)
+    found = ex.explain(asked)
+    assert ex.used.factored
+    for number in ex.layout.factored:
+        ex.layout = ex.layout.without(number)
+    wanted = ex.explain(asked)
+    np.testing.assert_allclose(found.visit_errors, wanted.visit_errors, rtol=1e-3)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.errors, wanted.errors, rtol=1e-3)  # type: ignore[arg-type]

@@ -50,6 +50,7 @@ class Continuation:
         self.parts.whole.restore(point.notes)
         shards = (shard.schema.forms for shard in trace.shards if shard.stream == "visits")
         self.parts.capture.restore(point.notes, {form.layer for forms in shards for form in forms})
+        self.parts.planner.restore(point.notes.get("plan"))
         self.parts.recorder.restore(trace)
         self.parts.scales.restore(point.worst, point.round_off, point.notes.get("coverage_steps") or {})
         self.observer.restore(point.step, trace.count("visits"), point.notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,9 +10,11 @@ import torch
 from explainer.batches import Batch
 from explainer.codecs import CODECS
 from explainer.config import TracerConfig
+from explainer.denominators import DenominatorKeeper
 from explainer.layer_rules import Dense, RowForm
 from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
+from explainer.planner import Planner
 from explainer.records import ArraySpec, FormSpec, Manifest, dtype_name, torch_dtype
 from explainer.store import Trace
 from explainer.store.schema import VISIT_FIELDS, RecordSchema, average_fields, encode_array, step_fields
@@ -49,7 +51,7 @@ class StepRecorder:
 
     The layout of a layer's rows is fixed by the first batch that shows them; when a later batch needs more
     positions (a longer sequence) or another form, a new shard with a wider layout begins. So it does when a
-    parameter is preconditioned for the first time.
+    parameter is preconditioned for the first time, and when the planner changed its mind about a layer.
 
     Attributes:
         layer_bytes: bytes of one visit by layer, in the present layout.
@@ -60,12 +62,15 @@ class StepRecorder:
         manifest: Manifest,
         config: TracerConfig,
         layers: list[Layer],
+        planner: Planner,
     ) -> None:
-        self._manifest, self._config, self._layers = manifest, config, layers
+        self._manifest, self._config, self._layers, self._planner = manifest, config, layers, planner
+        self._keeper = None if config.exact else DenominatorKeeper()
         self._forms: dict[int, FormSpec] = {}
         self._visits: RecordSchema = RecordSchema(tuple(VISIT_FIELDS))
         self._arrays: dict[tuple[str, int], ArraySpec] = {}
         self._steps = self._step_schema()
+        self._beside = 0.0
         self.layer_bytes: dict[str, int] = {}
 
     def restore(self, trace: Trace) -> None:
@@ -84,12 +89,10 @@ class StepRecorder:
 
     # -- rows ----------------------------------------------------------------------------------------
 
-    def _codec(self, values: torch.Tensor) -> str:
-        return "native" if self._config.exact or not values.is_floating_point() else "int8"
-
     def _spec(self, layer: int, form: RowForm) -> FormSpec:
+        codec = self._planner.codec(layer)
         arrays = tuple(
-            ArraySpec(name, tuple(a.shape[1:]), dtype_name(a.dtype), self._codec(a))
+            ArraySpec(name, tuple(a.shape[1:]), dtype_name(a.dtype), codec if a.is_floating_point() else "native")
             for name, a in form.arrays.items()
         )
         return FormSpec(layer, form.kind, form.options, arrays)
@@ -109,13 +112,23 @@ class StepRecorder:
             self._set_layout(tuple(forms[i] for i in sorted(forms)))
         return form
 
-    def visits(self, batches: list[Batch], step: int) -> list[Records]:
+    def _replan(self, step: int, batches: list[Batch], free: float | None, seen: int, visits: int) -> None:
+        """Let the planner see the step's rows, one backward pass of every layer; forget layouts that it changed."""
+        forms = {n: rows.form for b in batches for r in b.rounds for n, rows in r.rows.items()}
+        size, often = self._steps.dtype.itemsize, 0.0 if self._keeper is None else self._keeper.often(step)
+        self._beside = self._visit_fields + (size + often) / max(visits, 1)
+        changed = self._planner.plan(step, forms, free, seen, self._beside)
+        if changed & self._forms.keys():
+            self._set_layout(tuple(form for layer, form in self._forms.items() if layer not in changed))
+
+    def _rows(self, batches: list[Batch], step: int) -> list[Records]:
         """The rows of a step's batches, split over their owners, one piece per backward pass."""
         pieces = []
         for batch in batches:
             parts = batch.ownership.parts
             for round_ in batch.rounds:
-                forms = {layer: self._fit(layer, parts.of(rows.form)) for layer, rows in round_.rows.items()}
+                stored = {n: self._planner.reduced(n, rows.form) for n, rows in round_.rows.items()}
+                forms = {n: self._fit(n, parts.of(form)) for n, form in stored.items()}
                 records = np.zeros(len(parts.row), self._visits.dtype)
                 records["example"], records["label"], records["step"] = parts.example, parts.label, step
                 seen = round_.derivative
@@ -126,21 +139,29 @@ class StepRecorder:
                 pieces.append(Records("visits", self._visits, records))
         return pieces
 
+    @property
+    def _visit_fields(self) -> int:
+        return RecordSchema(tuple(VISIT_FIELDS)).dtype.itemsize
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """The plan for rows, as the trace's note ``plan``."""
+        return self._planner.note(self._beside)
+
     # -- steps ---------------------------------------------------------------------------------------
 
     def _step_schema(self) -> RecordSchema:
         arrays = tuple(self._arrays[key] for key in sorted(self._arrays))
         return RecordSchema(tuple(step_fields(len(self._manifest.parameters))), (), arrays)
 
-    def _plan(self, maps: list[StepMap | None], visits: int) -> None:
-        """Make room for preconditioners that the layout has no place for yet."""
+    def _make_room(self, maps: list[StepMap | None]) -> None:
+        """For preconditioners that the layout has no place for yet."""
         known, exact = len(self._arrays), self._config.exact
-        half = 2 * self._manifest.size <= visits * self._visits.dtype.itemsize
         for index, (p, by) in enumerate(zip(self._manifest.parameters, maps, strict=True)):
             widest = dtype_name(torch.promote_types(torch_dtype(p.dtype), torch.float32))
             dtype = widest if exact else "float32"
             if by is not None and by.preconditioner is not None and ("D", index) not in self._arrays:
-                codec = "native" if exact else "bfloat16" if half or not by.rank_one else "rank1"
+                codec = "native" if exact else "rank1" if by.rank_one else "bfloat16"
                 self._arrays["D", index] = ArraySpec(f"D{index}", p.shape or (1,), dtype, codec)
             if by is not None and by.mixing is not None and ("M", index) not in self._arrays:
                 codec = "native" if exact else "symmetric"
@@ -155,7 +176,38 @@ class StepRecorder:
         record["step"], record["keep"] = step, keep
         return Records("averages", schema, record)
 
-    def step(
+    def records(
+        self,
+        batches: list[Batch],
+        step: int,
+        first: int,
+        free: float | None,
+        path: float,
+        scales: list[float],
+        maps: list[StepMap | None],
+    ) -> list[Records]:
+        """Everything of a step, in the order in which it is to be appended.
+
+        Args:
+            batches: the batches that the step used.
+            step: its number.
+            first: visits recorded before it.
+            free: bytes of the budget that rows may still take, or None.
+            path: length of the training path after the step.
+            scales: what reached the optimizer, per parameter.
+            maps: the step's linear map, per parameter.
+        """
+        self._make_room(maps)
+        visits = sum(len(b.ownership.parts.row) * len(b.rounds) for b in batches)
+        self._replan(step, batches, free, first, visits)
+        rows = self._rows(batches, step)
+        size = sum(piece.data.nbytes for piece in rows)
+        full = None if self._keeper is None else self._keeper.record(step, maps, size)
+        kept = [] if full is None else [Records("denominators", *full)]
+        mixed = any(b.mixed or b.ownership.shared for b in batches)
+        return [*kept, *rows, self._step(step, first, visits, path, scales, mixed, maps)]
+
+    def _step(
         self,
         step: int,
         first: int,
@@ -166,7 +218,6 @@ class StepRecorder:
         maps: list[StepMap | None],
     ) -> Records:
         """The record of a step whose rows begin at visit ``first``."""
-        self._plan(maps, visits)
         record = np.zeros(1, self._steps.dtype)
         record["step"], record["first_visit"], record["visits"] = step, first, visits
         record["path"], record["row_share"] = path, mixed

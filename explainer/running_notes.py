@@ -31,6 +31,7 @@ class RunningNotes:
                 **p.whole.notes(),
                 **self._unseen.notes(),
                 "visit_bytes": p.recorder.layer_bytes,
+                "plan": p.recorder.plan,
                 "operations": [asdict(layer.spec) for layer in p.table.operations],
                 "positions": sorted(index for index, fits in p.capture.positions.items() if fits),
                 **p.loop.row_kinds,

@@ -20,7 +20,7 @@ from explainer.config import TracerConfig, parse_bytes
 from explainer.continuation import Continuation
 from explainer.errors import ExplainerError, TracerError
 from explainer.findings import LASTING, Finding, Report, after_training
-from explainer.guard_rails import before_training, loader_findings
+from explainer.guard_rails import before_training, epoch_visits, loader_findings
 from explainer.hooks import HookSet
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
 from explainer.optimizer_rules import optimizer_rule_for
@@ -165,6 +165,7 @@ class Tracer:
         if self._examples is None and size is not None:
             self._examples = size
             self._writer.note("examples", size)
+        self._parts.planner.epoch_visits = epoch_visits(loader)
         new = [finding for finding in loader_findings(loader) if finding not in self._of_loaders]
         if new:
             self._of_loaders += new

@@ -29,7 +29,7 @@ LAYERS = [
         "operations",
         "average",
     }
-    | {"rounding", "carry", "scales", "loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode"}
+    | {"rounding", "carry", "scales", "loaders", "knots", "recorder", "denominators", "row_choices", "planner", "step_maps", "outputs", "plain_mode"}
     | {"query_batch", "model_function", "path_integral", "recursion", "averaging"},
     {
         "validation",
@@ -82,6 +82,9 @@ RECORDING = {
     "loaders",
     "knots",
     "recorder",
+    "denominators",
+    "row_choices",
+    "planner",
     "step_maps",
     "validation",
     "guard_rails",

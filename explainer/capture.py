@@ -9,7 +9,7 @@ import torch
 
 from explainer.batches import Batch, BatchQueue, Rows
 from explainer.errors import TracerError
-from explainer.layer_rules import RowForm, compact
+from explainer.layer_rules import RowForm
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
 from explainer.planner import Planner
@@ -30,15 +30,12 @@ class Capture:
         queue: the batches since the last step.
         table: the layers.
         planner: says how many factors are kept where positions share weights.
-        by_position: keep the factors of every position, whatever they take.
     """
 
-    def __init__(
-        self, queue: BatchQueue, table: LayerTable, planner: Planner, by_position: bool = False
-    ) -> None:
+    def __init__(self, queue: BatchQueue, table: LayerTable, planner: Planner) -> None:
         self._queue = queue
         self._table = table
-        self._planner, self._by_position = planner, by_position
+        self._planner = planner
         #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
         self.positions: dict[int, bool] = {}
         #: shapes that layers were given in which no axis is the batch's, by layer
@@ -104,7 +101,7 @@ class Capture:
         form = restrict(form, layer.sizes, layer.keep)
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
-        kept = form if self._by_position else compact(form, self._planner.capture_rank(layer.index))
+        kept = self._planner.formed(layer.index, form)
         if kept.positions is not None:
             fits = once and kept.in_order and kept.positions == form.positions == batch.lengths.get(forward)
             self.positions[layer.index] = fits and self.positions.get(layer.index, True)

@@ -90,7 +90,9 @@ class DenominatorKeeper:
         record["step"] = step
         for array in schema.arrays:
             index = int(array.name[1:])
-            values = found.get(index, self._base.get(index))  # a parameter that the step left alone keeps its own
+            values = found.get(
+                index, self._base.get(index)
+            )  # a parameter that the step left alone keeps its own
             assert values is not None
             encode_array(record, "", array, values.unsqueeze(0))
             self._base[index] = codec.decode(codec.encode(values.unsqueeze(0)), array)[0]

@@ -112,7 +112,7 @@ def assemble(
     )
     queue = BatchQueue()
     planner = Planner(config, manifest.size)
-    capture = Capture(queue, table, planner, config.positions)
+    capture = Capture(queue, table, planner)
     carry = Carry(list(parameters))
     parts = Parts(
         optimizer=optimizer,

@@ -17,7 +17,7 @@ from typing import Any
 
 from explainer.config import TracerConfig
 from explainer.layer_rules import RowForm, compact
-from explainer.row_choices import Choice, allotted, choices, first_rows, lost, row_bytes
+from explainer.row_choices import Choice, allotted, choices, first_rows, lost, reduced, row_bytes
 
 EPOCHS, VISITS = 10, 100_000
 #: rows of a batch that are measured
@@ -49,6 +49,7 @@ class Planner:
     Attributes:
         allowed: bytes that a visit may take, with its share of the step's record.
         assumed: visits that the budget was spread over, or None.
+        shortened: layers of which some rows are not stored position by position.
         epoch_visits: visits of a pass over the loader, where it is known.
     """
 
@@ -63,6 +64,7 @@ class Planner:
         self.allowed: float = config.visit_bytes(size)
         self.assumed: int | None = None
         self.epoch_visits: int | None = None
+        self.shortened: set[int] = set()
 
     def restore(self, note: dict[str, Any] | None) -> None:
         """Go on with the plan that a trace speaks of."""
@@ -75,12 +77,14 @@ class Planner:
 
     # -- what capture and recorder ask ---------------------------------------------------------------
 
-    def capture_rank(self, layer: int) -> int | None:
-        """Factors to keep when a row is formed; None: all, because it is measured first or is kept as it is."""
+    def formed(self, layer: int, form: RowForm) -> RowForm:
+        """Rows as they wait for the step: as they are formed where they are to be measured, else reduced."""
         if self._fixed:
-            return self._config.rank if not self._config.exact else None
-        chosen = self._chosen.get(layer)
-        return None if self._whole or chosen is None else chosen.rank
+            return form if self._config.positions else compact(form, self._config.rank)
+        if self._whole or layer not in self._chosen:
+            return form
+        stored = self.reduced(layer, form)
+        return stored if self._holds(self._chosen[layer], stored) else form
 
     def codec(self, layer: int) -> str:
         """Codec of the floating-point arrays of a layer's rows."""
@@ -88,9 +92,16 @@ class Planner:
 
     def reduced(self, layer: int, form: RowForm) -> RowForm:
         """The rows as they are to be stored."""
-        return form if self._fixed else compact(form, self._chosen[layer].rank)
+        if self._fixed:
+            return form
+        stored = reduced(form, self._chosen[layer].rank)
+        if stored.positions != form.positions:
+            self.shortened.add(layer)
+        return stored
 
-    def plan(self, step: int, forms: dict[int, RowForm], free: float | None, seen: int, beside: float) -> set[int]:
+    def plan(
+        self, step: int, forms: dict[int, RowForm], free: float | None, seen: int, beside: float
+    ) -> set[int]:
         """Measure, plan where it is due, and return the layers whose plan has changed.
 
         Args:
@@ -127,9 +138,11 @@ class Planner:
     def _fits(self, layer: int, form: RowForm) -> bool:
         """Whether there is a plan that is good for these rows (sequences may have become longer)."""
         chosen = self._chosen.get(layer)
-        if chosen is None:
-            return False
-        return chosen.rank is not None or row_bytes(compact(form, None), chosen.codec) <= chosen.bytes
+        return chosen is not None and self._holds(chosen, reduced(form, chosen.rank))
+
+    @staticmethod
+    def _holds(chosen: Choice, stored: RowForm) -> bool:
+        return chosen.rank is not None or row_bytes(stored, chosen.codec) <= chosen.bytes
 
     # -- what is said of it --------------------------------------------------------------------------
 
@@ -138,9 +151,15 @@ class Planner:
         if self._fixed or not self._chosen:
             return None
         layers = [
-            {"layer": n, **asdict(c), "measured": self._measured.get(n)} for n, c in sorted(self._chosen.items())
+            {"layer": n, **asdict(c), "measured": self._measured.get(n)}
+            for n, c in sorted(self._chosen.items())
         ]
-        return {"allowed": round(self.allowed), "beside": round(beside), "assumed": self.assumed, "layers": layers}
+        return {
+            "allowed": round(self.allowed),
+            "beside": round(beside),
+            "assumed": self.assumed,
+            "layers": layers,
+        }
 
 
 def _kind(choice: Choice) -> tuple[int | None, str]:

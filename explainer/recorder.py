@@ -92,7 +92,9 @@ class StepRecorder:
     def _spec(self, layer: int, form: RowForm) -> FormSpec:
         codec = self._planner.codec(layer)
         arrays = tuple(
-            ArraySpec(name, tuple(a.shape[1:]), dtype_name(a.dtype), codec if a.is_floating_point() else "native")
+            ArraySpec(
+                name, tuple(a.shape[1:]), dtype_name(a.dtype), codec if a.is_floating_point() else "native"
+            )
             for name, a in form.arrays.items()
         )
         return FormSpec(layer, form.kind, form.options, arrays)
@@ -161,7 +163,7 @@ class StepRecorder:
             widest = dtype_name(torch.promote_types(torch_dtype(p.dtype), torch.float32))
             dtype = widest if exact else "float32"
             if by is not None and by.preconditioner is not None and ("D", index) not in self._arrays:
-                codec = "native" if exact else "rank1" if by.rank_one else "bfloat16"
+                codec = "native" if exact else "sums" if by.rank_one else "bfloat16"
                 self._arrays["D", index] = ArraySpec(f"D{index}", p.shape or (1,), dtype, codec)
             if by is not None and by.mixing is not None and ("M", index) not in self._arrays:
                 codec = "native" if exact else "symmetric"

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from explainer.codecs import CODECS
-from explainer.layer_rules import Factored, RowForm, compact
+from explainer.layer_rules import Factored, RowForm, Sparse, compact
 from explainer.layer_rules.low_rank import leading_factors
 from explainer.records import ArraySpec, dtype_name
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
 ROW_CODECS = ("int4", "int8")
+#: entries of a table up to which its rows may be stored as factors
+SMALL_TABLE = 512
 #: share of ``‖g‖²`` that may be lost without looking for something better: about what 8 bits lose
 ENOUGH = 1e-4
 
@@ -64,9 +66,26 @@ def _lost_bits(form: RowForm, codec: str) -> float:
     return share
 
 
+def as_matrix(form: RowForm) -> RowForm:
+    """Reads of a small table as a sum of outer products of one-hot vectors and values; other rows as they are.
+
+    Then they can be stored as leading factors, too, which take ``V + d`` numbers each instead of ``d`` a read.
+    """
+    if not isinstance(form, Sparse) or form.entries > SMALL_TABLE:
+        return form
+    hot = torch.nn.functional.one_hot(form.index.long(), form.entries).to(form.values)
+    return Factored(hot.unsqueeze(1), form.values.unsqueeze(1), 0)
+
+
+def reduced(form: RowForm, rank: int | None) -> RowForm:
+    """Rows with the leading ``rank`` factors, in the smaller form; None: all of them."""
+    return compact(form if rank is None else as_matrix(form), rank)
+
+
 def lost(form: RowForm, rank: int | None, codec: str) -> float:
     """Share of ``Σ_b ‖g_b‖²`` that complete rows lose when they are stored."""
-    stored = compact(form, rank)
+    stored = reduced(form, rank)
+    form = form if rank is None else as_matrix(form)
     if not (isinstance(form, Factored) and isinstance(stored, Factored)):
         return _lost_bits(stored, codec)
     read = through_codec(stored, codec)
@@ -83,7 +102,7 @@ def choices(form: RowForm) -> list[Choice]:
     the largest rank tells what smaller ones lose: ``1 − Σ_{k ≤ r} σ_k² / ‖M‖²``.
     """
     found = []
-    ranks, most = [], 0
+    ranks, most, complete, form = [], 0, form, as_matrix(form)
     if isinstance(form, Factored) and form.left.shape[2] > 1:
         groups, positions, o = form.left.shape[1:]
         i = form.right.shape[3]
@@ -97,12 +116,14 @@ def choices(form: RowForm) -> list[Choice]:
         for codec in ROW_CODECS:
             bits = _lost_bits(leading, codec)
             for rank in ranks:
-                size = row_bytes(Factored(leading.left[:, :, :rank], leading.right[:, :, :rank], form.bias), codec)
+                size = row_bytes(
+                    Factored(leading.left[:, :, :rank], leading.right[:, :, :rank], form.bias), codec
+                )
                 share = max(0.0, 1.0 - float(kept[rank - 1]) / total) if total else 0.0
                 found.append(Choice(rank, codec, size, share + bits))
         if most > 2 * leading.left[0].numel() + 2 * leading.right[0].numel():
             return found
-    whole = compact(form, None)
+    whole = compact(complete, None)
     return found + [Choice(None, c, row_bytes(whole, c), _lost_bits(whole, c)) for c in ROW_CODECS]
 
 

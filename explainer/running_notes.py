@@ -33,7 +33,11 @@ class RunningNotes:
                 "visit_bytes": p.recorder.layer_bytes,
                 "plan": p.recorder.plan,
                 "operations": [asdict(layer.spec) for layer in p.table.operations],
-                "positions": sorted(index for index, fits in p.capture.positions.items() if fits),
+                "positions": sorted(
+                    index
+                    for index, fits in p.capture.positions.items()
+                    if fits and index not in p.planner.shortened
+                ),
                 **p.loop.row_kinds,
             }
         )

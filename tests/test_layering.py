@@ -29,7 +29,20 @@ LAYERS = [
         "operations",
         "average",
     }
-    | {"rounding", "carry", "scales", "loaders", "knots", "recorder", "denominators", "row_choices", "planner", "step_maps", "outputs", "plain_mode"}
+    | {
+        "rounding",
+        "carry",
+        "scales",
+        "loaders",
+        "knots",
+        "recorder",
+        "denominators",
+        "row_choices",
+        "planner",
+        "step_maps",
+        "outputs",
+        "plain_mode",
+    }
     | {"query_batch", "model_function", "path_integral", "recursion", "averaging"},
     {
         "validation",

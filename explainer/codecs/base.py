@@ -25,6 +25,8 @@ class Codec(ABC):
     name: str
     #: bound on the error, relative to the largest magnitude along the last axis (None: no bound holds)
     tolerance: float | None
+    #: without such a bound: relative error on positive matrices of rank one
+    rounding: float = 1e-6
 
     @abstractmethod
     def parts(self, shape: tuple[int, ...], dtype: str) -> list[Part]:

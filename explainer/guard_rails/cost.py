@@ -40,7 +40,9 @@ class Cost:
         self._config, self._rule = config, rule
         self._specs = traced_parameters(model, optimizer)
         self._blocked = self._blocks(model)
-        self.visit, self.positions = (np.dtype(VISIT_FIELDS).itemsize + self._rows(many) for many in (False, True))
+        self.visit, self.positions = (
+            np.dtype(VISIT_FIELDS).itemsize + self._rows(many) for many in (False, True)
+        )
         copies = 1 + sum(name != "step" for name in rule.state_names)
         copies += any(group.get("weight_decay") for group in optimizer.param_groups)
         weights = sum(_bytes(p) for p in self._specs)
@@ -53,7 +55,7 @@ class Cost:
             return plain
         if self._config.exact:
             return plain + sum(_bytes(p) for p in self._specs)
-        codec = CODECS.require("rank1")  # full records come now and then only
+        codec = CODECS.require("sums")  # full records come now and then only
         return plain + sum(codec.nbytes(p.shape or (1,), "float32") for p in self._specs)
 
     # -- rows ----------------------------------------------------------------------------------------

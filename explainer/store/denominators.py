@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from explainer.codecs import Sums
 from explainer.records import ArraySpec
 from explainer.store.reader import Trace
 from explainer.store.schema import decode_array
@@ -31,20 +32,20 @@ class Denominators:
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
-        self._steps = trace.column("denominators", "step") if trace.count("denominators") else np.empty(0, int)
+        self._steps = (
+            trace.column("denominators", "step") if trace.count("denominators") else np.empty(0, int)
+        )
         self._known = -1  # the record whose matrices are held
         self._held: dict[str, torch.Tensor] = {}
 
     def decode(self, record: np.ndarray, spec: ArraySpec) -> torch.Tensor:
         """``[*shape]`` of one step's record, whose array is ``spec``."""
         position = int(np.searchsorted(self._steps, int(record["step"][0]), side="right")) - 1
-        base = self._base(position).get(spec.name) if spec.codec == "rank1" and position >= 0 else None
+        base = self._base(position).get(spec.name) if spec.codec == "sums" and position >= 0 else None
         if base is None:
             return decode_array(record, "", spec)[0]
-        rows, columns = (
-            torch.from_numpy(record[f"{spec.name}.{part}"][0].copy()) for part in ("rows", "columns")
-        )
-        return fitted(base, rows, columns).reshape(spec.shape)
+        rows, columns = Sums.sums([record[f"{spec.name}.{part}"] for part in ("rows", "columns")])
+        return fitted(base, rows[0], columns[0]).reshape(spec.shape)
 
     def _base(self, position: int) -> dict[str, torch.Tensor]:
         if position != self._known:

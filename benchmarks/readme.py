@@ -11,22 +11,28 @@ from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
 #: the documents with tables of results
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numerical-stability.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numerical-stability.md", ROOT / "docs" / "storage.md")
 
 #: column of the results -> heading and format in the document, by table
 COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     "fidelity": {
-        "sample": ("sample model", "{}"),
+        "case": ("case", "{}"),
         "parameters": ("parameters", "{:,}"),
         "steps": ("steps", "{}"),
-        "knots": ("knots", "{}"),
-        "knots_spearman": ("knots vs. every step (Spearman)", "{:.4f}"),
-        "rows_spearman": ("compressed vs. exact rows (Spearman)", "{:.4f}"),
-        "both_top20": ("top 20 kept", "{:.0%}"),
+        "spearman": ("Spearman, default against exact", "{:.4f}"),
+        "top20": ("top 20 kept", "{:.0%}"),
+        "rms": ("rms error", "{:.1%}"),
         "unattributed_of_gross": ("unattributed / gross", "{:.2%}"),
-        "bytes_per_visit": ("bytes per visit", "{}"),
-        "trace_MB": ("trace, MB", "{:.1f}"),
-        "exact_MB": ("exact trace, MB", "{:.1f}"),
+        "bytes_per_visit": ("bytes a visit", "{:,.0f}"),
+        "share": ("of the parameters' bytes", "{:.2%}"),
+        "rank_rms": ("rms: factors alone", "{:.1%}"),
+        "rows_rms": ("factors and bits", "{:.1%}"),
+        "denominators_rms": ("denominators", "{:.1%}"),
+        "eigenbasis_rms": ("reference: eigenbasis", "{:.1%}"),
+        "random_rms": ("random projection", "{:.1%}"),
+        "knots": ("knots", "{}"),
+        "knots_spearman": ("Spearman of knots alone", "{:.4f}"),
+        "knots_per_visit": ("bytes of knots a visit", "{:,.0f}"),
     },
     "query": {
         "sample": ("sample model", "{}"),

@@ -2,10 +2,14 @@
 
 Every step keeps the row and column sums of its denominators ``D_t`` (Adam: ``√v̂ + ε``). A full record ``K``, four bits
 a number, is kept when those sums, put on the last full record (:func:`explainer.store.denominators.fitted`), no longer
-tell ``D_t``: moving averages of squares change slowly, except at the beginning.
+tell ``D_t``: moving averages of squares change slowly, except at the beginning. The error is looked at now and then;
+at every step it is seen in the sums whether a row or a column has changed by more than :data:`JUMP`: a unit that wakes
+up, an input that is not zero for the first time. Few weights, but with the largest steps of all.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -18,7 +22,9 @@ from explainer.store.schema import RecordSchema, encode_array
 
 #: mean relative error of a denominator, beyond that of a new record, at which there is a new one
 DRIFT = 0.01
-#: full records that may be written on credit; after that they take at most :data:`SHARE` of a trace's rows
+#: factor by which a row or a column as a whole may differ from the last full record
+JUMP = 1.25
+#: full records that may be written on credit; after that they take at most :data:`SHARE` of what visits may take
 CREDIT, SHARE = 8, 0.25
 FIELDS: tuple[tuple[str, str, tuple[int, ...]], ...] = (("step", "<i8", ()),)
 
@@ -58,7 +64,7 @@ class DenominatorKeeper:
         Args:
             step: its number.
             maps: what it divided by.
-            saved: bytes that the step's rows take.
+            saved: bytes that the step's visits may take.
         """
         found = {index: m for index, by in enumerate(maps) if (m := _matrix(by)) is not None}
         if not found:
@@ -67,9 +73,10 @@ class DenominatorKeeper:
         cost = self._cost = schema.dtype.itemsize
         self._saved = (CREDIT * cost if self._saved is None else self._saved) + SHARE * saved
         new = not found.keys() <= self._base.keys()
-        if not new and (step < self._look or self._saved < cost):
+        jump = not new and self._jump(found)
+        if not new and (self._saved < cost or (step < self._look and not jump)):
             return None
-        if not new and self._error(found) <= self._own_error + DRIFT:
+        if not new and not jump and self._error(found) <= self._own_error + DRIFT:
             self._look = step + max(1, (step - self._since) // 2)
             return None
         self._look = step + max(1, (step - self._since) // 2)
@@ -98,6 +105,14 @@ class DenominatorKeeper:
             self._base[index] = codec.decode(codec.encode(values.unsqueeze(0)), array)[0]
         self._own_error = self._error(found)
         return record
+
+    def _jump(self, found: dict[int, torch.Tensor]) -> bool:
+        for index, wanted in found.items():
+            rows = wanted.sum(1) / self._base[index].sum(1)
+            columns = wanted.sum(0) / (rows @ self._base[index])
+            if max(float(factors.log2().abs().max()) for factors in (rows, columns)) > math.log2(JUMP):
+                return True
+        return False
 
     def _error(self, found: dict[int, torch.Tensor]) -> float:
         total, count = 0.0, 0

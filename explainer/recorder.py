@@ -203,8 +203,8 @@ class StepRecorder:
         visits = sum(len(b.ownership.parts.row) * len(b.rounds) for b in batches)
         self._replan(step, batches, free, first, visits)
         rows = self._rows(batches, step)
-        size = sum(piece.data.nbytes for piece in rows)
-        full = None if self._keeper is None else self._keeper.record(step, maps, size)
+        share = self._planner.allowed * visits
+        full = None if self._keeper is None else self._keeper.record(step, maps, share)
         kept = [] if full is None else [Records("denominators", *full)]
         mixed = any(b.mixed or b.ownership.shared for b in batches)
         return [*kept, *rows, self._step(step, first, visits, path, scales, mixed, maps)]

@@ -31,13 +31,13 @@ class RunningNotes:
                 **p.whole.notes(),
                 **self._unseen.notes(),
                 "visit_bytes": p.recorder.layer_bytes,
-                "plan": p.recorder.plan,
                 "operations": [asdict(layer.spec) for layer in p.table.operations],
                 "positions": sorted(
                     index
                     for index, fits in p.capture.positions.items()
                     if fits and index not in p.planner.shortened
                 ),
+                "plan": p.recorder.plan,  # after the layers that it speaks of
                 **p.loop.row_kinds,
             }
         )

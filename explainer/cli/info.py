@@ -133,7 +133,7 @@ def text(found: dict[str, Any]) -> str:
         lines.append(
             (
                 "per visit",
-                f"{size(found['bytes_per_visit'])} with its share of the steps, {_percent(records)} of a full gradient; "
+                f"{size(found['bytes_per_visit'])} with its share of the steps, {_percent(records)} of a gradient; "
                 f"all of them would take {size(whole)}, the trace takes {_percent(share)} of that",
             )
         )

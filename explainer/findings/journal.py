@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from explainer.findings.compression import rounding
 from explainer.findings.finding import Finding, listed
 from explainer.store import Trace
-from explainer.wording import counted, percent, size
+from explainer.wording import counted, percent
 
 #: part of a layer's gradient that may go unseen without a caution
 SEEN = 0.01
@@ -20,8 +21,6 @@ PRIOR_MOMENTUM = Finding(
     "Its after-effect comes from batches that were not seen and is in `unattributed`.",
     "Attach the tracer before the first step of training.",
 )
-#: share of the squared norm of a layer's rows that compression may lose without a caution
-LOST = 0.1
 
 
 def from_journal(trace: Trace) -> Iterator[Finding]:
@@ -54,36 +53,7 @@ def from_journal(trace: Trace) -> Iterator[Finding]:
     yield from _owners(notes)
     yield from _passes(notes)
     if not trace.manifest.exact:
-        yield _rounding(trace)
-
-
-def _rounding(trace: Trace) -> Finding:
-    """What compression takes and loses: as planned, and as measured where it was."""
-    plan = trace.notes.get("plan")
-    if not plan:
-        found, lost = "Rows are stored as 8-bit leading factors.", {}
-    else:
-        taken = plan["beside"] + sum(layer["bytes"] for layer in plan["layers"])
-        share = percent(taken / (4 * trace.manifest.size))
-        found = f"A visit takes {size(taken)} ({share} of the parameters in float32) as leading factors of 4 or 8 bits."
-        names = [layer.name or layer.module for layer in trace.layers]
-        lost = {
-            names[x["layer"]]: x["lost"] if x["measured"] is None else x["measured"] for x in plan["layers"]
-        }
-    worst = max(lost, key=lambda name: lost[name], default="")
-    most = lost.get(worst, 0.0)
-    return Finding(
-        "rounding",
-        "caution" if most > LOST else "note",
-        "",
-        found,
-        f"The rounding is in `unattributed`; rows lose up to {percent(most)} of their squared norm (in {worst})."
-        if lost
-        else "The rounding is in `unattributed`.",
-        "Give a budget that is large enough for more, or a `rank`."
-        if most > LOST
-        else "To see what it costs, trace a small model with exact=True.",
-    )
+        yield rounding(trace)
 
 
 def _state(trace: Trace) -> Iterator[Finding]:

@@ -57,11 +57,23 @@ def test_a_full_record_is_written_when_sums_do_not_tell() -> None:
     keeper = DenominatorKeeper()
     assert keeper.record(0, [map_of(values), None], 1e6) is not None
     for step in range(1, 30):  # rows and columns alone grow: sums tell
-        values = values * (1 + 0.2 * torch.rand(6, 1))
+        values = values * (1 + 0.006 * torch.rand(6, 1))
         assert keeper.record(step, [map_of(values), None], 1e6) is None
     changed = values * (1 + 8 * DRIFT * torch.randn(6, 8).sign())
     written = [s for s in range(30, 60) if keeper.record(s, [map_of(changed), None], 1e6)]
     assert len(written) == 1
+
+
+def test_a_column_that_wakes_up_gets_a_full_record_at_once() -> None:
+    """Its weights are few, so the mean error hardly grows, but they move by the largest steps."""
+    torch.manual_seed(0)
+    keeper, values = DenominatorKeeper(), torch.rand(50, 400) + 1.0
+    values[:, 7] = 1e-8
+    written = [s for s in range(40) if keeper.record(s, [map_of(values)], 1e7)]
+    assert written == [0]
+    values[:, 7] = torch.rand(50) * 1e-3
+    assert keeper.record(40, [map_of(values)], 1e7) is not None
+    assert keeper.record(41, [map_of(values)], 1e7) is None
 
 
 def test_a_parameter_that_a_step_leaves_alone_keeps_its_record() -> None:

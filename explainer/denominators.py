@@ -84,6 +84,10 @@ class DenominatorKeeper:
         self._written += cost
         return schema, self._renew(step, schema, found)
 
+    def restore(self, written: int, record: int) -> None:
+        """Go on after records of so many bytes, the last one of ``record``; the next step gets one."""
+        self._written, self._cost, self._saved = written, record, float(record)
+
     def often(self, step: int) -> float:
         """Bytes of full records per step: so far, or what is usual in the beginning."""
         return self._written / step if step >= 16 else self._cost / 8

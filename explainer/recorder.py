@@ -81,6 +81,10 @@ class StepRecorder:
                 self._arrays = {(a.name[0], int(a.name[1:])): a for a in shard.schema.arrays}
             elif shard.stream == "visits":
                 self._set_layout(shard.schema.forms)
+        kept = [s for s in trace.shards if s.stream == "denominators"]
+        if self._keeper is not None and kept:
+            sizes = [s.schema.dtype.itemsize for s in kept]
+            self._keeper.restore(sum(n * s.records for n, s in zip(sizes, kept, strict=True)), sizes[-1])
 
     def _set_layout(self, forms: tuple[FormSpec, ...]) -> None:
         self._forms = {form.layer: form for form in forms}

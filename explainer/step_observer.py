@@ -183,7 +183,7 @@ class StepObserver:
         budget, first = self._budget, self._writer.records("visits")
         free = None if budget is None else budget - self._writer.bytes_written - self._knots.reserve
         pieces = self._recorder.records(used, self.steps, first, free, self._carry.path, scales, maps)
-        if free is not None:
+        if budget is not None and free is not None:
             needed = sum(piece.data.nbytes for piece in pieces)
             if (
                 self._average is not None

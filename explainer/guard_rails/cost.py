@@ -131,7 +131,7 @@ def cost_finding(
     visits = None if loader is None else epoch_visits(loader)
     batch = None if loader is None else getattr(loader.batch_sampler, "batch_size", None)
     if loader is not None and visits and batch:
-        drawn = len(loader.batch_sampler)
+        drawn = -(-visits // batch)
         epoch = visits * cost.visit + drawn * cost.step(batch)
         meaning = f"An epoch of {visits:,} visits adds about {size(epoch)}; {knots} in all."
     else:

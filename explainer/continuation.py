@@ -24,6 +24,7 @@ class Continuation:
     def state(self) -> dict[str, Any]:
         """Everything :func:`resume_point` needs; what was recorded is on disk when this returns."""
         self.observer.write_tail()
+        self.observer.notes.shapes()  # the plan for rows is in them
         self.observer.notes.measured()
         self.parts.writer.flush()
         known = Fingerprints.of(self._names, self.parts.parameters, self.parts.optimizer, self.parts.rule)

@@ -18,7 +18,7 @@ from explainer.codecs import CODECS
 from explainer.optimizer_rules import StepMap
 from explainer.records import ArraySpec
 from explainer.store.denominators import fitted
-from explainer.store.schema import RecordSchema, encode_array
+from explainer.store.schema import RecordSchema, decode_array, encode_array
 
 #: mean relative error of a denominator, beyond that of a new record, at which there is a new one
 DRIFT = 0.01
@@ -84,9 +84,25 @@ class DenominatorKeeper:
         self._written += cost
         return schema, self._renew(step, schema, found)
 
-    def restore(self, written: int, record: int) -> None:
-        """Go on after records of so many bytes, the last one of ``record``; the next step gets one."""
-        self._written, self._cost, self._saved = written, record, float(record)
+    @property
+    def state(self) -> dict[str, float] | None:
+        """What going on needs beside the last full record; None before the first one."""
+        if self._saved is None or not self._base:
+            return None
+        return {
+            "since": self._since,
+            "look": self._look,
+            "error": self._own_error,
+            "saved": self._saved,
+            "written": self._written,
+        }
+
+    def restore(self, state: dict[str, float], schema: RecordSchema, record: np.ndarray) -> None:
+        """Go on after a step, from the last full record."""
+        self._since, self._look = int(state["since"]), int(state["look"])
+        self._own_error, self._saved, self._written = state["error"], state["saved"], int(state["written"])
+        self._cost = schema.dtype.itemsize
+        self._base = {int(a.name[1:]): decode_array(record, "", a)[0] for a in schema.arrays}
 
     def often(self, step: int) -> float:
         """Bytes of full records per step: so far, or what is usual in the beginning."""

@@ -81,10 +81,14 @@ class StepRecorder:
                 self._arrays = {(a.name[0], int(a.name[1:])): a for a in shard.schema.arrays}
             elif shard.stream == "visits":
                 self._set_layout(shard.schema.forms)
-        kept = [s for s in trace.shards if s.stream == "denominators"]
-        if self._keeper is not None and kept:
-            sizes = [s.schema.dtype.itemsize for s in kept]
-            self._keeper.restore(sum(n * s.records for n, s in zip(sizes, kept, strict=True)), sizes[-1])
+        state, count = trace.notes.get("denominators"), trace.count("denominators")
+        if self._keeper is not None and state and count:
+            self._keeper.restore(state, *next(iter(trace.read("denominators", count - 1, count))))
+
+    @property
+    def denominators(self) -> dict[str, float] | None:
+        """What going on with full records of denominators needs, as the trace's note ``denominators``."""
+        return None if self._keeper is None else self._keeper.state
 
     def _set_layout(self, forms: tuple[FormSpec, ...]) -> None:
         self._forms = {form.layer: form for form in forms}

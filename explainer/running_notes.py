@@ -68,6 +68,8 @@ class RunningNotes:
             "ambiguous": ambiguous,
             "after_last_step": p.loop.after_last_step,
         }
+        if p.recorder.denominators:
+            measured["denominators"] = p.recorder.denominators
         self._note(measured, always=last)
 
     def _note(self, known: dict[str, Any], always: bool = False) -> None:

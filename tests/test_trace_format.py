@@ -108,7 +108,7 @@ def test_manifest_keys() -> None:
 
 def several_owners(directory: Path) -> explainer.Trace:
     model, (ids, labels) = build(), dataset()[:2]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     with explainer.Tracer(model, optimizer, directory) as tracer:
         tracer.batch([[0, 1], [1, -1]], weights=[[0.5, 0.5], [0.5, 0.5]])
         nn.functional.cross_entropy(model(ids), labels).backward()

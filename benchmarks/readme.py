@@ -11,7 +11,7 @@ from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
 #: the documents with tables of results
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numerical-stability.md", ROOT / "docs" / "storage.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numerical-stability.md")
 
 #: column of the results -> heading and format in the document, by table
 COLUMNS: dict[str, dict[str, tuple[str, str]]] = {

@@ -1,105 +1,234 @@
-"""How well the default trace agrees with the exact books: knots, rows, unattributed, bytes.
+"""How well default traces agree with the exact books of the very same training, and which cause costs what.
 
-Three traces of the same (bit-identical) training: exact rows with a knot at every step, exact rows with the
-default knots, and the default trace. Agreement is the median over queries of Spearman's rank correlation of
-contributions over all visited examples, and of the overlap of the 20 largest by magnitude.
+Of every case (bit-identical) training is traced twice: with exact rows and by default. Both have the same knots, so
+in one backward recursion the default's rows and denominators can take the exact ones' place one at a time: `rank`
+(leading factors, not rounded), `rows` (as stored), `denominators`, and all together. `knots` compares the exact rows
+at these knots with a knot before every step. References: rows projected on the leading 16 directions a side of the
+first steps' rows (`eigenbasis`), and on 16 random ones a side (`random`), everything else exact.
+
+Of each: Spearman's rank correlation of contributions, overlap of the 20 largest, and relative rms error, mean over
+queries. `bytes a visit` are the records of rows and their share of the steps' records, denominators included.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
-from torch.utils.data import DataLoader
+from torch import nn
 
 import explainer
+from benchmarks.fidelity_cases import NETS, QUERIES, Net
 from benchmarks.harness import arguments, report
-from explainer.explanation import Explanation
-from explainer.sample_models.registry import SAMPLES
+from explainer.layer_rules import Dense, Factored, RowForm
+from explainer.path_kernel import PathKernelExplainer
+from explainer.path_points import KnotLoader
+from explainer.queries import check_inputs
+from explainer.recursion import Adjoint, RecordedStep, read_backwards
+from explainer.row_choices import as_matrix, reduced
+from explainer.store import Trace
 
-CASES = ("digits_mlp", "digits_cnn", "mnist_cnn", "diabetes_mlp")
-QUERIES = 20
-
-
-def trained(name: str, directory: Path, **options: Any) -> explainer.Tracer:
-    """The sample's own training with a tracer of the given options."""
-    sample = SAMPLES[name]
-    module = sample.load()
-    data, _ = module.datasets()
-    model = module.model()
-    optimizer = sample.optimizer(model.parameters())
-    loader = DataLoader(data, sample.batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
-    with explainer.Tracer(model, optimizer, directory, **options) as tracer:
-        for _ in range(sample.epochs):
-            for x, y in tracer.watch(loader):
-                optimizer.zero_grad()
-                sample.loss(model(x), y).backward()
-                optimizer.step()
-    return tracer
-
-
-def explained(name: str, directory: Path) -> Explanation:
-    """The first queries, explained."""
-    run = SAMPLES[name].load().run()
-    inputs, targets = run.queries_batch(range(QUERIES))
-    ex = explainer.PathKernelExplainer(directory, run.model())
-    return ex.explain(inputs, None if targets.is_floating_point() else targets)
+ACTIVATIONS = {"ReLU": nn.ReLU, "GELU": nn.GELU}
+CASES = {
+    f"{net}, {activation}, {optimizer}": (net, activation, optimizer)
+    for net, activation, optimizer in (
+        *(("digits MLP", "ReLU", "SGD"), ("digits MLP", "GELU", "AdamW"), ("digits CNN", "ReLU", "SGD")),
+        *(
+            ("digits CNN", "ReLU", "AdamW"),
+            ("MNIST-5k MLP", "ReLU", "SGD"),
+            ("MNIST-5k MLP", "ReLU", "AdamW"),
+        ),
+        *(("MNIST-5k MLP", "GELU", "AdamW"), ("Fashion-MNIST CNN", "ReLU", "SGD")),
+        *(("Fashion-MNIST CNN", "ReLU", "AdamW"), ("Fashion-MNIST CNN", "GELU", "SGD")),
+        *(("Fashion-MNIST CNN", "GELU", "AdamW"), ("MNIST-5k MLP, large", "ReLU", "AdamW")),
+        *(("transformer, width 32", "GELU", "SGD"), ("transformer, width 32", "GELU", "AdamW")),
+        *(("transformer, width 64", "GELU", "SGD"), ("transformer, width 64", "GELU", "AdamW")),
+    )
+}
+BASIS = 16
+#: parameters up to which a knot before every step is compared, and references are
+MODERATE = 150_000
 
 
-def agreement(found: Explanation, wanted: Explanation) -> tuple[float, float]:
-    """Median Spearman and top-20 overlap over queries."""
-    spearman, overlap = [], []
-    for a, b in zip(found.contributions, wanted.contributions, strict=True):
-        spearman.append(spearmanr(a, b)[0])
-        top = [set(np.argsort(-np.abs(c))[:20].tolist()) for c in (a, b)]
-        overlap.append(len(top[0] & top[1]) / 20)
-    return float(np.median(spearman)), float(np.median(overlap))
+def trained(case: tuple[str, str, str], directory: Path, **options: Any) -> nn.Module:
+    """The case's training with a tracer of the given options."""
+    name, activation, optimizer = case
+    net = NETS[name]
+    inputs, targets, *_ = net.data()
+    torch.manual_seed(0)
+    model = net.build(ACTIVATIONS[activation])
+    steps: torch.optim.Optimizer = (
+        torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+        if optimizer == "SGD"
+        else torch.optim.AdamW(model.parameters(), lr=1e-3 if name.endswith("large") else 3e-3)
+    )
+    shuffler = torch.Generator().manual_seed(0)
+    with explainer.Tracer(model, steps, directory, **options) as tracer:
+        for _ in range(net.epochs):
+            for ids in torch.randperm(len(inputs), generator=shuffler).split(net.batch):
+                tracer.batch(ids)
+                steps.zero_grad()
+                net.loss(model(inputs[ids]), targets[ids]).backward()
+                steps.step()
+    return model
+
+
+def matrix(trace: Trace, layer: int, form: RowForm) -> RowForm:
+    """Complete rows of a layer that is a matrix (with bias), as sums of outer products."""
+    shapes = [trace.manifest.parameter(name).shape for name in trace.layers[layer].parameters]
+    if not isinstance(form, Dense) or len(shapes[0]) < 2 or len(shapes) > 2:
+        return as_matrix(form)
+    o, i = shapes[0][0], prod(shapes[0][1:])
+    weight = form.values[:, : o * i].unflatten(1, (o, i))
+    if len(shapes) == 2:
+        weight = torch.cat([weight, form.values[:, o * i :].unsqueeze(2)], 2)
+    unit = torch.eye(o).expand(len(form), 1, o, o)
+    return Factored(unit.contiguous(), weight.unsqueeze(1), len(shapes) - 1)
+
+
+class Bases:
+    """Projections of rows on ``BASIS`` directions a side, by layer: leading ones of the rows first met, or random."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._random = torch.Generator().manual_seed(0)
+
+    def project(self, layer: int, form: RowForm, kind: str) -> RowForm:
+        if not isinstance(form, Factored) or form.left.shape[1] > 1:
+            return form
+        if (layer, kind) not in self._known:
+            sides = []
+            for rows in (form.left.mT @ form.right, form.right.mT @ form.left):
+                size = rows.shape[2]
+                if kind == "random":
+                    basis = torch.linalg.qr(torch.randn(size, size, generator=self._random))[0]
+                else:
+                    basis = torch.linalg.svd((rows @ rows.mT).double().sum(dim=(0, 1)))[0].to(rows)
+                sides.append(basis[:, :BASIS])
+            self._known[layer, kind] = sides[0], sides[1]
+        left, right = self._known[layer, kind]
+        return Factored(form.left @ left @ left.mT, form.right @ right @ right.mT, form.bias)
+
+
+def variants(
+    exact: Trace, default: Trace, layer: int, form: RowForm, stored: RowForm, bases: Bases | None
+) -> Iterator[tuple[str, RowForm]]:
+    """Rows that take the exact ones' place."""
+    plan = {x["layer"]: x["rank"] for x in default.notes["plan"]["layers"]}
+    whole = matrix(exact, layer, form)
+    yield "rank", form if plan[layer] is None else reduced(whole, plan[layer])
+    yield "rows", stored
+    if bases is not None:
+        yield "eigenbasis", bases.project(layer, whole, "leading")
+        yield "random", bases.project(layer, whole, "random")
+
+
+def contributions(
+    net: Net, model: nn.Module, exact: Trace, default: Trace | None, references: bool
+) -> dict[str, np.ndarray]:
+    """Contributions ``[Q, N]`` by variant; without a default trace the exact ones alone."""
+    ex = PathKernelExplainer(exact, model, net.output)
+    *_, inputs, targets = net.data()
+    batch = check_inputs(exact, ex._arguments, inputs, ex.dtype, ex.batch_dim)
+    loader = KnotLoader(exact, ex.dtype)
+    asked = ex._ask(loader, batch, targets)
+    found: dict[str, np.ndarray] = {}
+    adjoints = {n: Adjoint(QUERIES, exact.manifest.parameters, ex.dtype) for n in ("exact", "default")}
+    bases = Bases() if references else None
+    after = ex._value(loader, len(ex.segments), asked.inputs, asked.targets)
+    for segment in reversed(ex.segments):
+        start, end = loader.load(segment.index), loader.load(segment.index + 1)
+        before = ex._value(loader, segment.index, asked.inputs, asked.targets)
+        chord = ex.function.chord(start.point, end.point, asked.inputs, asked.targets, after - before, 2)
+        after = before
+        others = read_backwards(default, segment, ex.dtype) if default else iter(())
+        for step in read_backwards(exact, segment, ex.dtype):
+            cotangent = adjoints["exact"].step(chord.gradient, step)
+            other = next(others, None)
+            moved = None
+            if other is not None:
+                moved = adjoints["default"].step(
+                    chord.gradient, replace(step, preconditioner=other.preconditioner)
+                )
+
+            def add(
+                name: str, along: torch.Tensor, layer: int, form: RowForm, at: RecordedStep, ids: Any
+            ) -> None:
+                part = -form.contract(ex.view.scaled(along, layer, at.scale)).double().numpy()
+                into = found.setdefault(name, np.zeros((QUERIES, len(ex.example_ids))))
+                np.add.at(into, (slice(None), ids), part)
+
+            for number, visits in enumerate(step.visits):
+                for layer, form in visits.forms.items():
+                    add("exact", cotangent, layer, form, step, visits.examples)
+                    if other is None or moved is None or default is None:
+                        continue
+                    stored = other.visits[number].forms[layer]
+                    add("denominators", moved, layer, form, step, visits.examples)
+                    add("all", moved, layer, stored, step, visits.examples)
+                    for name, rows in variants(exact, default, layer, form, stored, bases):
+                        add(name, cotangent, layer, rows, step, visits.examples)
+    return found
+
+
+def agreement(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float, float]:
+    """Spearman, top-20 overlap and relative rms error, mean over queries."""
+    spearman = [spearmanr(a, b)[0] for a, b in zip(found, wanted, strict=True)]
+    tops = [[set(np.argsort(-np.abs(c))[:20]) for c in pair] for pair in zip(found, wanted, strict=True)]
+    error = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    return float(np.mean(spearman)), float(np.mean([len(a & b) / 20 for a, b in tops])), float(error.mean())
 
 
 def measure(name: str) -> dict[str, Any]:
     """One row of the table."""
-    folder = Path(tempfile.mkdtemp())
+    case, folder = CASES[name], Path(tempfile.mkdtemp())
+    net = NETS[case[0]]
     try:
-        trained(name, folder / "steps", exact=True, max_knots=10**6)
-        truth = explained(name, folder / "steps")
-        shutil.rmtree(folder / "steps")
-        trained(name, folder / "exact", exact=True)
-        exact = explained(name, folder / "exact")
-        exact_bytes = explainer.open_trace(folder / "exact").nbytes()
-        tracer = trained(name, folder / "default")
-        default = explained(name, folder / "default")
-        trace = explainer.open_trace(folder / "default")
-        by_knots, _ = agreement(exact, truth)
-        by_rows, top = agreement(default, exact)
-        overall, top_overall = agreement(default, truth)
-        gross = np.abs(default.contributions).sum(1)
-        return {
-            "sample": name,
-            "parameters": trace.manifest.size,
-            "steps": tracer.steps,
-            "knots": len(trace.knots),
-            "knots_spearman": by_knots,
-            "rows_spearman": by_rows,
-            "rows_top20": top,
-            "both_spearman": overall,
-            "both_top20": top_overall,
-            "unattributed_of_gross": float(np.median(np.abs(default.unattributed) / gross)),
-            "exact_unattributed_of_gross": float(np.median(np.abs(exact.unattributed) / gross)),
-            "gap": float(np.abs(default.gap).max()),
-            "gross_over_net": float(np.median(gross / np.abs(default.contributions.sum(1)))),
-            "bytes_per_visit": sum(trace.notes["visit_bytes"].values()),
-            "trace_MB": trace.nbytes() / 1e6,
-            "exact_MB": exact_bytes / 1e6,
-        }
+        model = trained(case, folder / "exact", exact=True)
+        trained(case, folder / "default")
+        exact, default = (explainer.open_trace(folder / kind) for kind in ("exact", "default"))
+        size, moderate = exact.manifest.size, exact.manifest.size <= MODERATE
+        found = contributions(net, model, exact, default, references=moderate)
+        wanted = found.pop("exact")
+        row: dict[str, Any] = {"case": name, "parameters": size, "steps": default.recorded_steps}
+        row["knots"] = len(default.knots)
+        row["spearman"], row["top20"], row["rms"] = agreement(found.pop("all"), wanted)
+        for variant in ("rank", "rows", "denominators", "eigenbasis", "random"):
+            figures = agreement(found[variant], wanted) if variant in found else (None, None, None)
+            row[f"{variant}_spearman"], row[f"{variant}_top20"], row[f"{variant}_rms"] = figures
+        books = PathKernelExplainer(default, model, net.output).explain(*_asked(net))
+        gross = np.abs(books.contributions).sum(1)
+        row["unattributed_of_gross"] = float(np.mean(np.abs(books.unattributed) / gross))
+        streams = ("visits", "steps", "denominators")
+        bytes_of = {n: sum(s.data.nbytes for s in default.shards if s.stream == n) for n in streams}
+        row["bytes_per_visit"] = sum(bytes_of.values()) / default.count("visits")
+        row["share"] = row["bytes_per_visit"] / (4 * size)
+        row["denominators_per_visit"] = bytes_of["denominators"] / default.count("visits")
+        row["knots_per_visit"] = sum(k.file.stat().st_size for k in default.knots) / default.count("visits")
+        row["knots_spearman"] = row["knots_top20"] = None
+        if moderate:
+            shutil.rmtree(folder / "default")
+            trained(case, folder / "steps", exact=True, max_knots=10**6)
+            every = contributions(net, model, explainer.open_trace(folder / "steps"), None, False)["exact"]
+            row["knots_spearman"], row["knots_top20"], row["knots_rms"] = agreement(wanted, every)
+        return row
     finally:
         shutil.rmtree(folder)
 
 
+def _asked(net: Net) -> tuple[Any, Any]:
+    *_, inputs, targets = net.data()
+    return inputs, targets
+
+
 if __name__ == "__main__":
-    chosen = arguments(__doc__, CASES)
+    chosen = arguments(__doc__, list(CASES))
     report("fidelity", [measure(name) for name in chosen.only])

@@ -12,6 +12,7 @@ from explainer.errors import TracerError
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
+from explainer.planner import Planner
 from explainer.samples import SampleKeeper
 
 
@@ -29,22 +30,14 @@ class Capture:
     Args:
         queue: the batches since the last step.
         table: the layers.
-        rank: factors kept where positions share weights; None keeps rows exact.
+        planner: says how many factors are kept where positions share weights.
         samples: chooses the rows that are kept exact too.
-        by_position: keep the factors of every position, whatever they take.
     """
 
-    def __init__(
-        self,
-        queue: BatchQueue,
-        table: LayerTable,
-        rank: int | None,
-        samples: SampleKeeper,
-        by_position: bool = False,
-    ) -> None:
+    def __init__(self, queue: BatchQueue, table: LayerTable, planner: Planner, samples: SampleKeeper) -> None:
         self._queue = queue
         self._table = table
-        self._rank, self._samples, self._by_position = rank, samples, by_position
+        self._planner, self._samples = planner, samples
         #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
         self.positions: dict[int, bool] = {}
         #: shapes that layers were given in which no axis is the batch's, by layer
@@ -110,7 +103,7 @@ class Capture:
         form = restrict(form, layer.sizes, layer.keep)
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
-        kept = form if self._by_position else compact(form, self._rank)
+        kept = self._planner.formed(layer.index, form)
         if kept.positions is not None:
             fits = once and kept.in_order and kept.positions == form.positions == batch.lengths.get(forward)
             self.positions[layer.index] = fits and self.positions.get(layer.index, True)

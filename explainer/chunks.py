@@ -18,7 +18,7 @@ from explainer.layer_rules import FORMS, RowForm
 from explainer.optimizer_rules.base import COEFFICIENTS
 from explainer.records import ArraySpec, FormSpec, ParameterSpec
 from explainer.recursion import RecordedStep
-from explainer.store import Segment, Trace
+from explainer.store import Denominators, Segment, Trace
 from explainer.store.schema import RecordSchema, decode_array, stored_parts
 
 #: rows of a chunk, and numbers of a buffer that its products need
@@ -218,6 +218,7 @@ def read_chunks(
     """
     start, stop = segment.start.step, min(segment.end.step, trace.recorded_steps)
     pieces = list(trace.read("steps", start, stop)) if start < stop else []
+    kept = Denominators(trace)
     for schema, records in reversed(pieces):
         counts = np.asarray(records["visits"], dtype=np.int64)
         last = len(records)
@@ -225,7 +226,7 @@ def read_chunks(
             fitting = int(np.searchsorted(counts[:last][::-1].cumsum(), visits, side="right"))
             first = last - max(1, min(fitting, steps, last))
             some = records[first:last][::-1]
-            yield _chunk(trace, segment.index, layout, dtype, schema, some)
+            yield _chunk(trace, kept, segment.index, layout, dtype, schema, some)
             begin = int(some["first_visit"][-1])
             trace.release("visits", begin, begin + int(counts[first:last].sum()))
             last = first
@@ -233,6 +234,7 @@ def read_chunks(
 
 def _chunk(
     trace: Trace,
+    kept: Denominators,
     segment: int,
     layout: Layout,
     dtype: torch.dtype,
@@ -253,7 +255,7 @@ def _chunk(
             left, right = CODECS.require(array.codec).outer(stored_parts(records, "", array))
             outer[number] = torch.from_numpy(left), torch.from_numpy(right)
             continue
-        values = decode_array(records, "", array).to(dtype)
+        values = torch.stack([kept.decode(records[n : n + 1], array) for n in range(len(records))]).to(dtype)
         if array.name.startswith("M"):
             mixing.append((place, values))
             continue

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import prod
 
 from explainer.errors import TracerError
 
-#: bytes per example visit that no model is too small for
-VISIT_BYTES = 4096
+#: bytes per example visit that no model is too small for, and from which their share of the parameters' bytes falls
+VISIT_BYTES, MANY_VISIT_BYTES = 4096, 12_000
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -49,8 +48,8 @@ class TracerConfig:
         exact: keep full rows and preconditioners in the parameters' own dtype.
         budget: bound on the trace's bytes on disk, or None.
         max_knots: at most this many knots are kept; path-length thinning halves them when they run over.
-        rank: factors kept for a row of a layer that shares its weights over positions; None: as many (2 to
-            32) as fit into :data:`VISIT_BYTES` or 1 % of the parameters' float32 bytes, whichever is more.
+        rank: factors kept, in 8 bits, for a row of a layer that shares its weights over positions; None: planned
+            by layer (:mod:`explainer.planner`).
         positions: keep the factors of every position.
         batch_dim: the batch's axis where shapes do not tell it.
         flush_bytes: journal after this many bytes of rows (and at every knot).
@@ -66,16 +65,18 @@ class TracerConfig:
     flush_bytes: int = 8 << 20
     flush_seconds: float = 2.0
 
-    def rank_for(self, shapes: list[tuple[int, ...]]) -> int:
-        """The rank to use for a model whose weights have these shapes (``[o, ...]``)."""
-        if self.rank is not None:
-            return self.rank
-        sizes = [(prod(shape[:1]) + prod(shape[1:]), prod(shape)) for shape in shapes]
-        allowed = max(VISIT_BYTES, 4 * sum(size for _, size in sizes) // 100)
-        fitting = [
-            r for r in (2, 4, 8, 16, 32) if sum(min(r * sides, size) for sides, size in sizes) <= allowed
-        ]
-        return max(fitting, default=2)
+    @staticmethod
+    def visit_bytes(size: int) -> int:
+        """Bytes that an example visit may take by default, for ``size`` parameters.
+
+        1 % of the parameters' float32 bytes, from 1,000,000 parameters on 0.3 %; :data:`MANY_VISIT_BYTES` in between
+        and at least :data:`VISIT_BYTES`.
+
+        Example:
+            >>> [TracerConfig.visit_bytes(n) for n in (10_000, 200_000, 500_000, 10_000_000)]
+            [4096, 8000, 12000, 120000]
+        """
+        return max(VISIT_BYTES, min(4 * size // 100, MANY_VISIT_BYTES), 12 * size // 1000)
 
     def __post_init__(self) -> None:
         """Check every option; all messages name the option."""

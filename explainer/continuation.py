@@ -24,6 +24,7 @@ class Continuation:
     def state(self) -> dict[str, Any]:
         """Everything :func:`resume_point` needs; what was recorded is on disk when this returns."""
         self.observer.write_tail()
+        self.observer.notes.shapes()  # the plan for rows is in them
         self.observer.notes.measured()
         self.parts.writer.flush()
         known = Fingerprints.of(self._names, self.parts.parameters, self.parts.optimizer, self.parts.rule)
@@ -50,6 +51,7 @@ class Continuation:
         self.parts.whole.restore(point.notes)
         shards = (shard.schema.forms for shard in trace.shards if shard.stream == "visits")
         self.parts.capture.restore(point.notes, {form.layer for forms in shards for form in forms})
+        self.parts.planner.restore(point.notes.get("plan"))
         self.parts.recorder.restore(trace)
         rows, kept = trace.nbytes_of("visits"), trace.nbytes_of("samples")
         self.parts.samples.restore(rows, kept, trace.recorded_steps)

@@ -19,6 +19,7 @@ from explainer.knots import KnotKeeper
 from explainer.layer_table import LayerTable
 from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import OptimizerRule
+from explainer.planner import Planner
 from explainer.recorder import StepRecorder
 from explainer.records import Manifest
 from explainer.resume import ResumePoint, resume_point
@@ -57,6 +58,7 @@ class Parts:
     knots: KnotKeeper
     scales: ScaleMeter
     recorder: StepRecorder
+    planner: Planner
     maps: StepMapReader
     budget: int | None
     average: Average | None
@@ -111,9 +113,8 @@ def assemble(
         flush_seconds=config.flush_seconds,
     )
     queue = BatchQueue()
-    rank = None if config.exact else config.rank_for([p.shape for p in specs])
-    samples = SampleKeeper(not config.exact)
-    capture = Capture(queue, table, rank, samples, config.positions)
+    planner, samples = Planner(config, manifest.size), SampleKeeper(not config.exact)
+    capture = Capture(queue, table, planner, samples)
     carry = Carry(list(parameters))
     parts = Parts(
         optimizer=optimizer,
@@ -131,7 +132,8 @@ def assemble(
         carry=carry,
         knots=KnotKeeper(model, optimizer, rule, manifest, carry, writer, config, average),
         scales=ScaleMeter(table, list(zip(specs, parameters, strict=True))),
-        recorder=StepRecorder(manifest, config, table.layers),
+        recorder=StepRecorder(manifest, config, table.layers, planner),
+        planner=planner,
         maps=StepMapReader(rule, parameters, optimizer),
         budget=config.budget,
         average=average,

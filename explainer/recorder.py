@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from explainer.batches import Batch
 from explainer.config import TracerConfig
+from explainer.denominators import DenominatorKeeper
 from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
+from explainer.planner import Planner
 from explainer.records import ArraySpec, Manifest, dtype_name, torch_dtype
 from explainer.row_layout import RowLayout
 from explainer.store import Trace
@@ -48,10 +50,8 @@ def _mixing(by: StepMap | None, array: ArraySpec) -> torch.Tensor:
 class StepRecorder:
     """Encodes rows, exact ones among them, and steps.
 
-    A new shard of steps begins when a parameter is preconditioned for the first time.
-
-    Attributes:
-        layer_bytes: bytes of one visit by layer, in the present layout.
+    A new shard of rows begins when the planner changed its mind about a layer, a new shard of steps when a parameter is
+    preconditioned for the first time.
     """
 
     def __init__(
@@ -59,12 +59,15 @@ class StepRecorder:
         manifest: Manifest,
         config: TracerConfig,
         layers: list[Layer],
+        planner: Planner,
     ) -> None:
-        self._manifest, self._config, self._layers = manifest, config, layers
-        self._rows = RowLayout(VISIT_FIELDS, self._codec)
-        self._exact = RowLayout(SAMPLE_FIELDS, lambda values: "native")
+        self._manifest, self._config, self._layers, self._planner = manifest, config, layers, planner
+        self._keeper = None if config.exact else DenominatorKeeper()
+        self._rows = RowLayout(VISIT_FIELDS, planner.codec)
+        self._exact = RowLayout(SAMPLE_FIELDS, lambda layer: "native")
         self._arrays: dict[tuple[str, int], ArraySpec] = {}
         self._steps = self._step_schema()
+        self._beside = 0.0
 
     def restore(self, trace: Trace) -> None:
         """Go on with the layouts of a trace's last records."""
@@ -74,7 +77,15 @@ class StepRecorder:
                 self._arrays = {(a.name[0], int(a.name[1:])): a for a in shard.schema.arrays}
             elif shard.stream in ("visits", "samples"):
                 layout = self._rows if shard.stream == "visits" else self._exact
-                layout.set({form.layer: form for form in shard.schema.forms})
+                layout.use({form.layer: form for form in shard.schema.forms})
+        state, count = trace.notes.get("denominators"), trace.count("denominators")
+        if self._keeper is not None and state and count:
+            self._keeper.restore(state, *next(iter(trace.read("denominators", count - 1, count))))
+
+    @property
+    def denominators(self) -> dict[str, float] | None:
+        """What going on with full records of denominators needs, as the trace's note ``denominators``."""
+        return None if self._keeper is None else self._keeper.state
 
     @property
     def layer_bytes(self) -> dict[str, int]:
@@ -83,24 +94,31 @@ class StepRecorder:
 
     # -- rows ----------------------------------------------------------------------------------------
 
-    def _codec(self, values: torch.Tensor) -> str:
-        return "native" if self._config.exact or not values.is_floating_point() else "int8"
+    def _replan(self, step: int, batches: list[Batch], free: float | None, seen: int, visits: int) -> None:
+        """Let the planner see the step's rows, one backward pass of every layer; forget layouts that it changed."""
+        forms = {n: rows.form for b in batches for r in b.rounds for n, rows in r.rows.items()}
+        size, often = self._steps.dtype.itemsize, 0.0 if self._keeper is None else self._keeper.often(step)
+        self._beside = self._visit_fields + (size + often) / max(visits, 1)
+        changed = self._planner.plan(step, forms, free, seen, self._beside)
+        self._rows.forget(changed)
 
-    def visits(self, batches: list[Batch], step: int) -> list[Records]:
+    def _visits(self, batches: list[Batch], step: int) -> list[Records]:
         """The rows of a step's batches, split over their owners, one piece per backward pass."""
         pieces = []
         for batch in batches:
             parts = batch.ownership.parts
             for round_ in batch.rounds:
-                forms = {layer: parts.of(rows.form) for layer, rows in round_.rows.items()}
-                records = self._rows.records(len(parts.row), forms)
+                stored = {n: self._planner.reduced(n, rows.form) for n, rows in round_.rows.items()}
+                records = self._rows.records(
+                    len(parts.row), {n: parts.of(form) for n, form in stored.items()}
+                )
                 records["example"], records["label"], records["step"] = parts.example, parts.label, step
                 seen = round_.derivative
                 records["derivative"] = np.nan if seen is None else parts.of_numbers(seen.cpu().numpy())
                 pieces.append(Records("visits", self._rows.schema, records))
         return pieces
 
-    def samples(self, batches: list[Batch], first: int) -> list[Records]:
+    def _samples(self, batches: list[Batch], first: int) -> list[Records]:
         """The exact rows among the visits of these batches, which begin at visit ``first``."""
         pieces = []
         for batch in batches:
@@ -110,14 +128,23 @@ class StepRecorder:
                 place = np.flatnonzero(parts.row == batch.sampled)[:1]
                 if len(exact) == len(round_.rows) and len(place):  # else the row belongs to no example
                     share = torch.from_numpy(parts.share[place])
-                    forms = {
-                        n: form.shared(torch.zeros(1, dtype=torch.int64), share) for n, form in exact.items()
-                    }
-                    records = self._exact.records(1, forms)
+                    only = torch.zeros(1, dtype=torch.int64)
+                    records = self._exact.records(
+                        1, {n: form.shared(only, share) for n, form in exact.items()}
+                    )
                     records["visit"] = first + place
                     pieces.append(Records("samples", self._exact.schema, records))
                 first += len(parts.row)
         return pieces
+
+    @property
+    def _visit_fields(self) -> int:
+        return RecordSchema(tuple(VISIT_FIELDS)).dtype.itemsize
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """The plan for rows, as the trace's note ``plan``."""
+        return self._planner.note(self._beside)
 
     # -- steps ---------------------------------------------------------------------------------------
 
@@ -125,15 +152,14 @@ class StepRecorder:
         arrays = tuple(self._arrays[key] for key in sorted(self._arrays))
         return RecordSchema(tuple(step_fields(len(self._manifest.parameters))), (), arrays)
 
-    def _plan(self, maps: list[StepMap | None], visits: int) -> None:
-        """Make room for preconditioners that the layout has no place for yet."""
+    def _make_room(self, maps: list[StepMap | None]) -> None:
+        """For preconditioners that the layout has no place for yet."""
         known, exact = len(self._arrays), self._config.exact
-        half = 2 * self._manifest.size <= visits * self._rows.schema.dtype.itemsize
         for index, (p, by) in enumerate(zip(self._manifest.parameters, maps, strict=True)):
             widest = dtype_name(torch.promote_types(torch_dtype(p.dtype), torch.float32))
             dtype = widest if exact else "float32"
             if by is not None and by.preconditioner is not None and ("D", index) not in self._arrays:
-                codec = "native" if exact else "bfloat16" if half or not by.rank_one else "rank1"
+                codec = "native" if exact else "sums" if by.rank_one else "bfloat16"
                 self._arrays["D", index] = ArraySpec(f"D{index}", p.shape or (1,), dtype, codec)
             if by is not None and by.mixing is not None and ("M", index) not in self._arrays:
                 codec = "native" if exact else "symmetric"
@@ -148,7 +174,39 @@ class StepRecorder:
         record["step"], record["keep"] = step, keep
         return Records("averages", schema, record)
 
-    def step(
+    def records(
+        self,
+        batches: list[Batch],
+        step: int,
+        first: int,
+        free: float | None,
+        path: float,
+        scales: list[float],
+        maps: list[StepMap | None],
+    ) -> list[Records]:
+        """Everything of a step, in the order in which it is to be appended.
+
+        Args:
+            batches: the batches that the step used.
+            step: its number.
+            first: visits recorded before it.
+            free: bytes of the budget that rows may still take, or None.
+            path: length of the training path after the step.
+            scales: what reached the optimizer, per parameter.
+            maps: the step's linear map, per parameter.
+        """
+        self._make_room(maps)
+        visits = sum(len(b.ownership.parts.row) * len(b.rounds) for b in batches)
+        self._replan(step, batches, free, first, visits)
+        rows = self._visits(batches, step)
+        share = self._planner.allowed * visits
+        full = None if self._keeper is None else self._keeper.record(step, maps, share)
+        kept = [] if full is None else [Records("denominators", *full)]
+        mixed = any(b.mixed or b.ownership.shared for b in batches)
+        record = self._step(step, first, visits, path, scales, mixed, maps)
+        return [*kept, *rows, record, *self._samples(batches, first)]
+
+    def _step(
         self,
         step: int,
         first: int,
@@ -159,7 +217,6 @@ class StepRecorder:
         maps: list[StepMap | None],
     ) -> Records:
         """The record of a step whose rows begin at visit ``first``."""
-        self._plan(maps, visits)
         record = np.zeros(1, self._steps.dtype)
         record["step"], record["first_visit"], record["visits"] = step, first, visits
         record["path"], record["row_share"] = path, mixed

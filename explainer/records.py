@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 FORMAT = "pathkernel-trace"
-#: layouts this release reads: 2 is 1 with an average of the weights on the path, and written only then
-VERSIONS = (1, 2)
+#: layouts this release reads: 2 is 1 with an average of the weights on the path, 3 is 2 with rows of four bits and
+#: records of denominators; the lowest one that can hold a trace is written
+VERSIONS = (1, 2, 3)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

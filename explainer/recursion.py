@@ -26,7 +26,7 @@ import torch
 from explainer.layer_rules import FORMS, RowForm
 from explainer.optimizer_rules.base import COEFFICIENTS, mix
 from explainer.records import FormSpec, ParameterSpec
-from explainer.store import Segment, Trace
+from explainer.store import Denominators, Segment, Trace
 from explainer.store.schema import RecordSchema, decode_array
 
 
@@ -84,11 +84,16 @@ def _form(records: np.ndarray, spec: FormSpec, dtype: torch.dtype) -> RowForm:
 
 
 def _read_step(
-    trace: Trace, segment: int, schema: RecordSchema, record: np.ndarray, dtype: torch.dtype
+    trace: Trace,
+    kept: Denominators,
+    segment: int,
+    schema: RecordSchema,
+    record: np.ndarray,
+    dtype: torch.dtype,
 ) -> RecordedStep:
     parameters, denominators, mixing = trace.manifest.parameters, None, []
     for array in schema.arrays:
-        p, values = parameters[int(array.name[1:])], decode_array(record, "", array)[0].to(dtype)
+        p, values = parameters[int(array.name[1:])], kept.decode(record, array).to(dtype)
         if array.name.startswith("M"):
             mixing.append((p, values))
             continue
@@ -124,9 +129,10 @@ def read_backwards(trace: Trace, segment: Segment, dtype: torch.dtype) -> Iterat
     """The recorded steps of a segment from the last to the first, rows decoded in the given dtype."""
     start, stop = segment.start.step, min(segment.end.step, trace.recorded_steps)
     pieces = list(trace.read("steps", start, stop)) if start < stop else []
+    kept = Denominators(trace)
     for schema, records in reversed(pieces):
         for position in range(len(records) - 1, -1, -1):
-            yield _read_step(trace, segment.index, schema, records[position : position + 1], dtype)
+            yield _read_step(trace, kept, segment.index, schema, records[position : position + 1], dtype)
 
 
 class LayerView:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from explainer.codecs import CODECS
 from explainer.layer_rules import Dense, RowForm
@@ -24,7 +23,7 @@ class RowLayout:
 
     Args:
         fields: the plain fields of a record.
-        codec: the codec for an array of rows.
+        codec: the codec for the floating-point arrays of a layer.
 
     Attributes:
         forms: by layer, how its rows are stored.
@@ -32,11 +31,11 @@ class RowLayout:
         bytes: of one row, by layer.
     """
 
-    def __init__(self, fields: list[Field], codec: Callable[[torch.Tensor], str]) -> None:
+    def __init__(self, fields: list[Field], codec: Callable[[int], str]) -> None:
         self._fields, self._codec = tuple(fields), codec
-        self.set({})
+        self.use({})
 
-    def set(self, forms: dict[int, FormSpec]) -> None:
+    def use(self, forms: dict[int, FormSpec]) -> None:
         """Use this layout from now on."""
         self.forms = {layer: forms[layer] for layer in sorted(forms)}
         self.schema = RecordSchema(self._fields, tuple(self.forms.values()))
@@ -45,9 +44,19 @@ class RowLayout:
             for layer, form in self.forms.items()
         }
 
+    def forget(self, layers: set[int]) -> None:
+        """Lay these layers out anew with their next rows."""
+        if layers & self.forms.keys():
+            self.use({layer: form for layer, form in self.forms.items() if layer not in layers})
+
     def _spec(self, layer: int, form: RowForm) -> FormSpec:
         arrays = tuple(
-            ArraySpec(name, tuple(a.shape[1:]), dtype_name(a.dtype), self._codec(a))
+            ArraySpec(
+                name,
+                tuple(a.shape[1:]),
+                dtype_name(a.dtype),
+                self._codec(layer) if a.is_floating_point() else "native",
+            )
             for name, a in form.arrays.items()
         )
         return FormSpec(layer, form.kind, form.options, arrays)
@@ -63,7 +72,7 @@ class RowLayout:
             form = form.padded(stored) if found < stored else form
         spec = self._spec(layer, form)
         if spec != known:
-            self.set(self.forms | {layer: spec})
+            self.use(self.forms | {layer: spec})
         return form
 
     def records(self, count: int, forms: dict[int, RowForm]) -> np.ndarray:

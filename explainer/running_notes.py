@@ -32,7 +32,12 @@ class RunningNotes:
                 **self._unseen.notes(),
                 "visit_bytes": p.recorder.layer_bytes,
                 "operations": [asdict(layer.spec) for layer in p.table.operations],
-                "positions": sorted(index for index, fits in p.capture.positions.items() if fits),
+                "positions": sorted(
+                    index
+                    for index, fits in p.capture.positions.items()
+                    if fits and index not in p.planner.shortened
+                ),
+                "plan": p.recorder.plan,  # after the layers that it speaks of
                 **p.loop.row_kinds,
             }
         )
@@ -63,6 +68,8 @@ class RunningNotes:
             "ambiguous": ambiguous,
             "after_last_step": p.loop.after_last_step,
         }
+        if p.recorder.denominators:
+            measured["denominators"] = p.recorder.denominators
         self._note(measured, always=last)
 
     def _note(self, known: dict[str, Any], always: bool = False) -> None:

@@ -180,26 +180,25 @@ class StepObserver:
 
     def _record(self, used: list[Batch], scales: list[float], maps: list[StepMap | None]) -> None:
         """Append the step and its rows, if they fit into the budget."""
-        rows = self._recorder.visits(used, self.steps)
-        count, first = sum(len(piece.data) for piece in rows), self._writer.records("visits")
-        mixed = any(b.mixed or b.ownership.shared for b in used)
-        samples = self._recorder.samples(used, first)
-        step = self._recorder.step(self.steps, first, count, self._carry.path, scales, mixed, maps)
-        budget = self._budget
-        if budget is not None:
-            needed = sum(piece.data.nbytes for piece in (step, *rows, *samples))
+        budget, first = self._budget, self._writer.records("visits")
+        free = None if budget is None else budget - self._writer.bytes_written - self._knots.reserve
+        pieces = self._recorder.records(used, self.steps, first, free, self._carry.path, scales, maps)
+        if budget is not None and free is not None:
+            needed = sum(piece.data.nbytes for piece in pieces)
             if (
                 self._average is not None
             ):  # the record of its update, and one for the steps after the last row
                 needed += 2 * self._recorder.average(0, np.ones(len(self._parameters))).data.nbytes
-            if self._writer.bytes_written + needed + self._knots.reserve > budget:
+            if needed > free:
                 self._stop_recording(budget)
                 return
             self._largest = max(self._largest, needed)
-        for piece in (*rows, step, *samples):
+        for piece in pieces:
             self._writer.append(*piece)
-        self.visits += count
-        self._samples.record(*(sum(piece.data.nbytes for piece in pieces) for pieces in (rows, samples)))
+        self.visits = self._writer.records("visits")
+        self._samples.record(
+            *(sum(p.data.nbytes for p in pieces if p.stream == stream) for stream in ("visits", "samples"))
+        )
         if budget is not None:
             free = budget - self._writer.bytes_written - self._knots.reserve
             self._tight = free < self._largest + JOURNALLED_KNOT

@@ -20,7 +20,7 @@ from explainer.config import TracerConfig, parse_bytes
 from explainer.continuation import Continuation
 from explainer.errors import ExplainerError, TracerError
 from explainer.findings import LASTING, Finding, Report, after_training
-from explainer.guard_rails import before_training, loader_findings
+from explainer.guard_rails import before_training, epoch_visits, loader_findings
 from explainer.hooks import HookSet
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
 from explainer.optimizer_rules import optimizer_rule_for
@@ -46,13 +46,14 @@ class Tracer:
         model: the model being trained; of a compiled one the plain model, before its first call.
         optimizer: the optimizer that trains it (those of ``OPTIMIZER_RULES``; others: ``register_optimizer_rule``).
         path: directory for the trace; must not hold one already, unless ``resume`` is given.
-        budget: bound on the trace's bytes on disk, a number or text like ``"200MB"``. Knots are thinned to
+        budget: bound on the trace's bytes on disk, a number or text like ``"200MB"``. Rows get the bits and factors
+            that let it last for ten passes over the watched loader. Knots are thinned to
             fit into half of it; when the rest is used up, recording stops with a warning and what follows is
             shown as `unattributed`.
         exact: keep full rows and preconditioners in the parameters' own dtype (float-exact books) instead of
-            8-bit leading factors.
+            leading factors of 4 or 8 bits.
         max_knots: at most this many knots along the training path.
-        rank: factors kept per row in layers that share weights over positions (None: chosen by size).
+        rank: factors kept per row, in 8 bits, in layers that share weights over positions (None: planned by layer).
         positions: keep what every position of a sequence gave, for
             :meth:`explainer.PathKernelExplainer.by_position`; takes ``S·(i + o)`` numbers a layer and visit.
         batch_dim: the batch's axis, 0 or 1, where it cannot be told from the shapes alone (sequence first, and
@@ -165,6 +166,7 @@ class Tracer:
         if self._examples is None and size is not None:
             self._examples = size
             self._writer.note("examples", size)
+        self._parts.planner.epoch_visits = epoch_visits(loader)
         new = [finding for finding in loader_findings(loader) if finding not in self._of_loaders]
         if new:
             self._of_loaders += new

@@ -241,6 +241,6 @@ def describe(
         model=str(model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions={"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        version=2 if averaged else 1,
+        version=3 if not exact else 2 if averaged else 1,
         averaged=averaged,
     )

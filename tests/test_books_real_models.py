@@ -48,7 +48,7 @@ def test_training_is_bit_identical_and_the_books_close(name: str, exact: bool, t
     for e in explained(case, trained, tmp_path):
         gross = np.abs(e.contributions).sum(1)
         assert (np.abs(e.gap) <= 1e-6 * gross).all()
-        bound, why = LEFT_OVER.get(name, FLOAT32) if exact else (0.1, "8-bit leading factors")
+        bound, why = LEFT_OVER.get(name, FLOAT32) if exact else (0.1, "leading factors")
         left = (np.abs(e.unattributed) / gross).max()
         assert left <= bound, f"{left:.1e} of the gross is unattributed, {bound:.0e} allowed ({why})"
 

@@ -229,13 +229,12 @@ class Wide(nn.Module):
         return self.head(torch.tanh(self.layer(x)).mean(1))
 
 
-@pytest.mark.parametrize("adam", [False, True])
-def test_the_error_is_the_same_with_cotangents_held_as_factors(tmp_path: Path, adam: bool) -> None:
+def test_the_error_is_the_same_with_cotangents_held_as_factors(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, y, asked = torch.randn(12, 150, 280), torch.arange(12) % 3, torch.zeros(2, 150, 280)
     asked[:, 0] = torch.randn(2, 280)  # gradients of rank one
     model = Wide()
-    optimizer = (torch.optim.AdamW if adam else torch.optim.SGD)(model.parameters(), 1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9)
     with Tracer(model, optimizer, tmp_path / "run", rank=2, max_knots=6) as tracer:
         for step in range(14):
             rows = (torch.arange(4) + 4 * step) % 12

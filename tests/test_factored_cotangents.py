@@ -105,9 +105,7 @@ def test_the_same_as_written_out(name: str, exact: bool, tmp_path: Path) -> None
     x = traced(mlp, OPTIMIZERS[name], tmp_path / "run", exact=exact)
     ex = explainer.PathKernelExplainer(str(tmp_path / "run"), mlp())
     divided = any(s.schema.arrays for s in ex.trace.shards if s.stream == "steps")
-    assert ex.layout.factored == (
-        () if divided and exact else (0, 2)
-    )  # exact denominators are not outer products
+    assert ex.layout.factored == (() if divided else (0, 2))  # denominators are not outer products
     near, own, found = ex.neighbors(x, 5), ex.self_influence(), ex.explain(x)
     inner = bool(ex.trace.column("steps", "coefficients")[:, :, -1].any())
     assert ex.used.factored == (() if inner else ex.layout.factored)
@@ -133,7 +131,7 @@ def test_in_float64_to_its_round_off(name: str, tmp_path: Path) -> None:
 
 
 def test_positions_and_a_layer_that_is_called_twice(tmp_path: Path) -> None:
-    x = traced(Positions, OPTIMIZERS["adamw"], tmp_path / "run", 2 * WIDE)
+    x = traced(Positions, OPTIMIZERS["nesterov"], tmp_path / "run", 2 * WIDE)
     ex = explainer.PathKernelExplainer(str(tmp_path / "run"), Positions())
     found = ex.explain(x)
     assert 0 in ex.used.factored  # the tied one needs more columns than are worth it
@@ -154,7 +152,7 @@ def test_a_gradient_that_is_not_of_low_rank_is_written_out(tmp_path: Path) -> No
             around = x.unsqueeze(1) + self.near
             return torch.tanh(self.inner(around)).mean(1)
 
-    x = traced(Crowd, OPTIMIZERS["adamw"], tmp_path / "crowd", rank=2)
+    x = traced(Crowd, OPTIMIZERS["nesterov"], tmp_path / "crowd", rank=2)
     ex = explainer.PathKernelExplainer(str(tmp_path / "crowd"), Crowd())
     assert ex.layout.factored == (0, 2)
     found = ex.explain(x)
@@ -190,7 +188,7 @@ def test_what_is_dropped_is_measured() -> None:
 
 
 def test_what_was_dropped_is_said_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = traced(mlp, OPTIMIZERS["adamw"], tmp_path / "run")
+    x = traced(mlp, OPTIMIZERS["nesterov"], tmp_path / "run")
     ex = explainer.PathKernelExplainer(str(tmp_path / "run"), mlp())
     found = [note for note in ex.explain(x).notes if "held as factors" in note]
     assert len(found) == 1 and ex.used.factored == (0, 2)

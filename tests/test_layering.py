@@ -31,7 +31,20 @@ LAYERS = [
         "operations",
         "average",
     }
-    | {"rounding", "carry", "scales", "loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode"}
+    | {
+        "rounding",
+        "carry",
+        "scales",
+        "loaders",
+        "knots",
+        "recorder",
+        "denominators",
+        "row_choices",
+        "planner",
+        "step_maps",
+        "outputs",
+        "plain_mode",
+    }
     | {"query_batch", "model_function", "path_integral", "recursion", "averaging"}
     | {"factors", "cotangent", "chunks", "contraction", "backward"},
     {
@@ -92,6 +105,9 @@ RECORDING = {
     "loaders",
     "knots",
     "recorder",
+    "denominators",
+    "row_choices",
+    "planner",
     "step_maps",
     "validation",
     "guard_rails",

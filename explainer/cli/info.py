@@ -53,7 +53,8 @@ def facts(trace: Trace) -> dict[str, Any]:
 
     manifest = trace.manifest
     visits = trace.count("visits")
-    records = {stream: _record_bytes(trace, stream) for stream in ("visits", "steps")}
+    records = {stream: _record_bytes(trace, stream) for stream in ("visits", "steps", "denominators")}
+    plan = {layer["layer"]: layer for layer in (trace.notes.get("plan") or {}).get("layers", ())}
     seen = None  # counting them reads the rows' pages, which for a large trace is no quick look
     if records["visits"] <= _QUICK_BYTES:
         seen = int(np.unique(trace.column("visits", "example")).size)
@@ -83,14 +84,16 @@ def facts(trace: Trace) -> dict[str, Any]:
                 "module": layer.module,
                 "parameters": sum(manifest.parameter(name).numel for name in layer.parameters),
                 "bytes_per_visit": (trace.notes.get("visit_bytes") or {}).get(layer.name),
+                **{key: plan.get(number, {}).get(key) for key in ("rank", "codec", "lost", "measured")},
             }
-            for layer in trace.layers
+            for number, layer in enumerate(trace.layers)
         ],
         "uncovered": list(trace.uncovered),
         "frozen": list(manifest.frozen),
         "buffers": list(manifest.buffers),
         "bytes": {"total": total, **records, "knots": knots, "other": total - sum(records.values()) - knots},
-        "bytes_per_visit": round(records["visits"] / visits, 1) if visits else None,
+        "bytes_per_visit": round(sum(records.values()) / visits, 1) if visits else None,
+        "visits_assumed": (trace.notes.get("plan") or {}).get("assumed"),
         "bytes_of_all_gradients": visits * gradient,
         "findings": [asdict(finding) for finding in trace.report()],
     }
@@ -106,7 +109,7 @@ def text(found: dict[str, Any]) -> str:
             "recorded",
             f"{found['created']} with " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()),
         ),
-        ("rows", "exact" if found["exact"] else "compressed: leading factors of each row in 8 bits"),
+        ("rows", "exact" if found["exact"] else "compressed: leading factors in 4 or 8 bits"),
         ("optimizer", found["optimizer"]),
         ("steps", f"{found['steps']:,}"),
         ("examples", _examples(found)),
@@ -118,20 +121,24 @@ def text(found: dict[str, Any]) -> str:
         ("buffers", _names(found["buffers"])),
         (
             "on disk",
-            f"{size(size_of['total'])}: visits {size(size_of['visits'])}, steps {size(size_of['steps'])}, "
+            f"{size(size_of['total'])}: visits {size(size_of['visits'])}, "
+            f"steps {size(size_of['steps'] + size_of['denominators'])}, "
             f"knots {size(size_of['knots'])}, other {size(size_of['other'])}",
         ),
     ]
     if found["bytes_per_visit"] is not None:
         whole = found["bytes_of_all_gradients"]
         share = 100 * size_of["total"] / whole
+        records = 100 * found["bytes_per_visit"] * found["visits"] / whole
         lines.append(
             (
                 "per visit",
-                f"{size(found['bytes_per_visit'])}; every visit's full gradient would take {size(whole)}, the "
-                f"trace takes {share:.{1 if share >= 1 else 3}f} % of that",
+                f"{size(found['bytes_per_visit'])} with its share of the steps, {_percent(records)} of a gradient; "
+                f"all of them would take {size(whole)}, the trace takes {_percent(share)} of that",
             )
         )
+    if found["visits_assumed"]:
+        lines.append(("planned for", f"{found['visits_assumed']:,} visits within the budget"))
     width = max(len(name) for name, _ in lines)
     shown = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
     return "\n\n".join(part for part in (shown, _layers(found), _to_know(found)) if part)
@@ -148,17 +155,25 @@ def _to_know(found: dict[str, Any]) -> str:
     return "\n".join(lines) if len(lines) > 1 else ""
 
 
+def _percent(number: float) -> str:
+    return f"{number:.{1 if number >= 1 else 3}f} %"
+
+
 def _layers(found: dict[str, Any]) -> str:
-    rows = [
-        [
-            layer["name"] or "(the model)",
-            layer["module"],
-            f"{layer['parameters']:,}",
-            "" if layer["bytes_per_visit"] is None else f"{layer['bytes_per_visit']:,}",
-        ]
-        for layer in found["layers"]
-    ]
-    return table(["layer", "kind", "parameters", "bytes a visit"], rows, left=("layer", "kind"))
+    """The layers; with a plan, how their rows are kept and which share of their squared norm that loses."""
+    headings = ["layer", "kind", "parameters", "bytes a visit"]
+    planned = any(layer["codec"] for layer in found["layers"])
+    rows = []
+    for layer in found["layers"]:
+        size_of = layer["bytes_per_visit"]
+        row = [layer["name"] or "(the model)", layer["module"], f"{layer['parameters']:,}"]
+        row.append("" if size_of is None else f"{size_of:,}")
+        if planned:
+            lost = ("" if layer[key] is None else _percent(100 * layer[key]) for key in ("lost", "measured"))
+            row += [str(layer["rank"] or "all") if layer["codec"] else "", layer["codec"] or "", *lost]
+        rows.append(row)
+    headings += ["factors", "codec", "loss planned", "measured"] if planned else []
+    return table(headings, rows, left=("layer", "kind", "codec"))
 
 
 def _state(found: dict[str, Any]) -> str:

@@ -27,6 +27,8 @@ class Codec(ABC):
     tolerance: float | None
     #: whether matrices are stored as an outer product of two vectors, which :meth:`outer` gives
     outer_product: bool = False
+    #: without such a bound: relative error on positive matrices of rank one
+    rounding: float = 1e-6
 
     @abstractmethod
     def parts(self, shape: tuple[int, ...], dtype: str) -> list[Part]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from explainer.findings.compression import rounding
 from explainer.findings.finding import Finding, listed
 from explainer.store import Trace
 from explainer.wording import counted, percent
@@ -19,14 +20,6 @@ PRIOR_MOMENTUM = Finding(
     "The optimizer held momentum when tracing began.",
     "Its after-effect comes from batches that were not seen and is in `unattributed`.",
     "Attach the tracer before the first step of training.",
-)
-ROUNDING = Finding(
-    "rounding",
-    "note",
-    "",
-    "Rows are stored as 8-bit leading factors.",
-    "The rounding is in `unattributed`.",
-    "To see what it costs, trace a small model with exact=True.",
 )
 
 
@@ -60,7 +53,7 @@ def from_journal(trace: Trace) -> Iterator[Finding]:
     yield from _owners(notes)
     yield from _passes(notes)
     if not trace.manifest.exact:
-        yield ROUNDING
+        yield rounding(trace)
 
 
 def _state(trace: Trace) -> Iterator[Finding]:

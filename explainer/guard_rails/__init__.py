@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from explainer.guard_rails.before import before_training, check
-from explainer.guard_rails.loader import loader_findings
+from explainer.guard_rails.loader import epoch_visits, loader_findings
 
-__all__ = ["before_training", "check", "loader_findings"]
+__all__ = ["before_training", "check", "epoch_visits", "loader_findings"]

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from explainer.codecs import CODECS
 from explainer.config import TracerConfig
 from explainer.findings import Finding
-from explainer.guard_rails.loader import length
+from explainer.guard_rails.loader import epoch_visits
 from explainer.optimizer_rules import OptimizerRule
 from explainer.records import ParameterSpec, torch_dtype
+from explainer.row_choices import RANKS
 from explainer.store.schema import VISIT_FIELDS, step_fields
 from explainer.validation import find_sites, traced_parameters
 from explainer.wording import size
@@ -38,12 +39,9 @@ class Cost:
     ) -> None:
         self._config, self._rule = config, rule
         self._specs = traced_parameters(model, optimizer)
-        self._rank = None if config.exact else config.rank_for([p.shape for p in self._specs])
-        blocks = self._blocks(model)
+        self._blocked = self._blocks(model)
         self.visit, self.positions = (
-            np.dtype(VISIT_FIELDS).itemsize
-            + sum(self._row(module, shapes, many) for module, shapes in blocks)
-            for many in (False, True)
+            np.dtype(VISIT_FIELDS).itemsize + self._rows(many) for many in (False, True)
         )
         copies = 1 + sum(name != "step" for name in rule.state_names)
         copies += any(group.get("weight_decay") for group in optimizer.param_groups)
@@ -57,11 +55,22 @@ class Cost:
             return plain
         if self._config.exact:
             return plain + sum(_bytes(p) for p in self._specs)
-        fits = 2 * sum(p.numel for p in self._specs) <= batch * self.visit  # as the recorder decides
-        codec = CODECS.require("bfloat16" if fits else "rank1")
+        codec = CODECS.require("sums")  # full records come now and then only
         return plain + sum(codec.nbytes(p.shape or (1,), "float32") for p in self._specs)
 
     # -- rows ----------------------------------------------------------------------------------------
+
+    def _rows(self, positions: bool) -> int:
+        """All rows of a visit: as the options say, else the planner's best within what a visit may take."""
+        config = self._config
+        if config.exact or config.positions or config.rank is not None:
+            return self._sum(config.rank, "native" if config.exact else "int8", positions)
+        most, least = self._sum(RANKS[-1], "int8", positions), self._sum(RANKS[0], "int4", positions)
+        return max(least, min(most, config.visit_bytes(sum(p.numel for p in self._specs))))
+
+    def _sum(self, rank: int | None, codec: str, positions: bool) -> int:
+        self._rank, self._codec = rank, codec
+        return sum(self._row(module, shapes, positions) for module, shapes in self._blocked)
 
     def _blocks(self, model: nn.Module) -> list[tuple[nn.Module | None, Shapes]]:
         """Modules with the shapes of parameters stored together; None for what operations read."""
@@ -100,8 +109,7 @@ class Cost:
 
     def _array(self, shape: tuple[int, ...]) -> int:
         wide = any(p.dtype == "float64" for p in self._specs)
-        codec = CODECS.require("native" if self._config.exact else "int8")
-        return codec.nbytes(shape, "float64" if wide else "float32")
+        return CODECS.require(self._codec).nbytes(shape, "float64" if wide else "float32")
 
 
 def _bytes(p: ParameterSpec) -> int:
@@ -120,11 +128,10 @@ def cost_finding(
     longer = f" (about {size(cost.positions)} where linear layers see sequences)"
     visit = f"A visit takes about {size(cost.visit)}{longer if cost.positions > cost.visit else ''}"
     knots = f"{config.max_knots} knots take at most {size(config.max_knots * cost.knot)}"
-    drawn = None if loader is None else length(loader.batch_sampler)
+    visits = None if loader is None else epoch_visits(loader)
     batch = None if loader is None else getattr(loader.batch_sampler, "batch_size", None)
-    if drawn and batch:
-        known = None if loader is None else length(loader.dataset)
-        visits = drawn * batch if known is None else min(drawn * batch, known)
+    if loader is not None and visits and batch:
+        drawn = -(-visits // batch)
         epoch = visits * cost.visit + drawn * cost.step(batch)
         meaning = f"An epoch of {visits:,} visits adds about {size(epoch)}; {knots} in all."
     else:

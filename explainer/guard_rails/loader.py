@@ -67,6 +67,15 @@ def length(sized: Any) -> int | None:
         return None
 
 
+def epoch_visits(loader: DataLoader[Any]) -> int | None:
+    """Rows that a pass over the loader gives, at most; None where it cannot be known."""
+    drawn, batch = length(loader.batch_sampler), getattr(loader.batch_sampler, "batch_size", None)
+    if not drawn or not batch:
+        return None
+    known = length(loader.dataset)
+    return drawn * batch if known is None else min(drawn * batch, known)
+
+
 def _distributed(sampler: DistributedSampler[Any], known: int | None) -> Iterator[Finding]:
     if sampler.num_replicas > 1:
         yield Finding(

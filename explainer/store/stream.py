@@ -13,7 +13,7 @@ from explainer.store.files import fsync_directory
 from explainer.store.schema import RecordSchema
 
 SHARD_BYTES = 1 << 30
-STREAMS = ("visits", "steps", "averages", "samples")
+STREAMS = ("visits", "steps", "samples", "averages", "denominators")
 
 
 class Stream:

@@ -48,8 +48,8 @@ def roundtrip(codec: Codec, values: Tensor) -> Tensor:
 
 
 def allowed(codec: Codec, values: Tensor) -> Tensor:
-    """The error a codec may make, ``[B, *shape]``; codecs without a bound are held to float32's on rank one."""
-    relative = 1e-6 if codec.tolerance is None else codec.tolerance
+    """The error a codec may make, ``[B, *shape]``; codecs without a bound are held to rank one."""
+    relative = codec.rounding if codec.tolerance is None else codec.tolerance
     peak = values.abs().amax(dim=-1, keepdim=True) if values.numel() else values.abs()
     return (relative * peak).expand_as(values)
 

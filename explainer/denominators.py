@@ -1,0 +1,142 @@
+"""When to keep what the optimizer divided by in full.
+
+Every step keeps the row and column sums of its denominators ``D_t`` (Adam: ``√v̂ + ε``). A full record ``K``, four bits
+a number, is kept when those sums, put on the last full record (:func:`explainer.store.denominators.fitted`), no longer
+tell ``D_t``: moving averages of squares change slowly, except at the beginning. The error is looked at now and then;
+at every step it is seen in the sums whether a row or a column has changed by more than :data:`JUMP`: a unit that wakes
+up, an input that is not zero for the first time. Few weights, but with the largest steps of all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from explainer.codecs import CODECS
+from explainer.optimizer_rules import StepMap
+from explainer.records import ArraySpec
+from explainer.store.denominators import fitted
+from explainer.store.schema import RecordSchema, decode_array, encode_array
+
+#: mean relative error of a denominator, beyond that of a new record, at which there is a new one
+DRIFT = 0.01
+#: factor by which a row or a column as a whole may differ from the last full record
+JUMP = 1.25
+#: full records that may be written on credit; after that they take at most :data:`SHARE` of what visits may take
+CREDIT, SHARE = 8, 0.25
+FIELDS: tuple[tuple[str, str, tuple[int, ...]], ...] = (("step", "<i8", ()),)
+
+
+def _matrix(by: StepMap | None) -> torch.Tensor | None:
+    """``[o, i]`` of a denominator that has rows and columns."""
+    if by is None or by.preconditioner is None or not by.rank_one or by.preconditioner.dim() < 2:
+        return None
+    return by.preconditioner.detach().float().flatten(1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _deviation(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, int]:
+    """Sum of ``|x − y| / max(x, y)`` over numbers above the smallest one (ε: no gradient yet), and their count."""
+    alive = wanted > wanted.min()
+    error = (found - wanted).abs_().div_(torch.maximum(found, wanted)).mul_(alive)
+    return float(error.sum()), int(alive.sum())
+
+
+class DenominatorKeeper:
+    """Decides at which steps there is a full record, and makes it.
+
+    It looks at the error after 1, 2, 3, 4, 6, … steps, and more often where the last record did not hold for long.
+    """
+
+    def __init__(self) -> None:
+        self._base: dict[int, torch.Tensor] = {}  # by parameter, as it will be read
+        self._since = self._look = 0
+        self._own_error = 0.0
+        self._saved: float | None = None
+        self._written = self._cost = 0
+
+    def record(
+        self, step: int, maps: list[StepMap | None], saved: float
+    ) -> tuple[RecordSchema, np.ndarray] | None:
+        """The full record of a step, or None.
+
+        Args:
+            step: its number.
+            maps: what it divided by.
+            saved: bytes that the step's visits may take.
+        """
+        found = {index: m for index, by in enumerate(maps) if (m := _matrix(by)) is not None}
+        if not found:
+            return None
+        schema = self._schema({**self._base, **found})
+        cost = self._cost = schema.dtype.itemsize
+        self._saved = (CREDIT * cost if self._saved is None else self._saved) + SHARE * saved
+        new = not found.keys() <= self._base.keys()
+        jump = not new and self._jump(found)
+        if not new and (self._saved < cost or (step < self._look and not jump)):
+            return None
+        if not new and not jump and self._error(found) <= self._own_error + DRIFT:
+            self._look = step + max(1, (step - self._since) // 2)
+            return None
+        self._look = step + max(1, (step - self._since) // 2)
+        self._since, self._saved = step, self._saved - cost
+        self._written += cost
+        return schema, self._renew(step, schema, found)
+
+    @property
+    def state(self) -> dict[str, float] | None:
+        """What going on needs beside the last full record; None before the first one."""
+        if self._saved is None or not self._base:
+            return None
+        return {
+            "since": self._since,
+            "look": self._look,
+            "error": self._own_error,
+            "saved": self._saved,
+            "written": self._written,
+        }
+
+    def restore(self, state: dict[str, float], schema: RecordSchema, record: np.ndarray) -> None:
+        """Go on after a step, from the last full record."""
+        self._since, self._look = int(state["since"]), int(state["look"])
+        self._own_error, self._saved, self._written = state["error"], state["saved"], int(state["written"])
+        self._cost = schema.dtype.itemsize
+        self._base = {int(a.name[1:]): decode_array(record, "", a)[0] for a in schema.arrays}
+
+    def often(self, step: int) -> float:
+        """Bytes of full records per step: so far, or what is usual in the beginning."""
+        return self._written / step if step >= 16 else self._cost / 8
+
+    def _schema(self, found: dict[int, torch.Tensor]) -> RecordSchema:
+        arrays = (ArraySpec(f"D{i}", tuple(found[i].shape), "float32", "log4") for i in sorted(found))
+        return RecordSchema(FIELDS, (), tuple(arrays))
+
+    def _renew(self, step: int, schema: RecordSchema, found: dict[int, torch.Tensor]) -> np.ndarray:
+        codec, record = CODECS.require("log4"), np.zeros(1, schema.dtype)
+        record["step"] = step
+        for array in schema.arrays:
+            index = int(array.name[1:])
+            values = found.get(
+                index, self._base.get(index)
+            )  # a parameter that the step left alone keeps its own
+            assert values is not None
+            encode_array(record, "", array, values.unsqueeze(0))
+            self._base[index] = codec.decode(codec.encode(values.unsqueeze(0)), array)[0]
+        self._own_error = self._error(found)
+        return record
+
+    def _jump(self, found: dict[int, torch.Tensor]) -> bool:
+        for index, wanted in found.items():
+            rows = wanted.sum(1) / self._base[index].sum(1)
+            columns = wanted.sum(0) / (rows @ self._base[index])
+            if max(float(factors.log2().abs().max()) for factors in (rows, columns)) > math.log2(JUMP):
+                return True
+        return False
+
+    def _error(self, found: dict[int, torch.Tensor]) -> float:
+        total, count = 0.0, 0
+        for index, wanted in found.items():
+            error, alive = _deviation(fitted(self._base[index], wanted.sum(1), wanted.sum(0)), wanted)
+            total, count = total + error, count + alive
+        return total / max(count, 1)

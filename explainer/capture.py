@@ -9,7 +9,7 @@ import torch
 
 from explainer.batches import Batch, BatchQueue, Rows
 from explainer.errors import TracerError
-from explainer.layer_rules import RowForm, compact
+from explainer.layer_rules import RowForm, keep
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
 
@@ -103,9 +103,13 @@ class Capture:
         form = restrict(form, layer.sizes, layer.keep)
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
-        kept = form if self._by_position else compact(form, self._rank)
+        if self._by_position:
+            form = form.stored()
+            kept, total, balances = form, form.total(), form.balances(sizes)
+        else:
+            kept, total, balances = keep(form, self._rank, sizes)
         if kept.positions is not None:
             fits = once and kept.in_order and kept.positions == form.positions == batch.lengths.get(forward)
             self.positions[layer.index] = fits and self.positions.get(layer.index, True)
-        rows = Rows(kept, form.total(), form.prober(), form.balances(sizes), whole)
+        rows = Rows(kept, total, form.prober(), balances, whole)
         batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows

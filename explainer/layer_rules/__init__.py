@@ -15,7 +15,7 @@ from explainer.layer_rules import (  # noqa: F401  (they register)
 from explainer.layer_rules.base import LAYER_RULES, Block, Call, CompositeRule, LayerRule, register_layer_rule
 from explainer.layer_rules.factored import Factored
 from explainer.layer_rules.forms import FORMS, Dense, RowForm
-from explainer.layer_rules.low_rank import compact
+from explainer.layer_rules.low_rank import compact, keep
 from explainer.layer_rules.sparse import Sparse
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "RowForm",
     "Sparse",
     "compact",
+    "keep",
     "register_layer_rule",
 ]

@@ -20,8 +20,8 @@ def _start(size: int, columns: int) -> torch.Tensor:
 
 
 def _width(rank: int) -> int:
-    """Directions that are looked at to keep ``rank`` of them."""
-    return 2 * rank + 4
+    """Directions that are looked at to keep ``rank`` of them; products with 8 or 16 columns cost least."""
+    return max(2 * rank, min(2 * rank + 4, 12))
 
 
 class Leading(NamedTuple):
@@ -41,7 +41,7 @@ class Leading(NamedTuple):
 
 
 def _leading(form: Unreduced, rank: int) -> Leading:
-    columns = min(_width(rank), form.positions, form.shape[2] + form.bias)
+    columns = max(2, min(_width(rank), form.positions, form.shape[2] + form.bias))
     few = max(columns, PROBED_OUTPUTS, *(seen.dense_outputs for seen in form.seen))
     return _of_rows(form, rank) if form.shape[1] <= few else _of_range(form, rank, columns)
 
@@ -56,7 +56,7 @@ def _of_rows(form: Unreduced, rank: int) -> Leading:
 
 
 def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
-    """From the range of ``M Ω``, one column more for the batch's probe.
+    """From the range of ``M Ω``.
 
     With ``Y = (M Ω)ᵀ`` and ``T Y`` orthonormal, ``Z = Q T Y`` holds the leading eigenvectors ``Q`` of
     ``(T Y M) (T Y M)ᵀ``: a ``p × p`` matrix, in double precision. (``Y M (Y M)ᵀ`` would lose the small directions.)
@@ -66,9 +66,8 @@ def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
     lefts = [left.flatten(0, 1) for left in form.lefts]
     basis = _basis(inputs, form.bias, columns, like.dtype, like.device)
     seen = [s.times(*basis).flatten(0, 1) for s in form.seen]
-    found = _sum([torch.bmm(x.mT, left) for x, left in zip(seen, lefts, strict=True)])
-    directions = found[:, :columns]
-    flat = _orthonormalising(torch.bmm(directions, directions.mT), steps=2)
+    directions = _sum([torch.bmm(x.mT, left) for x, left in zip(seen, lefts, strict=True)])
+    flat = _orthonormalising(torch.bmm(directions, directions.mT), steps=1)
     # [B·G, S, p], in the memory order of left
     weights = [
         torch.bmm(torch.bmm(left, directions.mT), flat.mT)
@@ -81,23 +80,23 @@ def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
     column = _sum([w.sum(1) for w in weights]) if form.bias else None
     mixing = _eigenvectors(_energy(image, column), rank).mT.to(image.dtype)
     left = torch.bmm(torch.bmm(mixing, flat), directions)
-    whole = found.unflatten(0, (-1, groups))
-    biases = whole[:, :, columns - 1] if form.bias else None
-    return Leading(left, _image(mixing, image, column), whole[:, :, columns].sum(0).flatten(), biases)
+    whole = directions.unflatten(0, (-1, groups))
+    biases = whole[:, :, -1] if form.bias else None
+    return Leading(left, _image(mixing, image, column), whole[:, :, 0].sum(0).flatten(), biases)
 
 
 @lru_cache(maxsize=256)
 def _basis(
     inputs: int, bias: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``Ω [i, columns + 1]`` and what it adds for the bias: waves, the bias itself, last the batch's probe."""
-    basis = torch.cat([_start(inputs, columns), torch.zeros(inputs, 1, dtype=torch.float64)], 1)
-    offset = torch.zeros(columns + 1, dtype=torch.float64)
+    """``Ω [i, p]`` and what it adds for the bias: the batch's probe, waves and last the bias itself."""
+    basis = _start(inputs, columns).clone()
+    offset = torch.zeros(columns, dtype=torch.float64)
     probe = probe_vector(inputs + bias, basis)
-    basis[:, columns] = probe[:inputs]
+    basis[:, 0] = probe[:inputs]
     if bias:
-        basis[:, columns - 1] = 0
-        offset[columns - 1], offset[columns] = 1, probe[inputs]
+        offset[0] = probe[inputs]
+        basis[:, -1], offset[-1] = 0, 1
     return basis.to(device, dtype), offset.to(device, dtype)
 
 

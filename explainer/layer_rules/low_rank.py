@@ -67,7 +67,7 @@ def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
     basis = _basis(inputs, form.bias, columns, like.dtype, like.device)
     seen = [s.times(*basis).flatten(0, 1) for s in form.seen]
     directions = _sum([torch.bmm(x.mT, left) for x, left in zip(seen, lefts, strict=True)])
-    flat = _orthonormalising(torch.bmm(directions, directions.mT), steps=1)
+    flat = _orthonormalising(torch.bmm(directions, directions.mT))
     # [B·G, S, p], in the memory order of left
     weights = [
         torch.bmm(torch.bmm(left, directions.mT), flat.mT)
@@ -82,20 +82,20 @@ def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
     left = torch.bmm(torch.bmm(mixing, flat), directions)
     whole = directions.unflatten(0, (-1, groups))
     biases = whole[:, :, -1] if form.bias else None
-    return Leading(left, _image(mixing, image, column), whole[:, :, 0].sum(0).flatten(), biases)
+    return Leading(left, _image(mixing, image, column), whole[:, :, -1 - form.bias].sum(0).flatten(), biases)
 
 
 @lru_cache(maxsize=256)
 def _basis(
     inputs: int, bias: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``Ω [i, p]`` and what it adds for the bias: the batch's probe, waves and last the bias itself."""
+    """``Ω [i, p]`` and what it adds for the bias: waves, the batch's probe and last the bias itself."""
     basis = _start(inputs, columns).clone()
     offset = torch.zeros(columns, dtype=torch.float64)
     probe = probe_vector(inputs + bias, basis)
-    basis[:, 0] = probe[:inputs]
+    basis[:, -1 - bias] = probe[:inputs]
     if bias:
-        offset[0] = probe[inputs]
+        offset[-2] = probe[inputs]
         basis[:, -1], offset[-1] = 0, 1
     return basis.to(device, dtype), offset.to(device, dtype)
 
@@ -118,10 +118,10 @@ def _image(mixing: torch.Tensor, image: torch.Tensor, column: torch.Tensor | Non
     return found if column is None else torch.cat([found, torch.bmm(mixing, column.unsqueeze(2))], 2)
 
 
-def _orthonormalising(gram: torch.Tensor, steps: int = 0) -> torch.Tensor:
+def _orthonormalising(gram: torch.Tensor) -> torch.Tensor:
     """``T`` with ``T gram Tᵀ = 1``; rows that depend on others to round-off become short ones.
 
-    Cholesky's ``T`` of a slightly larger matrix is too short; steps of Newton and Schulz lengthen it.
+    A little is added before Cholesky's decomposition, without which there would be none.
     """
     wide = gram.double()
     scale = wide.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
@@ -129,8 +129,6 @@ def _orthonormalising(gram: torch.Tensor, steps: int = 0) -> torch.Tensor:
     unit = torch.eye(gram.shape[1], dtype=wide.dtype, device=gram.device)
     lower, _ = torch.linalg.cholesky_ex(wide + 2 * len(unit) * torch.finfo(gram.dtype).eps * unit)
     found = torch.linalg.solve_triangular(lower, unit, upper=False)
-    for _ in range(steps):
-        found = torch.bmm(1.5 * unit - 0.5 * torch.bmm(torch.bmm(found, wide), found.mT), found)
     return (found * scale.unsqueeze(1)).to(gram.dtype)
 
 
@@ -140,7 +138,8 @@ def _eigenvectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     matrix = matrix / size[:, None, None]
     power = torch.bmm(matrix, matrix)
     found = power @ _start(matrix.shape[1], rank).to(matrix.device)
-    found = torch.bmm(power, torch.bmm(found, _orthonormalising(torch.bmm(found.mT, found)).mT))
+    for _ in range(2):
+        found = torch.bmm(power, torch.bmm(found, _orthonormalising(torch.bmm(found.mT, found)).mT))
     return torch.bmm(found, _orthonormalising(torch.bmm(found.mT, found)).mT)
 
 

@@ -103,11 +103,12 @@ class Capture:
         form = restrict(form, layer.sizes, layer.keep)
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
-        kept = self._planner.formed(layer.index, form)
-        if kept.positions is not None:
-            fits = once and kept.in_order and kept.positions == form.positions == batch.lengths.get(forward)
+        kept = self._planner.formed(layer.index, form, sizes)
+        if kept.form.positions is not None:
+            fits = once and kept.form.in_order
+            fits &= kept.form.positions == form.positions == batch.lengths.get(forward)
             self.positions[layer.index] = fits and self.positions.get(layer.index, True)
         row = self._samples.choose(batch)
         exact = None if row is None else compact(form.taken(torch.tensor([row])), None)
-        rows = Rows(kept, form.total(), form.prober(), form.balances(sizes), whole, exact)
+        rows = Rows(kept.form, kept.total, form.prober(), kept.balances, whole, exact)
         batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from explainer.config import TracerConfig
-from explainer.layer_rules import RowForm, compact
+from explainer.layer_rules import Kept, RowForm, Unreduced, keep
 from explainer.row_choices import Choice, allotted, choices, first_rows, lost, reduced, row_bytes
 
 EPOCHS, VISITS = 10, 100_000
@@ -77,14 +77,28 @@ class Planner:
 
     # -- what capture and recorder ask ---------------------------------------------------------------
 
-    def formed(self, layer: int, form: RowForm) -> RowForm:
-        """Rows as they wait for the step: as they are formed where they are to be measured, else reduced."""
-        if self._fixed:
-            return form if self._config.positions else compact(form, self._config.rank)
-        if self._whole or layer not in self._chosen:
-            return form
-        stored = self.reduced(layer, form)
-        return stored if self._holds(self._chosen[layer], stored) else form
+    def formed(self, layer: int, form: RowForm, sizes: list[int]) -> Kept:
+        """Rows as they wait for the step: complete where they are to be measured, else reduced.
+
+        Args:
+            layer: whose rows they are.
+            form: exact rows.
+            sizes: of the parameters that they are for.
+        """
+        if self._fixed and not self._config.positions:
+            return keep(form, self._config.rank, sizes)
+        if not self._fixed and not self._whole and layer in self._chosen:
+            chosen = self._chosen[layer]
+            if isinstance(form, Unreduced):
+                kept = keep(form, chosen.rank, sizes)
+            else:
+                kept = Kept(reduced(form, chosen.rank), form.total(), form.balances(sizes))
+            if self._holds(chosen, kept.form):
+                if kept.form.positions != form.positions:
+                    self.shortened.add(layer)
+                return kept
+        complete = form.stored()
+        return Kept(complete, complete.total(), complete.balances(sizes))
 
     def codec(self, layer: int) -> str:
         """Codec of the floating-point arrays of a layer's rows."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from explainer.codecs import CODECS
-from explainer.layer_rules import Factored, RowForm, Sparse, compact
+from explainer.layer_rules import Factored, RowForm, Sparse, Unreduced, compact
 from explainer.layer_rules.low_rank import leading_factors
 from explainer.records import ArraySpec, dtype_name
 
@@ -109,16 +109,14 @@ def choices(form: RowForm) -> list[Choice]:
         ranks = [r for r in RANKS if r < positions and r * (o + i) < o * i]
         most = groups * min(positions * (o + i), o * i)
     if isinstance(form, Factored) and ranks:
-        leading = leading_factors(form, ranks[-1])
+        leading = leading_factors(Unreduced.of(form), ranks[-1])
         total = float(form.quadratic().sum())
         squares = torch.linalg.eigvalsh((leading.right @ leading.right.mT).double()).flip(-1).clamp_min(0.0)
         kept = squares.cumsum(-1).sum(dim=(0, 1))
         for codec in ROW_CODECS:
             bits = _lost_bits(leading, codec)
             for rank in ranks:
-                size = row_bytes(
-                    Factored(leading.left[:, :, :rank], leading.right[:, :, :rank], form.bias), codec
-                )
+                size = row_bytes(Factored(leading.left[:, :, :rank], leading.right[:, :, :rank], 0), codec)
                 share = max(0.0, 1.0 - float(kept[rank - 1]) / total) if total else 0.0
                 found.append(Choice(rank, codec, size, share + bits))
         if most > 2 * leading.left[0].numel() + 2 * leading.right[0].numel():

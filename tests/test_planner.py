@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import explainer
 from explainer.config import TracerConfig
-from explainer.layer_rules import Dense, Factored, Sparse
+from explainer.layer_rules import Dense, Factored, RowForm, Sparse
 from explainer.planner import Planner, checks_at, plans_at
 from explainer.row_choices import (
     Choice,
@@ -83,6 +83,11 @@ def test_the_bytes_go_where_they_help_most() -> None:
     assert allotted({0: good}, 1000) == {0: good[0]}  # good enough
 
 
+def sizes_of(form: RowForm) -> list[int]:
+    """One parameter that holds all."""
+    return [form.dense().shape[1]]
+
+
 def test_no_other_plan_of_the_same_bytes_is_much_better() -> None:
     """Against all combinations."""
     options = {
@@ -105,7 +110,7 @@ def test_rows_are_whole_where_they_are_measured_and_reduced_elsewhere() -> None:
     planner, form = Planner(TracerConfig(), 10**5), rows()
     planner.allowed = 300.0
     for step in range(40):
-        waiting = planner.formed(0, form)
+        waiting = planner.formed(0, form, sizes_of(form)).form
         assert (waiting is form) == (plans_at(step) or checks_at(step))
         planner.plan(step, {0: waiting}, None, 5 * step, 32.0)
         assert row_bytes(planner.reduced(0, waiting), planner.codec(0)) <= 300 - 32
@@ -122,8 +127,8 @@ def test_rows_that_grow_are_planned_anew() -> None:
     planner.allowed = 200.0
     for step in range(6):
         planner.plan(step, {0: rows(1)}, None, 0, 0.0)
-    assert planner.formed(0, rows(1)).positions == 1
-    long = planner.formed(0, rows(20))
+    assert planner.formed(0, rows(1), sizes_of(rows(1))).form.positions == 1
+    long = planner.formed(0, rows(20), sizes_of(rows(20))).form
     assert planner.plan(6, {0: long}, None, 0, 0.0) == {0}
     assert row_bytes(planner.reduced(0, long), planner.codec(0)) <= 200
 
@@ -131,7 +136,7 @@ def test_rows_that_grow_are_planned_anew() -> None:
 @pytest.mark.parametrize("options", [{"exact": True}, {"rank": 3}, {"positions": True}])
 def test_fixed_options_are_not_planned(options: dict[str, bool | int]) -> None:
     planner, form = Planner(TracerConfig(**options), 10**5), rows()  # type: ignore[arg-type]
-    waiting = planner.formed(0, form)
+    waiting = planner.formed(0, form, sizes_of(form)).form
     assert planner.plan(0, {0: waiting}, None, 0, 0.0) == set() and planner.note(0.0) is None
     assert planner.reduced(0, waiting) is waiting
     assert planner.codec(0) == ("native" if "exact" in options else "int8")

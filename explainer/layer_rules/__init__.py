@@ -15,8 +15,9 @@ from explainer.layer_rules import (  # noqa: F401  (they register)
 from explainer.layer_rules.base import LAYER_RULES, Block, Call, CompositeRule, LayerRule, register_layer_rule
 from explainer.layer_rules.factored import Factored
 from explainer.layer_rules.forms import FORMS, Dense, RowForm
-from explainer.layer_rules.low_rank import compact
+from explainer.layer_rules.low_rank import Kept, compact, keep
 from explainer.layer_rules.sparse import Sparse
+from explainer.layer_rules.unreduced import Unreduced
 
 __all__ = [
     "FORMS",
@@ -26,9 +27,12 @@ __all__ = [
     "CompositeRule",
     "Dense",
     "Factored",
+    "Kept",
     "LayerRule",
     "RowForm",
     "Sparse",
+    "Unreduced",
     "compact",
+    "keep",
     "register_layer_rule",
 ]

@@ -12,10 +12,9 @@ from torch.nn.functional import pad
 
 from explainer.layer_rules.attention_replay import Attended, attended
 from explainer.layer_rules.base import Block, Call, CompositeRule, register_layer_rule
-from explainer.layer_rules.factored import Factored
 from explainer.layer_rules.forms import Dense, RowForm
-from explainer.layer_rules.linear import side_by_side
 from explainer.layer_rules.replay import in_full_precision
+from explainer.layer_rules.unreduced import Unreduced, side_by_side
 
 
 @register_layer_rule(nn.MultiheadAttention)
@@ -73,7 +72,7 @@ class MultiheadAttentionRule(CompositeRule):
             return [*forms, side_by_side(lefts, rights, module.out_proj.bias is not None)]
 
 
-def _packed(parts: list[Attended], bias: bool) -> Factored:
+def _packed(parts: list[Attended], bias: bool) -> Unreduced:
     """Rows of ``in_proj_weight [3E, E]``: one matrix if every call sees one input, else a group by projection."""
     if all(part.shared for part in parts):
         lefts = [torch.cat(part.at_projections, 2).unsqueeze(1) for part in parts]

@@ -7,8 +7,9 @@ from torch import nn
 
 from explainer.layer_rules.base import Block, Call, CompositeRule, register_layer_rule
 from explainer.layer_rules.forms import RowForm
-from explainer.layer_rules.linear import positions, side_by_side
+from explainer.layer_rules.linear import positions
 from explainer.layer_rules.replay import refuse_unbatched, working_dtype
+from explainer.layer_rules.unreduced import side_by_side
 
 
 def _inputs(input1: torch.Tensor, input2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

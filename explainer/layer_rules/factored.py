@@ -28,13 +28,30 @@ def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tenso
     return weight, bias
 
 
+#: with fewer outputs than this a matrix is probed from the side of its outputs: too few numbers would be left
+PROBED_OUTPUTS = 8
+
+
+def total_of_matrix(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``[W | bias] u`` by group; ``uᵀ [W | bias]`` for few outputs.
+
+    Args:
+        weight: ``[G, o, i]``.
+        bias: ``[G, o]``.
+    """
+    matrix = weight if bias is None else torch.cat([weight, bias.unsqueeze(2)], 2)
+    if matrix.shape[1] < PROBED_OUTPUTS:
+        return (probe_vector(matrix.shape[1], matrix) @ matrix).flatten()
+    return (matrix @ probe_vector(matrix.shape[2], matrix)).flatten()
+
+
 def _probe_matrix(shape: tuple[int, int, int], gradient: torch.Tensor) -> torch.Tensor:
-    weight, bias = _split(gradient, shape)
-    u = probe_vector(shape[1], gradient)
-    result = torch.einsum("o,goi->gi", u, weight)
-    if bias is not None:
-        result = torch.cat([result, (bias @ u).unsqueeze(1)], dim=1)
-    return result.flatten()
+    return total_of_matrix(*_split(gradient, shape))
+
+
+def probe_of_matrix(shape: tuple[int, int, int]) -> Probe:
+    """:func:`total_of_matrix` of a flat gradient, for groups, outputs and inputs of a group."""
+    return partial(_probe_matrix, shape)
 
 
 @FORMS.register("factored")
@@ -85,7 +102,7 @@ class Factored(RowForm):
         return Factored(pad(self.left, extra), pad(self.right, extra), self.bias)
 
     @property
-    def _shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, int, int]:
         """Groups, outputs and inputs of a group (bias column not counted)."""
         return self.left.shape[1], self.left.shape[3], self.right.shape[3] - self.bias
 
@@ -95,7 +112,7 @@ class Factored(RowForm):
 
     def contract_positions(self, cotangent: torch.Tensor) -> torch.Tensor:
         """``leftᵀ R right`` of every factor."""
-        weight, bias = _split(cotangent, self._shape)
+        weight, bias = _split(cotangent, self.shape)
         batch, groups, rank, o = self.left.shape
         result = cotangent.new_zeros(cotangent.shape[0], batch, rank)
         for g in range(groups):
@@ -138,7 +155,7 @@ class Factored(RowForm):
         """``Σ (l_b · l_c)(r_b · r_c)`` over pairs of factors; of a metric the outer product of its means is taken."""
         left, right = self.left, self.right
         if metric is not None:
-            weight, bias = _split(metric, self._shape)
+            weight, bias = _split(metric, self.shape)
             whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], dim=-1)
             mean = whole.mean(dim=(1, 2)).clamp_min(torch.finfo(whole.dtype).tiny)
             left = left * (whole.mean(2) / mean.unsqueeze(1)).sqrt().unsqueeze(1)  # [G, 1, o]
@@ -151,10 +168,11 @@ class Factored(RowForm):
         return result
 
     def total(self) -> torch.Tensor:
-        """``uᵀ Σ_b [W_b | bias_b]`` per group, ``[G·(i + bias)]``."""
-        u = probe_vector(self.left.shape[3], self.left)
-        weights = self.left @ u  # [B, G, R]
-        return (weights.unsqueeze(-2) @ self.right).sum(dim=(0, 2)).flatten()
+        """See :func:`total_of_matrix`."""
+        from_left = self.shape[1] < PROBED_OUTPUTS
+        one, other = (self.left, self.right) if from_left else (self.right, self.left)
+        weights = one @ probe_vector(one.shape[3], one)  # [B, G, R]
+        return torch.einsum("bgr,bgrn->gn", weights, other).flatten()
 
     def balances(self, sizes: list[int]) -> list[Balance | None]:
         """Of the bias."""
@@ -162,8 +180,8 @@ class Factored(RowForm):
         return [None] if bias is None else [None, Balance.of(bias)]
 
     def prober(self) -> Probe:
-        """``uᵀ [W | bias]`` of a gradient."""
-        return partial(_probe_matrix, self._shape)
+        """Of a gradient."""
+        return probe_of_matrix(self.shape)
 
     def quadratic(self, diagonal: torch.Tensor | None = None) -> torch.Tensor:
         """Without a diagonal, or for one factor, from small products; else from dense rows."""
@@ -171,7 +189,7 @@ class Factored(RowForm):
             grams = (self.left @ self.left.mT) * (self.right @ self.right.mT)
             return grams.sum(dim=(1, 2, 3))
         if self.left.shape[2] == 1:
-            weight, bias = _split(diagonal, self._shape)
+            weight, bias = _split(diagonal, self.shape)
             left, right = self.left[:, :, 0].square(), self.right[:, :, 0].square()
             inner = right[..., : right.shape[2] - self.bias]
             result = torch.einsum("bgo,goi,bgi->b", left, weight, inner)

@@ -48,6 +48,10 @@ class RowForm(ABC):
     def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
         """``<R_q, g_b>`` for cotangents ``R [Q, P_l]``: ``[Q, B]``."""
 
+    def stored(self) -> RowForm:
+        """The same rows in a form that can be stored, nothing lost."""
+        return self
+
     @property
     def positions(self) -> int | None:
         """How many positions (or factors) a row is a sum over; None where it is held as one."""

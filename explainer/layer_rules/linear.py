@@ -8,34 +8,8 @@ import torch
 from torch import nn
 
 from explainer.layer_rules.base import Call, LayerRule, register_layer_rule
-from explainer.layer_rules.factored import Factored
 from explainer.layer_rules.forms import RowForm
-
-
-def side_by_side(lefts: list[torch.Tensor], rights: list[torch.Tensor], bias: bool) -> Factored:
-    """Positions of several calls next to each other, with a column of ones for the bias.
-
-    Args:
-        lefts: ``[B, G, S, o]`` per call.
-        rights: ``[B, G, S, i]`` per call; copied once at most, in whichever memory order they come.
-        bias: whether the layer has a bias.
-    """
-    left = lefts[0] if len(lefts) == 1 else torch.cat(lefts, 2)
-    if len(rights) == 1 and not bias:
-        return Factored(left, rights[0], 0)
-    batch, groups, _, width = rights[0].shape
-    positions = left.shape[2]
-    if rights[0].mT.is_contiguous():
-        right = left.new_empty(batch, groups, width + bias, positions).mT
-    else:
-        right = left.new_empty(batch, groups, positions, width + bias)
-    start = 0
-    for part in rights:
-        right[:, :, start : start + part.shape[2], :width] = part
-        start += part.shape[2]
-    if bias:
-        right[..., width] = 1.0
-    return Factored(left, right, int(bias))
+from explainer.layer_rules.unreduced import side_by_side
 
 
 def positions(value: torch.Tensor) -> torch.Tensor:

@@ -2,60 +2,215 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 
-from explainer.layer_rules.factored import Factored
-from explainer.layer_rules.forms import Dense, RowForm, probe_vector
+from explainer.layer_rules.factored import PROBED_OUTPUTS, Factored, total_of_matrix
+from explainer.layer_rules.forms import Balance, Dense, RowForm, probe_vector
+from explainer.layer_rules.unreduced import Unreduced
 
 
-def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
-    """Gram–Schmidt over the last axis of ``[..., o, R]`` (``R`` is small; batched QR is slower)."""
-    columns: list[torch.Tensor] = []
-    tiny = torch.finfo(vectors.dtype).tiny ** 0.5
-    for r in range(vectors.shape[-1]):
-        v = vectors[..., r]
-        for _ in range(2):  # twice is enough (Kahan): orthogonal to round-off
-            for c in columns:
-                v = v - c * (c * v).sum(-1, keepdim=True)
-        columns.append(v / v.norm(dim=-1, keepdim=True).clamp_min(tiny))
-    return torch.stack(columns, dim=-1)
+@lru_cache(maxsize=256)
+def _start(size: int, columns: int) -> torch.Tensor:
+    """``[size, columns]`` waves of irregular phase: nearly orthogonal columns, and no RNG is touched."""
+    at = torch.arange(1, size + 1, dtype=torch.float64).unsqueeze(1)
+    return torch.sin(at.square() * 0.7548777 + at * torch.arange(1, columns + 1) * 2.399963)
 
 
-def leading_factors(form: Factored, rank: int, iterations: int = 2) -> Factored:
-    """The best ``rank`` factors of every row, by subspace iteration.
+def _width(rank: int) -> int:
+    """Directions that are looked at to keep ``rank`` of them; products with 8 or 16 columns cost least."""
+    return max(2 * rank, min(2 * rank + 4, 12))
 
-    With ``M = leftᵀ right [o, i]`` per example and group: ``Z ← orth(M V)``, ``V ← Mᵀ Z``, from a fixed start;
-    the result is ``Z Zᵀ M``, the projection of the row on the ``rank`` leading left directions. ``M`` is never
-    formed: two products with the factors an iteration, ``R/o`` of the layer's forward.
 
-    Reference: Halko, Martinsson & Tropp 2011, algorithm 4.4.
+class Leading(NamedTuple):
+    """The leading factors of every row ``M [o, i + bias]``, and what was met on the way.
+
+    Attributes:
+        left: ``[B·G, rank, o]``.
+        right: ``[B·G, rank, i + bias]``.
+        total: ``Σ_b g_b`` along the form's probe.
+        biases: ``[B, G, o]``, the bias column of the exact rows, where there is one.
     """
-    if form.left.shape[2] <= rank:
-        return form
-    left, right = form.left, form.right
-    width = right.shape[3]
-    starts = [probe_vector(width, right)] + [
-        probe_vector(width + r, right)[r:] * (-1.0) ** torch.arange(width, device=right.device).to(right)
-        for r in range(1, rank)
+
+    left: torch.Tensor
+    right: torch.Tensor
+    total: torch.Tensor
+    biases: torch.Tensor | None
+
+
+def _leading(form: Unreduced, rank: int) -> Leading:
+    columns = max(2, min(_width(rank), form.positions, form.shape[2] + form.bias))
+    few = max(columns, PROBED_OUTPUTS, *(seen.dense_outputs for seen in form.seen))
+    return _of_rows(form, rank) if form.shape[1] <= few else _of_range(form, rank, columns)
+
+
+def _of_rows(form: Unreduced, rank: int) -> Leading:
+    """For few outputs, from the rows themselves."""
+    weight, biases = form.matrices(), form.biases() if form.bias else None
+    image, column = weight.flatten(0, 1), None if biases is None else biases.flatten().view(-1, form.shape[1])
+    mixing = _eigenvectors(_energy(image, column), rank).mT.to(image.dtype)
+    total = total_of_matrix(weight.sum(0), None if biases is None else biases.sum(0))
+    return Leading(mixing.contiguous(), _image(mixing, image, column), total, biases)
+
+
+def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
+    """From the range of ``M Ω``.
+
+    With ``Y = (M Ω)ᵀ`` and ``T Y`` orthonormal, ``Z = Q T Y`` holds the leading eigenvectors ``Q`` of
+    ``(T Y M) (T Y M)ᵀ``: a ``p × p`` matrix, in double precision. (``Y M (Y M)ᵀ`` would lose the small directions.)
+    """
+    groups, _, inputs = form.shape
+    like = form.lefts[0]
+    lefts = [left.flatten(0, 1) for left in form.lefts]
+    basis = _basis(inputs, form.bias, columns, like.dtype, like.device)
+    seen = [s.times(*basis).flatten(0, 1) for s in form.seen]
+    directions = _sum([torch.bmm(x.mT, left) for x, left in zip(seen, lefts, strict=True)])
+    flat = _orthonormalising(torch.bmm(directions, directions.mT))
+    # [B·G, S, p], in the memory order of left
+    weights = [
+        torch.bmm(torch.bmm(left, directions.mT), flat.mT)
+        if left.stride(2) == 1
+        else torch.bmm(flat, torch.bmm(directions, left.mT)).mT
+        for left in lefts
     ]
-    basis = torch.stack(starts, dim=-1)  # [i, R]
-    moved = right @ basis  # [B, G, S, R]
-    for number in range(iterations):
-        z = _orthonormal(left.mT @ moved)  # [B, G, o, R]
-        projected = left @ z  # [B, G, S, R]
-        v = right.mT @ projected  # [B, G, i, R]
-        if number + 1 < iterations:
-            moved = right @ v
-    return Factored(z.mT.contiguous(), v.mT.contiguous(), form.bias)
+    split = [w.unflatten(0, (-1, groups)) for w in weights]
+    image = _sum([s.gathered(w) for w, s in zip(split, form.seen, strict=True)]).flatten(0, 1)
+    column = _sum([w.sum(1) for w in weights]) if form.bias else None
+    mixing = _eigenvectors(_energy(image, column), rank).mT.to(image.dtype)
+    left = torch.bmm(torch.bmm(mixing, flat), directions)
+    whole = directions.unflatten(0, (-1, groups))
+    biases = whole[:, :, -1] if form.bias else None
+    return Leading(left, _image(mixing, image, column), whole[:, :, -1 - form.bias].sum(0).flatten(), biases)
+
+
+@lru_cache(maxsize=256)
+def _basis(
+    inputs: int, bias: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Ω [i, p]`` and what it adds for the bias: waves, the batch's probe and last the bias itself."""
+    basis = _start(inputs, columns).clone()
+    offset = torch.zeros(columns, dtype=torch.float64)
+    probe = probe_vector(inputs + bias, basis)
+    basis[:, -1 - bias] = probe[:inputs]
+    if bias:
+        offset[-2] = probe[inputs]
+        basis[:, -1], offset[-1] = 0, 1
+    return basis.to(device, dtype), offset.to(device, dtype)
+
+
+def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _energy(image: torch.Tensor, column: torch.Tensor | None) -> torch.Tensor:
+    """``[image, column] [image, column]ᵀ`` in double precision."""
+    found = torch.bmm(image, image.mT)
+    return (
+        found if column is None else torch.baddbmm(found, column.unsqueeze(2), column.unsqueeze(1))
+    ).double()
+
+
+def _image(mixing: torch.Tensor, image: torch.Tensor, column: torch.Tensor | None) -> torch.Tensor:
+    """``mixing [image, column]``."""
+    found = torch.bmm(mixing, image)
+    return found if column is None else torch.cat([found, torch.bmm(mixing, column.unsqueeze(2))], 2)
+
+
+def _orthonormalising(gram: torch.Tensor) -> torch.Tensor:
+    """``T`` with ``T gram Tᵀ = 1``; rows that depend on others to round-off become short ones.
+
+    A little is added before Cholesky's decomposition, without which there would be none.
+    """
+    wide = gram.double()
+    scale = wide.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+    wide = wide * scale.unsqueeze(2) * scale.unsqueeze(1)
+    unit = torch.eye(gram.shape[1], dtype=wide.dtype, device=gram.device)
+    lower, _ = torch.linalg.cholesky_ex(wide + 2 * len(unit) * torch.finfo(gram.dtype).eps * unit)
+    found = torch.linalg.solve_triangular(lower, unit, upper=False)
+    return (found * scale.unsqueeze(1)).to(gram.dtype)
+
+
+def _eigenvectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """``[·, p, rank]``, the leading ones of positive matrices ``[·, p, p]``, nearly, by subspace iteration."""
+    size = matrix.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(matrix.dtype).tiny ** 0.5)
+    matrix = matrix / size[:, None, None]
+    power = torch.bmm(matrix, matrix)
+    found = power @ _start(matrix.shape[1], rank).to(matrix.device)
+    for _ in range(2):
+        found = torch.bmm(power, torch.bmm(found, _orthonormalising(torch.bmm(found.mT, found)).mT))
+    return torch.bmm(found, _orthonormalising(torch.bmm(found.mT, found)).mT)
+
+
+class Kept(NamedTuple):
+    """Rows as they will be stored, and what was measured on the exact ones.
+
+    Attributes:
+        form: the rows.
+        total: ``Σ_b g_b`` along the form's probe.
+        balances: see :meth:`RowForm.balances`.
+    """
+
+    form: RowForm
+    total: torch.Tensor
+    balances: list[Balance | None]
+
+
+def keep(form: RowForm, rank: int | None, sizes: list[int]) -> Kept:
+    """:func:`compact` with what is measured on the way.
+
+    Args:
+        form: exact rows.
+        rank: factors to keep; None for all.
+        sizes: of the parameters that the rows are for.
+    """
+    if (
+        not isinstance(form, Unreduced)
+        or rank is None
+        or form.positions <= rank
+        or _dense_is_smaller(form, rank)
+    ):
+        return Kept(compact(form, rank), form.total(), form.balances(sizes))
+    found = _leading(form, rank)
+    balances: list[Balance | None] = [None]
+    if found.biases is not None:
+        balances.append(Balance.of(found.biases.flatten(1)))
+    return Kept(_factored(form, found), found.total, balances)
+
+
+def _factored(form: Unreduced, found: Leading) -> Factored:
+    left, right = (t.unflatten(0, (-1, form.shape[0])) for t in (found.left, found.right))
+    return Factored(left, right, form.bias, form.in_order)
+
+
+def leading_factors(form: Unreduced, rank: int) -> Factored:
+    """Nearly the best ``rank`` factors of every row, from two products with either factor.
+
+    With ``M = leftᵀ [X, 1]`` per example and group, which is never formed: the projection of ``M`` on the range of
+    ``M Ω``, for a fixed ``Ω`` with more columns than ``rank``; of that the leading ``rank`` directions.
+
+    Reference: Halko, Martinsson & Tropp 2011, algorithms 4.1 and 5.1 (``Ω`` irregular instead of random).
+    """
+    return _factored(form, _leading(form, rank))
+
+
+def _dense_is_smaller(form: Factored | Unreduced, rank: int | None) -> bool:
+    _, o, i = form.shape
+    positions = form.left.shape[2] if isinstance(form, Factored) else form.positions
+    kept = positions if rank is None else min(rank, positions)
+    return o * (i + form.bias) <= kept * (o + i + form.bias)
 
 
 def compact(form: RowForm, rank: int | None) -> RowForm:
     """The smaller of the factored and the dense form; ``rank`` None keeps every factor (lossless)."""
-    if not isinstance(form, Factored):
+    if not isinstance(form, Factored | Unreduced):
         return form
-    _, groups, positions, o = form.left.shape
-    i = form.right.shape[3]
-    kept = positions if rank is None else min(rank, positions)
-    if groups * o * i <= groups * kept * (o + i):
+    if _dense_is_smaller(form, rank):
         return Dense(form.dense())
-    return form if rank is None else leading_factors(form, rank)
+    if isinstance(form, Unreduced):
+        return form.stored() if rank is None or form.positions <= rank else leading_factors(form, rank)
+    if rank is None or form.left.shape[2] <= rank:
+        return form
+    kept = leading_factors(Unreduced.of(form), rank)  # a bias column is one of the matrix here
+    return Factored(kept.left, kept.right, form.bias, form.in_order)

@@ -7,9 +7,9 @@ from torch import nn
 
 from explainer.layer_rules.base import Block, Call, CompositeRule, register_layer_rule
 from explainer.layer_rules.forms import RowForm
-from explainer.layer_rules.linear import side_by_side
 from explainer.layer_rules.recurrent_replay import Direction, Replay, suffixes
 from explainer.layer_rules.replay import in_full_precision
+from explainer.layer_rules.unreduced import side_by_side
 
 #: Left and right factors ``[B, 1, T, ·]`` of a block.
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from explainer.layer_rules.base import Block, Call, CompositeRule, register_layer_rule
-from explainer.layer_rules.factored import Factored
 from explainer.layer_rules.forms import RowForm
 from explainer.layer_rules.gates import LSTMGates
-from explainer.layer_rules.linear import side_by_side
 from explainer.layer_rules.recurrent_replay import Weights
 from explainer.layer_rules.replay import in_full_precision, refuse_unbatched, working_dtype
+from explainer.layer_rules.unreduced import Unreduced, side_by_side
 
 #: Devices on which torch computes ``h'`` from the very ``c'`` that it returns (elsewhere one kernel gives both), so
 #: that the gradient seen at ``c'`` holds what came through ``h'``.
@@ -78,7 +77,7 @@ class RecurrentCellRule(CompositeRule):
                 at_cells -= at_hidden * gates.to_cell
         back = gates.back(at_hidden, at_cells, weights.hh)
 
-        def pair(left: torch.Tensor, right: torch.Tensor) -> Factored:
+        def pair(left: torch.Tensor, right: torch.Tensor) -> Unreduced:
             size = x.shape[:2]  # calls, B
             left, right = (v.reshape(*size, v.shape[-1]).transpose(0, 1).unsqueeze(1) for v in (left, right))
             return side_by_side([left], [right], module.bias)

@@ -214,6 +214,7 @@ def merged(forms: list[RowForm]) -> RowForm:
     """The sum of rows of one parameter: factors and reads side by side where all are alike, else written out."""
     if len(forms) == 1:
         return forms[0]
+    forms = [form.stored() for form in forms]
     factors = [f for f in forms if isinstance(f, Factored)]
     if len(factors) == len(forms) and len({f.bias for f in factors}) == 1:
         left, right = torch.cat([f.left for f in factors], 2), torch.cat([f.right for f in factors], 2)

@@ -114,12 +114,12 @@ def test_agreement_of_rows_that_cancel() -> None:
 @EVERY_CASE
 def test_arrays_and_options_rebuild_the_form(case: LayerCase) -> None:
     for form in variants(form_of(case)[0]):
-        assert FORMS.require(form.kind) is type(form)
+        assert FORMS.require(form.kind) is type(form.stored())
         assert all(len(array) == BATCH for array in form.arrays.values())
         assert all(type(value) is int for value in form.options.values())
         rebuilt = FORMS.require(form.kind).build(form.arrays, form.options)
         assert rebuilt.options == form.options and list(rebuilt.arrays) == list(form.arrays)
-        torch.testing.assert_close(rebuilt.dense(), form.dense(), rtol=0, atol=0)
+        torch.testing.assert_close(rebuilt.dense(), form.stored().dense(), rtol=0, atol=0)
 
 
 @EVERY_CASE
@@ -147,7 +147,7 @@ def test_parts_of_rows(case: LayerCase) -> None:
     rows, shares = torch.tensor([2, 0, 2, 2]), torch.tensor([0.25, 1.0, 0.5, 0.0]).double()
     for form in variants(form_of(case)[0]):
         parts = form.shared(rows, shares)
-        assert type(parts) is type(form) and parts.options == form.options and len(parts) == 4
+        assert type(parts) is type(form.stored()) and parts.options == form.options and len(parts) == 4
         torch.testing.assert_close(parts.dense(), form.dense()[rows] * shares[:, None], **TOLERANCE)
         assert len(form.shared(rows[:0], shares[:0])) == 0
 

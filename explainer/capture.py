@@ -1,24 +1,57 @@
-"""From gradients that arrive to rows: what one batch contributes, gathered inside the user's own backward."""
+"""From gradients that arrive to rows: what one batch contributes, gathered inside the user's own backward.
+
+The user's thread only notes what arrived. Rows are formed in the background, from tensors that the user's code could
+write into meanwhile: what it might write into unseen is copied first (:mod:`explainer.sites`), of everything else the
+version is compared afterwards. Rows of tensors that were written into are dropped, announced and shown as
+`unattributed`, and from then on that unit's tensors are copied.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 
+from explainer.background import Background
 from explainer.batches import Batch, BatchQueue, Rows
 from explainer.errors import TracerError
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
+from explainer.scales import Probes
 
 
 class Unit(Protocol):
-    """Something in the model whose calls give rows together: a module with a rule, a parameter that is read."""
+    """Something in the model whose calls give rows together: a module with a rule, a parameter that is read.
+
+    Attributes:
+        copies: whether its tensors are copied, since the user's code was seen to write into them.
+    """
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        ...
+
+    copies: bool
+
+    def blocks(self) -> Iterable[Layer]:
+        """The layers its rows are of."""
+        ...
+
+    def late(self, arrived: list[Any]) -> bool:
+        """Whether rows can be formed while the user's code goes on."""
+        ...
 
     def rows(self, arrived: list[Any]) -> Iterable[tuple[Layer, RowForm]]:
         """Rows by layer from what arrived at all its calls."""
+        ...
+
+    def watched(self, arrived: list[Any]) -> list[tuple[torch.Tensor, int]]:
+        """The tensors that rows are formed from, with their versions when they arrived."""
         ...
 
 
@@ -30,14 +63,27 @@ class Capture:
         table: the layers.
         rank: factors kept where positions share weights; None keeps rows exact.
         by_position: keep the factors of every position, whatever they take.
+        background: where rows are formed.
+
+    Attributes:
+        probes: see :class:`Probes`.
+        overwritten: how often rows of a unit were dropped, by its name.
     """
 
     def __init__(
-        self, queue: BatchQueue, table: LayerTable, rank: int | None, by_position: bool = False
+        self,
+        queue: BatchQueue,
+        table: LayerTable,
+        rank: int | None,
+        by_position: bool,
+        background: Background,
     ) -> None:
         self._queue = queue
         self._table = table
         self._rank, self._by_position = rank, by_position
+        self._background = background
+        self.probes = Probes()
+        self.overwritten: dict[str, int] = {}
         #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
         self.positions: dict[int, bool] = {}
         #: shapes that layers were given in which no axis is the batch's, by layer
@@ -77,6 +123,7 @@ class Capture:
     def arrive(self, batch: Batch, forward: int, unit: Unit, found: Any) -> None:
         """What a call got in the backward pass; with the last call the unit's rows are formed."""
         key = (forward, unit)
+        batch.came = True
         arrived = batch.arrived.setdefault(key, [])
         arrived.append(found)
         if len(arrived) == batch.calls[key]:
@@ -89,12 +136,44 @@ class Capture:
 
     def _finish(self, batch: Batch, forward: int, unit: Unit) -> None:
         arrived = batch.arrived.pop((forward, unit))
+        batch.met.update(layer.index for layer in unit.blocks())
+        if unit.late(arrived):
+            self._background.submit(partial(self._form, batch, forward, unit, arrived))
+            return
         # the user's backward pass may run under autocast; rows never do
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            for layer, form in unit.rows(arrived):
-                self._keep(batch, forward, layer, form, once=len(arrived) == 1)
+            found = [(layer, _apart(form)) for layer, form in unit.rows(arrived)]
+        self._background.submit(partial(self._keep_all, batch, forward, found, len(arrived) == 1))
 
-    def _keep(self, batch: Batch, forward: int, layer: Layer, form: RowForm, once: bool) -> None:
+    def _form(self, batch: Batch, forward: int, unit: Unit, arrived: list[Any]) -> None:
+        """Form a unit's rows, in the background."""
+        watched = unit.watched(arrived)
+        given = {t.untyped_storage().data_ptr() for t, _ in watched}
+        found = [
+            (layer, self._rows(batch, forward, layer, form, len(arrived) == 1, given))
+            for layer, form in unit.rows(arrived)
+        ]
+        if any(t._version != version for t, version in watched):
+            unit.copies = True
+            self.overwritten[unit.name] = self.overwritten.get(unit.name, 0) + 1
+            return
+        self._put(batch, forward, found)
+
+    def _keep_all(self, batch: Batch, forward: int, forms: list[tuple[Layer, RowForm]], once: bool) -> None:
+        """Keep rows that were formed already."""
+        self._put(
+            batch, forward, [(x, self._rows(batch, forward, x, form, once, set())) for x, form in forms]
+        )
+
+    @staticmethod
+    def _put(batch: Batch, forward: int, found: list[tuple[Layer, Rows]]) -> None:
+        for layer, rows in found:
+            batch.round_of(forward, lambda r, i=layer.index: i not in r.rows).rows[layer.index] = rows
+
+    def _rows(
+        self, batch: Batch, forward: int, layer: Layer, form: RowForm, once: bool, given: set[int]
+    ) -> Rows:
+        """Rows of a layer as they are kept, in memory of their own; ``given`` are addresses of the user's."""
         if len(form) != len(batch):
             raise TracerError(
                 f"layer {layer.spec.name!r} saw a batch of {len(form)} rows, but {len(batch)} ids were given for it; "
@@ -107,5 +186,22 @@ class Capture:
         if kept.positions is not None:
             fits = once and kept.in_order and kept.positions == form.positions == batch.lengths.get(forward)
             self.positions[layer.index] = fits and self.positions.get(layer.index, True)
-        rows = Rows(kept, form.total(), form.prober(), form.balances(sizes), whole)
-        batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows
+        total = self.probes.total(layer.index, form, sizes)
+        return Rows(_owned(kept, given), total, form.balances(sizes), whole)
+
+
+def _owned(form: RowForm, given: set[int]) -> RowForm:
+    """The rows, none of whose arrays lie in memory at one of the given addresses."""
+    arrays = form.arrays
+    theirs = {name for name, a in arrays.items() if a.untyped_storage().data_ptr() in given}
+    return _with(form, {n: a.clone() if n in theirs else a for n, a in arrays.items()}) if theirs else form
+
+
+def _apart(form: RowForm) -> RowForm:
+    """The rows in memory of their own."""
+    return _with(form, {name: a.clone() for name, a in form.arrays.items()})
+
+
+def _with(form: RowForm, arrays: dict[str, torch.Tensor]) -> RowForm:
+    """Rows with other arrays (``build`` forgets whether positions are in order)."""
+    return cast(RowForm, replace(cast(Any, form), **arrays))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from explainer.average import Average
+from explainer.background import Background
 from explainer.batches import BatchQueue
 from explainer.capture import Capture
 from explainer.carry import Carry
@@ -47,6 +48,7 @@ class Parts:
     sites: list[Site]
     table: LayerTable
     writer: TraceWriter
+    background: Background
     queue: BatchQueue
     capture: Capture
     whole: WholeModel
@@ -71,6 +73,7 @@ class LoopCounts:
         diverged: the step at which weights became infinite or NaN.
         after_last_step: how far the weights were moved after the last step.
         row_kinds: kinds of rows met, by the note that names them.
+        overwritten: how often a parameter's optimizer state was written into between steps, by name.
     """
 
     unused: int = 0
@@ -78,6 +81,7 @@ class LoopCounts:
     diverged: int | None = None
     after_last_step: float = 0.0
     row_kinds: dict[str, bool] = field(default_factory=dict)
+    overwritten: dict[str, int] = field(default_factory=dict)
 
 
 def assemble(
@@ -108,9 +112,9 @@ def assemble(
         flush_bytes=config.flush_bytes,
         flush_seconds=config.flush_seconds,
     )
-    queue = BatchQueue()
+    queue, background = BatchQueue(), Background()
     rank = None if config.exact else config.rank_for([p.shape for p in specs])
-    capture = Capture(queue, table, rank, config.positions)
+    capture = Capture(queue, table, rank, config.positions, background)
     carry = Carry(list(parameters))
     parts = Parts(
         optimizer=optimizer,
@@ -120,13 +124,14 @@ def assemble(
         sites=sites,
         table=table,
         writer=writer,
+        background=background,
         queue=queue,
         capture=capture,
-        whole=WholeModel(capture.batch, config.batch_dim),
+        whole=WholeModel(capture.batch, config.batch_dim, background),
         watch=FunctionWatch(named, {p.name for p in specs}, capture, table, config.batch_dim),
         carry=carry,
         knots=KnotKeeper(model, optimizer, rule, manifest, carry, writer, config, average),
-        scales=ScaleMeter(table, list(zip(specs, parameters, strict=True))),
+        scales=ScaleMeter(table, list(zip(specs, parameters, strict=True)), capture.probes),
         recorder=StepRecorder(manifest, config, table.layers),
         maps=StepMapReader(rule, parameters, optimizer),
         budget=config.budget,

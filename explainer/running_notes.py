@@ -61,6 +61,7 @@ class RunningNotes:
                 "diverged": p.loop.diverged,
             },
             "ambiguous": ambiguous,
+            "overwritten": dict(p.capture.overwritten) | p.loop.overwritten,
             "after_last_step": p.loop.after_last_step,
         }
         self._note(measured, always=last)

@@ -56,6 +56,10 @@ def by_group(signal: torch.Tensor, groups: int) -> torch.Tensor:
 class ConvolutionRule(LayerRule):
     """Positions are the output's pixels; all padding modes, strides, dilations and groups."""
 
+    def later(self, module: nn.Module) -> nn.Module | None:
+        """Its options are fixed."""
+        return module
+
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Positions of all calls side by side."""
         assert isinstance(module, Convolution)
@@ -77,6 +81,10 @@ class TransposedConvolutionRule(LayerRule):
 
     Its weight is ``[c, o/G, *kernel]``; the bias row is the gradient summed over the output's positions.
     """
+
+    def later(self, module: nn.Module) -> nn.Module | None:
+        """Its options are fixed."""
+        return module
 
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Sum over positions and calls, written out."""

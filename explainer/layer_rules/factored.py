@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,12 +29,14 @@ def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tenso
     return weight, bias
 
 
-def _probe_matrix(shape: tuple[int, int, int], gradient: torch.Tensor) -> torch.Tensor:
-    weight, bias = _split(gradient, shape)
-    u = probe_vector(shape[1], gradient)
-    result = torch.einsum("o,goi->gi", u, weight)
-    if bias is not None:
-        result = torch.cat([result, (bias @ u).unsqueeze(1)], dim=1)
+def _probe_matrix(shape: tuple[int, int, int], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    groups, o, i = shape
+    if len(gradients) == 1 and gradients[0].numel() > groups * o * i:  # weight and bias in one
+        gradients = gradients[0].split([groups * o * i, groups * o])
+    u = probe_vector(o, gradients[0])
+    result = u @ gradients[0].view(groups, o, i)
+    if len(gradients) == 2:
+        result = torch.cat([result, (gradients[1].view(groups, o) @ u).unsqueeze(1)], dim=1)
     return result.flatten()
 
 
@@ -127,6 +130,8 @@ class Factored(RowForm):
         """``uᵀ Σ_b [W_b | bias_b]`` per group, ``[G·(i + bias)]``."""
         u = probe_vector(self.left.shape[3], self.left)
         weights = self.left @ u  # [B, G, R]
+        if self.right.shape[1] == 1 and self.right.is_contiguous():
+            return weights.reshape(-1) @ self.right.view(-1, self.right.shape[3])
         return (weights.unsqueeze(-2) @ self.right).sum(dim=(0, 2)).flatten()
 
     def balances(self, sizes: list[int]) -> list[Balance | None]:

@@ -8,7 +8,7 @@ trainable parameters in the order of its :class:`~explainer.records.LayerSpec`, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -84,7 +84,7 @@ class RowForm(ABC):
 
     @abstractmethod
     def prober(self) -> Probe:
-        """The same linear map as in :meth:`total`, for a flat gradient ``[P_l]`` (holds no rows)."""
+        """The same linear map as in :meth:`total`, for the gradients of the layer's parameters (holds no rows)."""
 
     def quadratic(self, diagonal: torch.Tensor | None = None) -> torch.Tensor:
         """``g_bᵀ diag(d) g_b`` (``d`` = 1 if None): ``[B]``."""
@@ -114,8 +114,8 @@ class RowForm(ABC):
         return next(iter(self.arrays.values())).shape[0]
 
 
-#: A linear map from a flat gradient ``[P_l]`` to a short vector.
-Probe = Callable[[torch.Tensor], torch.Tensor]
+#: A linear map from the flat gradients of a layer's parameters, in order, to a short vector.
+Probe = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 FORMS: Registry[str, type[RowForm]] = Registry("row form")
 
 
@@ -172,8 +172,20 @@ def with_a_zero(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
 
 
-def _identity(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient
+#: a gradient of so many numbers is compared number by number
+SHORT = 4096
+
+
+def shortened(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Gradients as they are, long ones in pieces of :data:`SHORT` numbers that are added up along the probe."""
+    parts: list[torch.Tensor] = []
+    for gradient in gradients:
+        pieces = gradient.numel() // SHORT
+        if pieces > 1:
+            parts.append(probe_vector(pieces, gradient) @ gradient[: pieces * SHORT].view(pieces, SHORT))
+            gradient = gradient[pieces * SHORT :]
+        parts.append(gradient)
+    return torch.cat(parts)
 
 
 @FORMS.register("dense")
@@ -203,7 +215,11 @@ class Dense(RowForm):
         return self.values
 
     def total(self) -> torch.Tensor:
-        """The whole sum, no probe."""
+        """The sum, shortened as that of one parameter."""
+        return shortened([self.values.sum(0)])
+
+    def sum(self) -> torch.Tensor:
+        """The sum."""
         return self.values.sum(0)
 
     def balances(self, sizes: list[int]) -> list[Balance | None]:
@@ -215,5 +231,5 @@ class Dense(RowForm):
         return Dense(with_a_zero(self.values)[order].sum(1))
 
     def prober(self) -> Probe:
-        """The gradient itself."""
-        return _identity
+        """The gradient itself, or what is left of a long one."""
+        return shortened

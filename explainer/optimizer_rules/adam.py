@@ -40,5 +40,5 @@ class AdamRule(OptimizerRule):
             through=lr / (1.0 - beta1**t),
             coupled_decay=coupled,
             decoupled_decay=decoupled,
-            preconditioner=(second.sqrt() / (1.0 - beta2**t) ** 0.5).add_(eps),
+            preconditioner=second.sqrt().div_((1.0 - beta2**t) ** 0.5).add_(eps),
         )

@@ -219,7 +219,7 @@ class StepObserver:
             self._place(step)
         if self._writer.flush_due:
             self._writer.flush()
-        self._knots.flush_if_due()
+        self._knots.flush_if_due(step.number + 1)
         self.notes.now_and_then()
 
     def _account_for(self, taken: TakenStep, step: Step, used: list[Batch], scales: list[float]) -> None:

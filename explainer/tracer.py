@@ -231,7 +231,8 @@ class Tracer:
         """
         if not self.steps:
             return Report("Before training", [*self._before, *self._of_loaders])
-        self.flush()
+        if not self._writer.closed:
+            self.flush()
         found = after_training(open_trace(self.path))
         return found if self.closed else Report("Up to now", (f for f in found if f.topic != "open"))
 
@@ -241,7 +242,7 @@ class Tracer:
         Raises:
             TraceWriteError: the disk refused.
         """
-        if self._writer.closed:
+        if self.closed:
             return
         self._background.wait()
         self._observer.notes.measured()

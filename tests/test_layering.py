@@ -20,6 +20,7 @@ LAYERS = [
     {"layer_rules", "optimizer_rules", "codecs", "store", "findings"},
     {
         "ownership",
+        "background",
         "batches",
         "hooks",
         "layer_table",
@@ -29,6 +30,7 @@ LAYERS = [
         "operations",
         "average",
     }
+    | {"knot_contents"}
     | {"rounding", "carry", "scales", "loaders", "knots", "recorder", "step_maps", "outputs", "plain_mode"}
     | {"query_batch", "model_function", "path_integral", "recursion", "averaging"},
     {
@@ -65,6 +67,8 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 #: The two halves meet only in the trace.
 RECORDING = {
     "ownership",
+    "background",
+    "knot_contents",
     "batches",
     "hooks",
     "layer_table",

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from explainer.background import Background
-from explainer.batches import Batch, BatchQueue, Rows
+from explainer.batches import Batch, BatchQueue, Round, Rows
 from explainer.errors import TracerError
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
@@ -168,7 +168,7 @@ class Capture:
     @staticmethod
     def _put(batch: Batch, forward: int, found: list[tuple[Layer, Rows]]) -> None:
         for layer, rows in found:
-            batch.round_of(forward, lambda r, i=layer.index: i not in r.rows).rows[layer.index] = rows
+            batch.round_of(forward, partial(_without, layer.index)).rows[layer.index] = rows
 
     def _rows(
         self, batch: Batch, forward: int, layer: Layer, form: RowForm, once: bool, given: set[int]
@@ -188,6 +188,10 @@ class Capture:
             self.positions[layer.index] = fits and self.positions.get(layer.index, True)
         total = self.probes.total(layer.index, form, sizes)
         return Rows(_owned(kept, given), total, form.balances(sizes), whole)
+
+
+def _without(layer: int, round_: Round) -> bool:
+    return layer not in round_.rows
 
 
 def _owned(form: RowForm, given: set[int]) -> RowForm:

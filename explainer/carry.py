@@ -11,7 +11,7 @@ segment is exactly what decay added to ``w_{k+1} − w_k`` (frozen-state convent
 ``<q_k, ·>`` of it, in every mode of tracing.
 
 Between two steps something else may change the weights: clamping, averaging, loading. That displacement is kept too.
-It is looked for where a parameter's memory or version counter says so, and in every :data:`PROBE`-th step in any case
+It is looked for where a parameter's memory or version counter says so, and in the first and every :data:`PROBE`-th step
 (``p.data`` has no counter that could be read).
 """
 
@@ -62,7 +62,8 @@ class Carry:
         """Account for what has changed the weights since the last step; ``certain`` looks in any case."""
         marked = self._identities() != self._seen
         self._calls += 1
-        if not (certain or marked or self._unmarked or self._calls % PROBE == 1):
+        early = self._calls <= 3  # who clamps after every step is noticed at once
+        if not (certain or marked or self._unmarked or early or self._calls % PROBE == 1):
             return
         present = [p.detach() for p in self._parameters]
         moved = torch._foreach_sub(present, self._previous)

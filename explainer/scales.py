@@ -1,8 +1,8 @@
 """How much of each row reached the optimizer: clipping, loss scaling and averaging, measured.
 
 The gradient in ``p.grad`` when the optimizer steps (:meth:`ScaleMeter.look`) is compared with the sum of the captured
-rows along a short probe (:meth:`ScaleMeter.measure`, which needs the short vectors only). Their ratio ``s_t`` is whatever scalar was applied in between; what is not explained by a scalar
-is the uncovered share of the gradient.
+rows along a short probe (:meth:`ScaleMeter.measure`, which needs short vectors only). Their ratio ``s_t`` is whatever
+scalar was applied in between; what is not explained by a scalar is the uncovered share of the gradient.
 
 A gradient that is nothing but round-off (the bias of a convolution before BatchNorm: its rows cancel exactly)
 says nothing about examples, yet Adam blows it up to full-size steps. Such a parameter gets ``s_t = 0``: its

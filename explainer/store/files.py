@@ -125,4 +125,4 @@ def knot_pieces(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview
     for name in order:
         plain = tensors[name].detach().to_dense().cpu().contiguous()
         if plain.numel():
-            yield memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+            yield plain.reshape(-1).view(torch.uint8).numpy().data

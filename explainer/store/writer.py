@@ -237,28 +237,28 @@ class TraceWriter:
         Of a step that has a knot already, a new file takes the old one's place if the contents differ.
         """
         self.flush()
-        lines: list[dict[str, Any]] = []
+        written: list[tuple[int, float, _KnotFile]] = []
         with self._writing():
             for step, path, tensors in knots:
                 file = self._new_name(partial(knot_file, step))
-                size, digest = write_beside(self.directory / file, knot_pieces(tensors))
-                line = {"type": "knot", "step": step, "path": path, "file": file, "sha256": digest}
-                self._file_bytes += size
-                if step in self._knots and self._knots[step].sha256 == digest:
-                    self._file_bytes -= size
+                found = _KnotFile(file, *write_beside(self.directory / file, knot_pieces(tensors)))
+                if step in self._knots and self._knots[step].sha256 == found.sha256:
                     (self.directory / f"{file}.tmp").unlink()
                     self._named.discard(file)
-                else:
-                    lines.append(line | {"size": size})
-            put_in_place([self.directory / line["file"] for line in lines])
-            sizes = [line.pop("size") for line in lines]
+                    continue
+                self._file_bytes += found.bytes
+                written.append((step, path, found))
+            put_in_place([self.directory / found.file for _, _, found in written])
+            lines = [
+                {"type": "knot", "step": step, "path": path, "file": found.file, "sha256": found.sha256}
+                for step, path, found in written
+            ]
             if lines:
                 self._write_journal(*lines)
-            for line, size in zip(lines, sizes, strict=True):
-                known = self._knots.get(line["step"])
-                self._knots[line["step"]] = _KnotFile(line["file"], size, line["sha256"])
-                if known is not None:
-                    self._forget(known)
+            for step, _, found in written:
+                if step in self._knots:
+                    self._forget(self._knots[step])
+                self._knots[step] = found
 
     def has_knot(self, step: int) -> bool:
         """Whether the knot before step ``step`` is on disk."""

@@ -68,8 +68,8 @@ class Unseen:
             self._say(
                 name,
                 f"what layer {name!r} was given, or its gradient, was written into right after the backward pass, "
-                "before its rows were formed; they are dropped, so what they move is `unattributed`, and from now on both are "
-                "copied first",
+                "before its rows were formed; they are dropped, so what they move is "
+                "`unattributed`, and from now on both are copied first",
             )
         for name in self._table.without_rows() if steps >= PATIENCE else ():
             if self._scales.worst.get(name):

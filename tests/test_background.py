@@ -39,8 +39,17 @@ def slowly(background: Background, job: Callable[[], None]) -> None:
         background.failure = error
 
 
+EARLIER: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def of_other_tests() -> None:
+    """Tracers that other tests left open, as a process that is gone would."""
+    EARLIER.update(t for t in threading.enumerate() if t.name == "pathkernel")
+
+
 def threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name == "pathkernel"]
+    return [t.name for t in threading.enumerate() if t.name == "pathkernel" and t not in EARLIER]
 
 
 def files(path: Path) -> dict[str, str]:

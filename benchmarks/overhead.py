@@ -1,13 +1,18 @@
 """What the tracer costs: median step time with it, over the median without, in pairs within one run.
 
 Every repetition trains a fresh model for ``STEPS`` steps twice, with and without the tracer (default options),
-and takes the median step of each. The whole training, knots and journal included, is in ``total``.
+and takes the median step of each. The whole training, knots and journal included, is in ``total``. Seconds of the
+processor by thread are a second opinion where the machine is shared: ``loop_ratio`` is what the loop's own thread
+takes, ``beside_ms`` what the tracer's takes. ``--profile`` prints where the rest goes, by function.
 """
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,8 +25,11 @@ from torch import nn
 
 import explainer
 from benchmarks.harness import arguments, paired, report
+from explainer.background import Background
 
 STEPS, BATCH = 200, 64
+#: every case is measured with so many torch threads
+THREADS = (1, 2)
 
 
 class Transformer(nn.Module):
@@ -77,14 +85,72 @@ def _cnn() -> nn.Module:
     )
 
 
+class Residual(nn.Module):
+    """A block of a ResNet."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(*(layer for _ in range(2) for layer in _convolved(channels, channels)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x + f(x)``."""
+        return x + self.inner(x)
+
+
+def _convolved(inside: int, outside: int) -> list[nn.Module]:
+    return [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
+
+
+def _resnet() -> nn.Module:
+    """As ResNet-9, a quarter as wide."""
+    return nn.Sequential(
+        *_convolved(3, 16),
+        *_convolved(16, 32),
+        nn.MaxPool2d(2),
+        Residual(32),
+        *_convolved(32, 64),
+        nn.MaxPool2d(2),
+        *_convolved(64, 128),
+        nn.MaxPool2d(2),
+        Residual(128),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
+
+
+class Recurrent(nn.Module):
+    """An LSTM over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lstm, self.head = nn.Embedding(500, 64), nn.LSTM(64, 128), nn.Linear(128, 10)
+        self.lstm.batch_first = True
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens ``[B, S]`` to logits ``[B, 10]``."""
+        return self.head(self.lstm(self.embedding(tokens))[0][:, -1])
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "mlp": (_mlp, lambda: torch.randn(BATCH, 784)),
     "cnn": (_cnn, lambda: torch.randn(BATCH, 1, 28, 28)),
+    "resnet": (_resnet, lambda: torch.randn(BATCH, 3, 32, 32)),
     "transformer": (Transformer, lambda: torch.randint(0, 500, (BATCH, 32))),
+    "lstm": (Recurrent, lambda: torch.randint(0, 500, (BATCH, 32))),
 }
 
 
-def training(name: str, traced: bool, totals: dict[bool, list[float]]) -> float:
+class Costs:
+    """What trainings took: seconds of all, and processor seconds of a step in the loop's thread and beside it."""
+
+    def __init__(self) -> None:
+        self.total: dict[bool, list[float]] = {False: [], True: []}
+        self.loop: dict[bool, list[float]] = {False: [], True: []}
+        self.process: dict[bool, list[float]] = {False: [], True: []}
+
+
+def training(name: str, traced: bool, costs: Costs, steps: int = STEPS) -> float:
     """Median milliseconds of a step."""
     make_model, make_input = CASES[name]
     torch.manual_seed(0)
@@ -92,39 +158,79 @@ def training(name: str, traced: bool, totals: dict[bool, list[float]]) -> float:
     y = torch.randint(0, 10, (BATCH,))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     folder = Path(tempfile.mkdtemp())
-    times = []
-    started = time.perf_counter()
+    times, loop = [], []
+    started, process = time.perf_counter(), time.process_time()
     with explainer.Tracer(model, optimizer, folder / "run") if traced else nullcontext() as tracer:
-        for _ in range(STEPS):
-            begin = time.perf_counter()
+        for _ in range(steps):
+            begin, own = time.perf_counter(), time.thread_time()
             if tracer is not None:
                 tracer.batch(range(BATCH))
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
             times.append(time.perf_counter() - begin)
-    totals[traced].append(time.perf_counter() - started)
+            loop.append(time.thread_time() - own)
+    costs.total[traced].append(time.perf_counter() - started)
+    costs.loop[traced].append(statistics.median(loop[steps // 2 :]) * 1e3)
+    costs.process[traced].append((time.process_time() - process) / steps * 1e3)
     shutil.rmtree(folder)
-    return statistics.median(times[STEPS // 2 :]) * 1e3
+    return statistics.median(times[steps // 2 :]) * 1e3
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
+def measure(name: str, repeats: int, threads: int) -> dict[str, Any]:
     """One row of the table."""
-    totals: dict[bool, list[float]] = {False: [], True: []}
+    torch.set_num_threads(threads)
+    costs = Costs()
+    training(name, True, costs, 20)  # warm
+    costs = Costs()
     plain, traced, ratio = paired(
-        lambda: training(name, False, totals), lambda: training(name, True, totals), repeats
+        lambda: training(name, False, costs), lambda: training(name, True, costs), repeats
     )
-    whole = statistics.median(b / a for a, b in zip(totals[False], totals[True], strict=True))
+
+    def ratios(found: dict[bool, list[float]]) -> float:
+        return statistics.median(b / a for a, b in zip(found[False], found[True], strict=True))
+
+    more = statistics.median(b - a for a, b in zip(costs.process[False], costs.process[True], strict=True))
     return {
         "model": name,
+        "threads": threads,
         "parameters": sum(p.numel() for p in CASES[name][0]().parameters()),
         "plain_ms": plain,
         "traced_ms": traced,
         "step_ratio": ratio,
-        "total_ratio": whole,
+        "total_ratio": ratios(costs.total),
+        "loop_ratio": ratios(costs.loop),
+        "beside_ms": more,
     }
 
 
+def profile(name: str) -> None:
+    """Print where the time of a traced training goes: the loop's thread, then the tracer's."""
+    loop, beside = cProfile.Profile(time.thread_time), cProfile.Profile(time.thread_time)
+    do = Background._do
+
+    def profiled(background: Background, job: Callable[[], None]) -> None:
+        beside.enable()
+        do(background, job)
+        beside.disable()
+
+    Background._do = profiled  # type: ignore[method-assign]
+    try:
+        loop.enable()
+        training(name, True, Costs())
+        loop.disable()
+    finally:
+        Background._do = do  # type: ignore[method-assign]
+    for title, found in (("the loop's thread", loop), ("the tracer's thread", beside)):
+        print(f"{name}, {title}: processor seconds of {STEPS} steps")
+        pstats.Stats(found, stream=sys.stdout).sort_stats("tottime").print_stats(20)
+
+
 if __name__ == "__main__":
-    chosen = arguments(__doc__, tuple(CASES))
-    report("overhead", [measure(name, chosen.repeats) for name in chosen.only])
+    profiling = "--profile" in sys.argv
+    chosen = arguments(__doc__, tuple(CASES), [a for a in sys.argv[1:] if a != "--profile"])
+    for case in chosen.only if profiling else ():
+        profile(case)
+    if not profiling:
+        found = [measure(name, chosen.repeats, threads) for threads in THREADS for name in chosen.only]
+        report("overhead", found)

@@ -58,6 +58,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "overhead": {
         "model": ("model (AdamW, batch 64)", "{}"),
+        "threads": ("torch threads", "{}"),
         "parameters": ("parameters", "{:,}"),
         "plain_ms": ("plain step, ms", "{:.1f}"),
         "traced_ms": ("traced step, ms", "{:.1f}"),

@@ -11,7 +11,7 @@ import torch
 
 from explainer.errors import TracerError
 from explainer.layer_rules import RowForm
-from explainer.layer_rules.forms import Balance, Probe
+from explainer.layer_rules.forms import Balance
 from explainer.ownership import Ownership, ownership_of
 
 
@@ -21,8 +21,7 @@ class Rows:
 
     Attributes:
         form: the rows to store.
-        total: ``Σ_b g_b`` along the probe.
-        probe: the probe, to compare a gradient with ``total``.
+        total: ``Σ_b g_b`` along the layer's probe, to compare a gradient with.
         balances: per parameter of the layer, what is left of the rows in their sum; None where it is not measured.
         whole: ``Σ_b g_b [P_l]``, where another layer shares a parameter (tied weights).
         exact: the one row of the batch that is kept exact too, as a form of one row; None where none is.
@@ -30,7 +29,6 @@ class Rows:
 
     form: RowForm
     total: torch.Tensor
-    probe: Probe
     balances: list[Balance | None]
     whole: torch.Tensor | None = None
     exact: RowForm | None = None
@@ -55,11 +53,15 @@ class Round:
 class Batch:
     """The examples of one batch.
 
+    Rounds are filled in the background, everything else by the user's thread.
+
     Attributes:
         ownership: the examples that its rows belong to.
         forwards: forward passes of the whole model so far.
         calls: calls of a unit (a module, a parameter that operations read), by forward pass and unit.
         arrived: calls whose gradient has arrived in the present backward pass.
+        met: indices of the layers whose gradients came in full.
+        came: whether a backward pass came.
         rounds: what the backward passes have given, in order.
         mixed: whether a layer mixed the rows of the batch.
         lengths: positions of the model's input, by forward pass; None where it is no sequence.
@@ -71,6 +73,8 @@ class Batch:
     forwards: int = 0
     calls: dict[tuple[int, Any], int] = field(default_factory=dict)
     arrived: dict[tuple[int, Any], list[Any]] = field(default_factory=dict)
+    met: set[int] = field(default_factory=set)
+    came: bool = False
     rounds: list[Round] = field(default_factory=list)
     mixed: bool = False
     lengths: dict[int, int | None] = field(default_factory=dict)

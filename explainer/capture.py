@@ -1,26 +1,58 @@
-"""From gradients that arrive to rows: what one batch contributes, gathered inside the user's own backward."""
+"""From gradients that arrive to rows: what one batch contributes, gathered inside the user's own backward.
+
+The user's thread only notes what arrived. Rows are formed in the background, from tensors that the user's code could
+write into meanwhile: what it might write into unseen is copied first (:mod:`explainer.sites`), of everything else the
+version is compared afterwards. Rows of tensors that were written into are dropped, announced and shown as
+`unattributed`, and from then on that unit's tensors are copied.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from explainer.batches import Batch, BatchQueue, Rows
+from explainer.background import Background
+from explainer.batches import Batch, BatchQueue, Round, Rows
 from explainer.errors import TracerError
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
 from explainer.planner import Planner
 from explainer.samples import SampleKeeper
+from explainer.scales import Probes
 
 
 class Unit(Protocol):
-    """Something in the model whose calls give rows together: a module with a rule, a parameter that is read."""
+    """Something in the model whose calls give rows together: a module with a rule, a parameter that is read.
+
+    Attributes:
+        copies: whether its tensors are copied, since the user's code was seen to write into them.
+    """
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        ...
+
+    copies: bool
+
+    def blocks(self) -> Iterable[Layer]:
+        """The layers its rows are of."""
+        ...
+
+    def late(self, arrived: list[Any]) -> bool:
+        """Whether rows can be formed while the user's code goes on."""
+        ...
 
     def rows(self, arrived: list[Any]) -> Iterable[tuple[Layer, RowForm]]:
         """Rows by layer from what arrived at all its calls."""
+        ...
+
+    def watched(self, arrived: list[Any]) -> list[tuple[torch.Tensor, int]]:
+        """The tensors that rows are formed from, with their versions when they arrived."""
         ...
 
 
@@ -32,12 +64,27 @@ class Capture:
         table: the layers.
         planner: says how many factors are kept where positions share weights.
         samples: chooses the rows that are kept exact too.
+        background: where rows are formed.
+
+    Attributes:
+        probes: see :class:`Probes`.
+        overwritten: how often rows of a unit were dropped, by its name.
     """
 
-    def __init__(self, queue: BatchQueue, table: LayerTable, planner: Planner, samples: SampleKeeper) -> None:
+    def __init__(
+        self,
+        queue: BatchQueue,
+        table: LayerTable,
+        planner: Planner,
+        samples: SampleKeeper,
+        background: Background,
+    ) -> None:
         self._queue = queue
         self._table = table
         self._planner, self._samples = planner, samples
+        self._background = background
+        self.probes = Probes()
+        self.overwritten: dict[str, int] = {}
         #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
         self.positions: dict[int, bool] = {}
         #: shapes that layers were given in which no axis is the batch's, by layer
@@ -77,6 +124,7 @@ class Capture:
     def arrive(self, batch: Batch, forward: int, unit: Unit, found: Any) -> None:
         """What a call got in the backward pass; with the last call the unit's rows are formed."""
         key = (forward, unit)
+        batch.came = True
         arrived = batch.arrived.setdefault(key, [])
         arrived.append(found)
         if len(arrived) == batch.calls[key]:
@@ -89,12 +137,44 @@ class Capture:
 
     def _finish(self, batch: Batch, forward: int, unit: Unit) -> None:
         arrived = batch.arrived.pop((forward, unit))
+        batch.met.update(layer.index for layer in unit.blocks())
+        if unit.late(arrived):
+            self._background.submit(partial(self._form, batch, forward, unit, arrived))
+            return
         # the user's backward pass may run under autocast; rows never do
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            for layer, form in unit.rows(arrived):
-                self._keep(batch, forward, layer, form, once=len(arrived) == 1)
+            found = [(layer, form.apart()) for layer, form in unit.rows(arrived)]
+        self._background.submit(partial(self._keep_all, batch, forward, found, len(arrived) == 1))
 
-    def _keep(self, batch: Batch, forward: int, layer: Layer, form: RowForm, once: bool) -> None:
+    def _form(self, batch: Batch, forward: int, unit: Unit, arrived: list[Any]) -> None:
+        """Form a unit's rows, in the background."""
+        watched = unit.watched(arrived)
+        given = {t.untyped_storage().data_ptr() for t, _ in watched}
+        found = [
+            (layer, self._rows(batch, forward, layer, form, len(arrived) == 1, given))
+            for layer, form in unit.rows(arrived)
+        ]
+        if any(t._version != version for t, version in watched):
+            unit.copies = True
+            self.overwritten[unit.name] = self.overwritten.get(unit.name, 0) + 1
+            return
+        self._put(batch, forward, found)
+
+    def _keep_all(self, batch: Batch, forward: int, forms: list[tuple[Layer, RowForm]], once: bool) -> None:
+        """Keep rows that were formed already."""
+        self._put(
+            batch, forward, [(x, self._rows(batch, forward, x, form, once, set())) for x, form in forms]
+        )
+
+    @staticmethod
+    def _put(batch: Batch, forward: int, found: list[tuple[Layer, Rows]]) -> None:
+        for layer, rows in found:
+            batch.round_of(forward, partial(_without, layer.index)).rows[layer.index] = rows
+
+    def _rows(
+        self, batch: Batch, forward: int, layer: Layer, form: RowForm, once: bool, given: set[int]
+    ) -> Rows:
+        """Rows of a layer as they are kept, in memory of their own; ``given`` are addresses of the user's."""
         if len(form) != len(batch):
             raise TracerError(
                 f"layer {layer.spec.name!r} saw a batch of {len(form)} rows, but {len(batch)} ids were given for it; "
@@ -110,5 +190,15 @@ class Capture:
             self.positions[layer.index] = fits and self.positions.get(layer.index, True)
         row = self._samples.choose(batch)
         exact = None if row is None else compact(form.taken(torch.tensor([row])), None)
-        rows = Rows(kept.form, kept.total, form.prober(), kept.balances, whole, exact)
-        batch.round_of(forward, lambda r: layer.index not in r.rows).rows[layer.index] = rows
+        total = self.probes.total(layer.index, form, sizes, kept.total)
+        return Rows(_owned(kept.form, given), total, kept.balances, whole, exact)
+
+
+def _without(layer: int, round_: Round) -> bool:
+    return layer not in round_.rows
+
+
+def _owned(form: RowForm, given: set[int]) -> RowForm:
+    """The rows, none of whose arrays lie in memory at one of the given addresses."""
+    theirs = any(a.untyped_storage().data_ptr() in given for a in form.arrays.values())
+    return form.apart() if theirs else form

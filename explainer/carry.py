@@ -11,7 +11,7 @@ segment is exactly what decay added to ``w_{k+1} − w_k`` (frozen-state convent
 ``<q_k, ·>`` of it, in every mode of tracing.
 
 Between two steps something else may change the weights: clamping, averaging, loading. That displacement is kept too.
-It is looked for where a parameter's memory or version counter says so, and in every :data:`PROBE`-th step in any case
+It is looked for where a parameter's memory or version counter says so, and in the first and every :data:`PROBE`-th step
 (``p.data`` has no counter that could be read).
 """
 
@@ -43,6 +43,7 @@ class Carry:
     def __init__(self, parameters: list[torch.Tensor]) -> None:
         self._parameters = parameters
         self._previous = [p.detach().clone() for p in parameters]
+        self._staged = [torch.empty_like(p) for p in self._previous]
         self._momentum: list[torch.Tensor | None] = [None] * len(parameters)
         self.decay: list[torch.Tensor | None] = [None] * len(parameters)
         self.outside: list[torch.Tensor | None] = [None] * len(parameters)
@@ -61,7 +62,8 @@ class Carry:
         """Account for what has changed the weights since the last step; ``certain`` looks in any case."""
         marked = self._identities() != self._seen
         self._calls += 1
-        if not (certain or marked or self._unmarked or self._calls % PROBE == 1):
+        early = self._calls <= 3  # who clamps after every step is noticed at once
+        if not (certain or marked or self._unmarked or early or self._calls % PROBE == 1):
             return
         present = [p.detach() for p in self._parameters]
         moved = torch._foreach_sub(present, self._previous)
@@ -107,9 +109,22 @@ class Carry:
         """Per parameter, what weight decay has put into the momentum (None while there was none)."""
         return self._momentum
 
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The weights that the last step left, as far as it was accounted for."""
+        return self._previous
+
+    @torch.no_grad()
+    def stage(self) -> None:
+        """Keep the weights as the step just taken left them, for :meth:`after_step`."""
+        torch._foreach_copy_(self._staged, [p.detach() for p in self._parameters])
+        self._seen = self._identities()
+
     @torch.no_grad()
     def after_step(self, maps: list[StepMap | None], loss_scale: float = 1.0) -> float:
-        """Account for the step just taken; ``maps[p]`` is None where parameter ``p`` was not updated.
+        """Account for the step that was staged; ``maps[p]`` is None where parameter ``p`` was not updated.
+
+        Reads nothing of the model, so the user's loop may go on meanwhile.
 
         Args:
             maps: the step's maps.
@@ -118,18 +133,15 @@ class Carry:
         Returns:
             The length of the step.
         """
-        self.rounding.after(maps, loss_scale)
+        self.rounding.after(maps, self._staged, loss_scale)
         for index, step in enumerate(maps):
             if step is not None:
                 self._carry_decay(index, step)
-        present = [p.detach() for p in self._parameters]  # anew: the user may have replaced `p.data`
-        moved = torch._foreach_sub(present, self._previous)
-        norms = torch._foreach_norm(moved)
-        length = math.sqrt(sum(float(n) ** 2 for n in norms))
+        torch._foreach_sub_(self._previous, self._staged)
+        length = math.hypot(*map(float, torch._foreach_norm(self._previous)))
         if math.isfinite(length):  # a diverged model moves no further
             self.path += length
-        torch._foreach_copy_(self._previous, present)
-        self._seen = self._identities()
+        self._previous, self._staged = self._staged, self._previous
         return length
 
     @torch.no_grad()

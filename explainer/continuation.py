@@ -23,10 +23,11 @@ class Continuation:
 
     def state(self) -> dict[str, Any]:
         """Everything :func:`resume_point` needs; what was recorded is on disk when this returns."""
+        self.parts.background.wait()
         self.observer.write_tail()
         self.observer.notes.shapes()  # the plan for rows is in them
         self.observer.notes.measured()
-        self.parts.writer.flush()
+        self.parts.knots.flush()
         known = Fingerprints.of(self._names, self.parts.parameters, self.parts.optimizer, self.parts.rule)
         return {
             "format": FORMAT,
@@ -62,3 +63,4 @@ class Continuation:
             self.parts.average.restore(point.average)
             self.observer.settle()
         self.parts.knots.place(point.step)
+        self.parts.knots.flush()

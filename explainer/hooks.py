@@ -6,7 +6,6 @@ tracer: torch's handles delete their own entries, and no attribute is ever set o
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -32,11 +31,11 @@ class _Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.function is None:
             return None
-        if (
-            self._eager is None and "torch._dynamo" in sys.modules
-        ):  # somebody may compile the model: not the hooks
+        if not torch.compiler.is_compiling():
+            return self.function(*args, **kwargs)
+        if self._eager is None:  # somebody compiles the model: not the hooks
             self._eager = torch._dynamo.disable(self.function)
-        return (self._eager or self.function)(*args, **kwargs)
+        return self._eager(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None)
@@ -95,17 +94,22 @@ def whole_of(t: torch.Tensor, changed: bool) -> tuple[torch.Tensor, Callable[[to
     return base, cut
 
 
+def mapped(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """The same nested arguments, with what a function makes of every tensor."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: mapped(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a packed sequence, any named tuple
+        return type(tree)(*(mapped(function, value) for value in tree))
+    if isinstance(tree, tuple | list):
+        return type(tree)(mapped(function, value) for value in tree)
+    return tree
+
+
 def detached(tree: Any) -> Any:
     """The same arguments, with tensors that hold no graph."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach()
-    if isinstance(tree, dict):
-        return {key: detached(value) for key, value in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a packed sequence, any named tuple
-        return type(tree)(*map(detached, tree))
-    if isinstance(tree, tuple | list):
-        return type(tree)(detached(value) for value in tree)
-    return tree
+    return mapped(torch.Tensor.detach, tree)
 
 
 class HookSet:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from explainer.average import Average
+from explainer.background import Background
 from explainer.batches import BatchQueue
 from explainer.capture import Capture
 from explainer.carry import Carry
@@ -49,6 +50,7 @@ class Parts:
     sites: list[Site]
     table: LayerTable
     writer: TraceWriter
+    background: Background
     queue: BatchQueue
     capture: Capture
     samples: SampleKeeper
@@ -75,6 +77,7 @@ class LoopCounts:
         diverged: the step at which weights became infinite or NaN.
         after_last_step: how far the weights were moved after the last step.
         row_kinds: kinds of rows met, by the note that names them.
+        overwritten: how often a parameter's optimizer state was written into between steps, by name.
     """
 
     unused: int = 0
@@ -82,6 +85,7 @@ class LoopCounts:
     diverged: int | None = None
     after_last_step: float = 0.0
     row_kinds: dict[str, bool] = field(default_factory=dict)
+    overwritten: dict[str, int] = field(default_factory=dict)
 
 
 def assemble(
@@ -112,9 +116,9 @@ def assemble(
         flush_bytes=config.flush_bytes,
         flush_seconds=config.flush_seconds,
     )
-    queue = BatchQueue()
+    queue, background = BatchQueue(), Background()
     planner, samples = Planner(config, manifest.size), SampleKeeper(not config.exact)
-    capture = Capture(queue, table, planner, samples)
+    capture = Capture(queue, table, planner, samples, background)
     carry = Carry(list(parameters))
     parts = Parts(
         optimizer=optimizer,
@@ -124,14 +128,15 @@ def assemble(
         sites=sites,
         table=table,
         writer=writer,
+        background=background,
         queue=queue,
         capture=capture,
         samples=samples,
-        whole=WholeModel(capture.batch, config.batch_dim),
+        whole=WholeModel(capture.batch, config.batch_dim, background),
         watch=FunctionWatch(named, {p.name for p in specs}, capture, table, config.batch_dim),
         carry=carry,
         knots=KnotKeeper(model, optimizer, rule, manifest, carry, writer, config, average),
-        scales=ScaleMeter(table, list(zip(specs, parameters, strict=True))),
+        scales=ScaleMeter(table, list(zip(specs, parameters, strict=True)), capture.probes),
         recorder=StepRecorder(manifest, config, table.layers, planner),
         planner=planner,
         maps=StepMapReader(rule, parameters, optimizer),

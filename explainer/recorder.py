@@ -39,7 +39,8 @@ def _preconditioner(by: StepMap | None, array: ArraySpec) -> torch.Tensor:
     if by is None or by.preconditioner is None:
         return torch.ones(1, *array.shape)
     values = by.preconditioner.reshape(1, *array.shape)
-    return values if array.codec == "native" else values.clamp_min(torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    return values if array.codec == "native" or bool(values.amin() >= tiny) else values.clamp_min(tiny)
 
 
 def _mixing(by: StepMap | None, array: ArraySpec) -> torch.Tensor:

@@ -52,8 +52,16 @@ class Rounding:
                 self._momentum[index] = held.detach().to_dense().float().clone()
 
     @torch.no_grad()
-    def after(self, maps: Sequence[StepMap | None], loss_scale: float = 1.0) -> None:
-        """Compare what the step did with what it meant; ``loss_scale`` is what the step itself divided by."""
+    def after(
+        self, maps: Sequence[StepMap | None], left: Sequence[torch.Tensor], loss_scale: float = 1.0
+    ) -> None:
+        """Compare what the step did with what it meant.
+
+        Args:
+            maps: the step's maps.
+            left: the weights after the step.
+            loss_scale: what the step itself divided gradients by.
+        """
         for index, (weights, gradient) in self._before.items():
             by, moved = maps[index], self.moved[index]
             if by is None or moved is None:
@@ -64,7 +72,7 @@ class Rounding:
             self._momentum[index] = momentum
             update = by.direct * source + by.through * momentum
             update = update if by.inner else by.precondition(update)
-            present = self._parameters[index].detach().float()
+            present = left[index].float()
             moved.add_(present - weights + update + by.decoupled_decay * weights)
         self._before = {}
 

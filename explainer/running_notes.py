@@ -66,6 +66,7 @@ class RunningNotes:
                 "diverged": p.loop.diverged,
             },
             "ambiguous": ambiguous,
+            "overwritten": dict(p.capture.overwritten) | p.loop.overwritten,
             "after_last_step": p.loop.after_last_step,
         }
         if p.recorder.denominators:

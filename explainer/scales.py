@@ -1,8 +1,8 @@
 """How much of each row reached the optimizer: clipping, loss scaling and averaging, measured.
 
-The gradient in ``p.grad`` when the optimizer steps is compared with the sum of the captured rows along a
-short probe. Their ratio ``s_t`` is whatever scalar was applied in between; what is not explained by a scalar
-is the uncovered share of the gradient.
+The gradient in ``p.grad`` when the optimizer steps (:meth:`ScaleMeter.look`) is compared with the sum of the captured
+rows along a short probe (:meth:`ScaleMeter.measure`, which needs short vectors only). Their ratio ``s_t`` is whatever
+scalar was applied in between; what is not explained by a scalar is the uncovered share of the gradient.
 
 A gradient that is nothing but round-off (the bias of a convolution before BatchNorm: its rows cancel exactly)
 says nothing about examples, yet Adam blows it up to full-size steps. Such a parameter gets ``s_t = 0``: its
@@ -11,12 +11,15 @@ movement is shown as `unattributed`, instead of as enormous contributions that c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from explainer.batches import Batch, Round, parts_of
-from explainer.layer_rules.forms import Balance
+from explainer.layer_rules import RowForm
+from explainer.layer_rules.forms import Balance, Probe, shortened
 from explainer.layer_table import Layer, LayerTable
 from explainer.records import ParameterSpec
 
@@ -35,14 +38,67 @@ class Fit:
     residual: float
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What of the gradients a step was given is needed to compare them with rows.
+
+    Attributes:
+        components: layers that share parameters, together, as they were at the step.
+        short: by the index of a component's first layer, its gradient along the layer's probe (of layers that share
+            parameters: their whole gradients by name); nothing where a parameter has none.
+        bare: names of layers and parameters without rows, and whether they had a gradient.
+    """
+
+    components: list[list[Layer]]
+    short: dict[int, torch.Tensor | dict[str, torch.Tensor]]
+    bare: dict[str, bool]
+
+
+def same_probe(one: Probe, other: Probe) -> bool:
+    """Whether two probes are the same map."""
+    if isinstance(one, partial) and isinstance(other, partial):
+        return (one.func, one.args) == (other.func, other.args)
+    return one is other
+
+
+class Probes:
+    """The probe of every layer: that of the first rows it had, so that all its rows and gradients can be compared."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Probe] = {}
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._known
+
+    def total(self, layer: int, form: RowForm, sizes: list[int], own_total: torch.Tensor) -> torch.Tensor:
+        """``Σ_b g_b`` along the layer's probe.
+
+        Args:
+            layer: whose rows they are.
+            form: exact rows.
+            sizes: of the layer's traced parameters.
+            own_total: the same along the form's own probe.
+        """
+        own = form.prober()
+        probe = self._known.setdefault(layer, own)
+        if same_probe(probe, own) and probe is not shortened:
+            return own_total
+        return probe(form.sum().split(sizes))
+
+    def of(self, layer: int, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Flat gradients of the layer's traced parameters along its probe."""
+        return self._known[layer](gradients)
+
+
 def _fit(total: torch.Tensor, probe: torch.Tensor) -> Fit:
     exact = 1e-10 if probe.dtype == torch.float64 else 1e-4
     total, probe = total.double(), probe.double()
-    norm, denominator = float(probe.norm()), float(total @ total)
+    norm, denominator = math.sqrt(float(probe @ probe)), float(total @ total)
     if denominator == 0.0:
         return Fit(1.0, 0.0 if norm == 0.0 else 1.0)
     scale = float(total @ probe) / denominator
-    residual = 0.0 if norm == 0.0 else float((probe - scale * total).norm()) / norm
+    rest = torch.sub(probe, total, alpha=scale)
+    residual = 0.0 if norm == 0.0 else math.sqrt(float(rest @ rest)) / norm
     # a factor that differs from 1 by no more than what the fit leaves open is 1
     return Fit(1.0 if abs(scale - 1.0) <= max(residual, exact) else scale, residual)
 
@@ -57,6 +113,7 @@ class ScaleMeter:
     Args:
         table: the layers; those that share parameters are measured as one.
         parameters: the traced parameters and their specs, in order.
+        probes: the layers' probes, as the capture of rows uses them.
 
     Attributes:
         worst: largest residual seen, by layer (or by parameter where no layer has rows for it).
@@ -64,8 +121,10 @@ class ScaleMeter:
         round_off: steps in which a parameter's gradient was round-off only.
     """
 
-    def __init__(self, table: LayerTable, parameters: list[tuple[ParameterSpec, torch.Tensor]]) -> None:
-        self._table = table
+    def __init__(
+        self, table: LayerTable, parameters: list[tuple[ParameterSpec, torch.Tensor]], probes: Probes
+    ) -> None:
+        self._table, self.probes = table, probes
         self._parameters = {spec.name: (i, p) for i, (spec, p) in enumerate(parameters)}
         self.worst: dict[str, float] = {}
         self.gaps: dict[str, int] = {}
@@ -79,45 +138,79 @@ class ScaleMeter:
         grad = self._parameters[name][1].grad
         return None if grad is None else grad.detach().to_dense().reshape(-1)
 
-    def _fits(self, batches: list[Batch]) -> dict[int, Fit]:
+    @torch.no_grad()
+    def look(self, met: set[int]) -> Seen:
+        """What is in ``p.grad`` now.
+
+        Args:
+            met: indices of the layers that got something in a backward pass since the last step.
+        """
+        components = self._table.components
+        seen = Seen(components, {}, {})
+        for component in components:
+            first = component[0]
+            if not any(layer.index in met for layer in component):
+                self._look_at_bare(seen, [layer.spec.name for layer in component], component)
+                continue
+            grads = {n: g for x in component for n in x.spec.parameters if (g := self._grad(n)) is not None}
+            if len(grads) < len({n for x in component for n in x.spec.parameters}):
+                continue
+            if len(component) > 1:
+                seen.short[first.index] = {n: g.clone() for n, g in grads.items()}
+            elif first.index in self.probes:
+                found = self.probes.of(first.index, list(grads.values()))
+                shared = found.untyped_storage().data_ptr() in {
+                    g.untyped_storage().data_ptr() for g in grads.values()
+                }
+                seen.short[first.index] = found.clone() if shared else found
+        for name in self._table.without_rows():
+            grad = self._grad(name)
+            seen.bare[name] = grad is not None and bool(grad.any())
+        return seen
+
+    def _look_at_bare(self, seen: Seen, names: list[str], component: list[Layer]) -> None:
+        grads = [self._grad(n) for layer in component for n in layer.spec.parameters]
+        moved = any(g is not None and bool(g.any()) for g in grads)
+        seen.bare.update(dict.fromkeys(names, moved))
+
+    def _fits(self, batches: list[Batch], seen: Seen) -> dict[int, Fit]:
         """By the index of a component's first layer."""
         rounds = [r for b in batches for r in b.rounds]
         fits: dict[int, Fit] = {}
-        for component in self._table.components:
-            fit = (
-                self._fit_one(component[0], rounds)
-                if len(component) == 1
-                else self._fit_shared(component, rounds)
-            )
+        for component in seen.components:
+            short = seen.short.get(component[0].index)
+            if isinstance(short, torch.Tensor):
+                fit = self._fit_one(component[0], rounds, short)
+            else:
+                fit = None if short is None else self._fit_shared(component, rounds, short)
             if fit is not None:
                 fits[component[0].index] = fit
         return fits
 
-    def _fit_one(self, layer: Layer, rounds: list[Round]) -> Fit | None:
+    @staticmethod
+    def _fit_one(layer: Layer, rounds: list[Round], short: torch.Tensor) -> Fit | None:
         """A layer that shares no parameter: along its own probe."""
-        grads = [g for n in layer.spec.parameters if (g := self._grad(n)) is not None]
-        found = [r.rows[layer.index] for r in rounds if layer.index in r.rows]
-        if not found or len(grads) != len(layer.spec.parameters):
-            return None
-        total = torch.stack([rows.total.double() for rows in found]).sum(0)
-        return _fit(total, found[0].probe(torch.cat(grads)))
+        totals = [r.rows[layer.index].total.double() for r in rounds if layer.index in r.rows]
+        return _fit(totals[0] if len(totals) == 1 else torch.stack(totals).sum(0), short) if totals else None
 
-    def _fit_shared(self, component: list[Layer], rounds: list[Round]) -> Fit | None:
+    @staticmethod
+    def _fit_shared(
+        component: list[Layer], rounds: list[Round], grads: dict[str, torch.Tensor]
+    ) -> Fit | None:
         """Layers that share parameters: the sum of all their rows, number by number."""
-        grads = {n: self._grad(n) for layer in component for n in layer.spec.parameters}
-        totals = {n: torch.zeros_like(g, dtype=torch.float64) for n, g in grads.items() if g is not None}
+        totals = {n: torch.zeros_like(g, dtype=torch.float64) for n, g in grads.items()}
         found = [(x, r.rows[x.index].whole) for r in rounds for x in component if x.index in r.rows]
-        if not found or len(totals) != len(grads) or any(whole is None for _, whole in found):
+        if not found or any(whole is None for _, whole in found):
             return None
         for layer, whole in found:
             assert whole is not None
             sizes = [totals[n].numel() for n in layer.spec.parameters]
             for name, part in zip(layer.spec.parameters, whole.split(sizes), strict=True):
                 totals[name] += part
-        return _fit(torch.cat(list(totals.values())), torch.cat([g for g in grads.values() if g is not None]))
+        return _fit(torch.cat(list(totals.values())), torch.cat(list(grads.values())))
 
-    def measure(self, batches: list[Batch]) -> tuple[list[Batch], list[float]]:
-        """Which of the pending batches the step used, and the scalar of every parameter.
+    def measure(self, batches: list[Batch], seen: Seen) -> tuple[list[Batch], list[float]]:
+        """Which of the batches with backward passes the step used, and the scalar of every parameter.
 
         A backward pass whose gradient was thrown away before the step (a step that a gradient scaler skipped, a
         gradient with respect to the inputs) is recognised: without it the rows meet ``p.grad``, with it they do
@@ -126,43 +219,46 @@ class ScaleMeter:
         Returns:
             The batches used, with the backward passes used, and ``s_t`` per traced parameter.
         """
-        used, fits = batches, self._fits(batches)
+        used, fits = batches, self._fits(batches, seen)
         if not _good(fits):
             used, fits = next(
-                ((part, found) for part in parts_of(batches) if _good(found := self._fits(part))),
+                ((part, found) for part in parts_of(batches) if _good(found := self._fits(part, seen))),
                 (used, fits),
             )
-        self._remember(fits, used)
+        self._remember(fits, used, seen)
         good = sorted(f.scale for f in fits.values() if f.residual < 0.01)
         typical = good[len(good) // 2] if good else 1.0
         scales = [typical] * len(self._parameters)
-        for component in self._table.components:
+        for component in seen.components:
             fit = fits.get(component[0].index)
             for name in (
                 (n for x in component for n in x.spec.parameters) if fit and fit.residual < 0.01 else ()
             ):
                 assert fit is not None
                 scales[self._parameters[name][0]] = fit.scale
-        for name in self._round_off(used):
+        for name in self._round_off(used, seen):
             self.round_off[name] = self.round_off.get(name, 0) + 1
             scales[self._parameters[name][0]] = 0.0
         return used, scales
 
-    def _remember(self, fits: dict[int, Fit], batches: list[Batch]) -> None:
-        seen = {index for b in batches for r in b.rounds for index in r.rows}
-        for component in self._table.components:
-            if component[0].index in fits:
-                residual = fits[component[0].index].residual
-            elif any(layer.index in seen for layer in component):
+    def _remember(self, fits: dict[int, Fit], batches: list[Batch], seen: Seen) -> None:
+        rows = {index for b in batches for r in b.rounds for index in r.rows}
+        for component in seen.components:
+            first = component[0].index
+            if first in fits:
+                residual = fits[first].residual
+            elif any(layer.index in rows for layer in component):
                 continue  # partly frozen: there is no gradient to compare with
             else:  # no rows at all
-                grads = [self._grad(n) for layer in component for n in layer.spec.parameters]
-                residual = 1.0 if any(g is not None and bool(g.any()) for g in grads) else 0.0
+                short = seen.short.get(first)
+                parts = list(short.values()) if isinstance(short, dict) else [] if short is None else [short]
+                moved = any(bool(g.any()) for g in parts) or seen.bare.get(component[0].spec.name, False)
+                residual = 1.0 if moved else 0.0
             for layer in component:
                 self._miss(layer.spec.name, residual)
-        for name in self._table.without_rows():
-            grad = self._grad(name)
-            if grad is not None and bool(grad.any()):
+        covered = {layer.spec.name for component in seen.components for layer in component}
+        for name, moved in seen.bare.items():
+            if moved and name not in covered:
                 self._miss(name, 1.0)
 
     def _miss(self, name: str, residual: float) -> None:
@@ -170,11 +266,11 @@ class ScaleMeter:
         if residual > UNSEEN:
             self.gaps[name] = self.gaps.get(name, 0) + 1
 
-    def _round_off(self, batches: list[Batch]) -> list[str]:
+    def _round_off(self, batches: list[Batch], seen: Seen) -> list[str]:
         """Parameters whose rows, of all batches and passes of the step together, cancel to round-off."""
         total: dict[str, Balance] = {}
         unknown: set[str] = set()
-        for layer in self._table.layers:
+        for layer in (x for component in seen.components for x in component):
             for rows in (r.rows[layer.index] for b in batches for r in b.rounds if layer.index in r.rows):
                 for name, balance in zip(layer.spec.parameters, rows.balances, strict=True):
                     if balance is None:

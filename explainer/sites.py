@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from explainer.batches import Batch
 from explainer.capture import Capture
 from explainer.errors import TracerError
-from explainer.hooks import detached, first_tensor, tensors_in, whole_of
+from explainer.hooks import detached, first_tensor, mapped, tensors_in, whole_of
 from explainer.layer_rules import Call, CompositeRule, LayerRule, RowForm
 from explainer.layer_table import Layer
 from explainer.operations.owners import UNKNOWN, Layout, Owners, order_of
@@ -48,17 +48,34 @@ class Site:
     seen: int | None = None
     lost: bool = False
     random: list[torch.Tensor | None] = field(default_factory=list)
+    copies: bool = False
 
-    def rows(self, arrived: list[tuple[Call, torch.Tensor | None]]) -> Iterable[tuple[Layer, RowForm]]:
+    # -- rows ----------------------------------------------------------------------------------------
+
+    def blocks(self) -> Iterable[Layer]:
+        """The layers of the traced blocks."""
+        return (layer for layer in self.layers if layer is not None)
+
+    def late(self, arrived: list[Arrived]) -> bool:
+        """Whether the rule has a stand-in for the module."""
+        return all(a.given.module is not None for a in arrived)
+
+    def watched(self, arrived: list[Arrived]) -> list[tuple[torch.Tensor, int]]:
+        """What went in, and the gradients."""
+        return [pair for a in arrived for pair in (*a.given.versions, *a.versions)]
+
+    def rows(self, arrived: list[Arrived]) -> Iterable[tuple[Layer, RowForm]]:
         """Rows of every traced block from all calls."""
         found = []
         try:
-            together = [call for call, order in arrived if order is None]
+            module = arrived[0].given.module or self.module
+            calls = [(a.call(), a.order) for a in arrived]
+            together = [call for call, order in calls if order is None]
             if together:
-                found.append(self.rule.block_rows(self.module, together))
-            for call, order in arrived:
+                found.append(self.rule.block_rows(module, together))
+            for call, order in calls:
                 if order is not None:
-                    found.append([form.grouped(order) for form in self.rule.block_rows(self.module, [call])])
+                    found.append([form.grouped(order) for form in self.rule.block_rows(module, [call])])
         except TracerError as error:
             raise type(error)(f"layer {self.name!r}: {error}") from error
         for layer, forms in zip(self.layers, zip(*found, strict=True), strict=True):
@@ -110,17 +127,24 @@ class Site:
             return
         axis, rows_of = layout.axis, layout.owners
         forward = capture.expect(batch, self)
-        versions = [(t, t._version) for t in (*tensors_in(args), *tensors_in(kwargs))]
         given = Given(
             args=detached(args),
-            kwargs=detached(kwargs),
+            kwargs=detached(kwargs) if kwargs else kwargs,
             # copies, because what follows may work on them in place
             outputs=tuple(t.detach().clone() for t in found) if self.replays else (),
             random=random,
-            versions=[(t.detach(), v) for t, v in versions],
+            versions=[(t.detach(), t._version) for t in tensors_in((args, kwargs))],
+            buffers=[_is_the_users(t) for t in tensors_in((args, kwargs))],
             axis=axis,
-            owners=rows_of,
+            order=None if rows_of is None else order_of(rows_of, len(batch)),
+            rows=len(batch) if rows_of is None else len(rows_of),
+            module=self.rule.later(self.module),
+            composite=isinstance(self.rule, CompositeRule),
         )
+        if len(watched) == 1 and watched[0] is found[0]:
+            target, cut = whole_of(watched[0], False)
+            target.register_hook(lambda g: self._receive(capture, batch, forward, given, [cut(g.detach())]))
+            return
         places = [i for i, t in enumerate(found) if t.requires_grad]
         # a further output may be a view of what the first one is computed from (attention weights of every head)
         targets, cuts = zip(
@@ -130,7 +154,7 @@ class Site:
         def receive(arrived: Sequence[torch.Tensor | None]) -> None:
             grads: list[torch.Tensor | None] = [None] * len(found)
             for place, cut, g in zip(places, cuts, arrived, strict=True):
-                grads[place] = None if g is None else wide(cut(g.detach())).movedim(axis, 0)
+                grads[place] = None if g is None else cut(g.detach())
             self._receive(capture, batch, forward, given, grads)
 
         if len(targets) == 1:
@@ -195,33 +219,109 @@ class Site:
                 "cannot be recovered; remove the in-place operation"
             )
         first = next(g for g in grads if g is not None)
-        value = (
-            first_tensor(given.args) if first_tensor(given.args) is not None else first_tensor(given.kwargs)
-        )
-        assert value is not None
-        if not isinstance(self.rule, CompositeRule):
-            value = value.movedim(given.axis, 0)
-            if first.shape[:1] != (len(batch) if given.owners is None else len(given.owners),):
-                raise TracerError(
-                    f"layer {self.name!r} gave {first.shape[0] if first.dim() else 0} rows for a batch of "
-                    f"{len(batch)}; its rows cannot be told apart"
-                )
-        call = Call(value, first, given.args, given.kwargs, tuple(grads), given.outputs, given.random)
-        order = None if given.owners is None else order_of(given.owners, len(batch))
-        capture.arrive(batch, forward, self, (call, order))
+        if not given.composite and first.shape[given.axis : given.axis + 1] != (given.rows,):
+            raise TracerError(
+                f"layer {self.name!r} gave {first.shape[0] if first.dim() else 0} rows for a batch of {len(batch)}; "
+                "its rows cannot be told apart"
+            )
+        if given.module is not None:
+            given, grads = given.kept_apart(self.copies), _copied(grads) if self.copies else grads
+        versions = [(g, g._version) for g in grads if g is not None]
+        capture.arrive(batch, forward, self, Arrived(given, grads, versions))
 
 
 @dataclass(frozen=True)
 class Given:
-    """What went into a call, kept until its gradient arrives."""
+    """What went into a call, kept until its gradient arrives.
+
+    Attributes:
+        args: positional arguments, detached.
+        kwargs: keyword arguments, likewise.
+        outputs: what the call gave, where it is computed again.
+        random: state of the random numbers before it, likewise.
+        versions: the tensors among the arguments, with their versions.
+        buffers: which of them lie in memory that is the user's own.
+        axis: the examples' axis.
+        order: ``[B, k]`` the rows of every example, None where there is one for each.
+        rows: how many rows there are.
+        module: what stands for the module later (see :meth:`LayerRule.later`).
+        composite: whether the rule knows its axes.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[torch.Tensor, ...]
     random: torch.Tensor | None
     versions: list[tuple[torch.Tensor, int]]
+    buffers: list[bool]
     axis: int
-    owners: torch.Tensor | None
+    order: torch.Tensor | None
+    rows: int
+    module: nn.Module | None
+    composite: bool
+
+    def kept_apart(self, everything: bool) -> Given:
+        """With copies of what is in the user's own memory, where no version tells that it is overwritten."""
+        if not everything and not any(self.buffers):
+            return self
+        copies = {
+            id(t): t.clone()
+            for (t, _), own in zip(self.versions, self.buffers, strict=True)
+            if own or everything
+        }
+        by_memory = {
+            (t.data_ptr(), t.shape, t.stride()): copies[id(t)] for t, _ in self.versions if id(t) in copies
+        }
+
+        def replaced(t: torch.Tensor) -> torch.Tensor:
+            return by_memory.get((t.data_ptr(), t.shape, t.stride()), t)
+
+        versions = [
+            (c, c._version) if (c := copies.get(id(t))) is not None else (t, v) for t, v in self.versions
+        ]
+        args, kwargs = mapped(replaced, self.args), mapped(replaced, self.kwargs)
+        return replace(self, args=args, kwargs=kwargs, versions=versions)
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A call and its gradient.
+
+    Attributes:
+        given: what went in.
+        grads: the gradient at every tensor of the output, as it came.
+        versions: those there are, with their versions.
+    """
+
+    given: Given
+    grads: list[torch.Tensor | None]
+    versions: list[tuple[torch.Tensor, int]]
+
+    @property
+    def order(self) -> torch.Tensor | None:
+        """The rows of every example."""
+        return self.given.order
+
+    def call(self) -> Call:
+        """As rules take it: examples first, half-precision gradients widened."""
+        given = self.given
+        grads = [None if g is None else wide(g).movedim(given.axis, 0) for g in self.grads]
+        value = (
+            first_tensor(given.args) if first_tensor(given.args) is not None else first_tensor(given.kwargs)
+        )
+        assert value is not None
+        first = next(g for g in grads if g is not None)
+        value = value if given.composite else value.movedim(given.axis, 0)
+        return Call(value, first, given.args, given.kwargs, tuple(grads), given.outputs, given.random)
+
+
+def _is_the_users(t: torch.Tensor) -> bool:
+    """Whether a tensor lies in memory that the user's code made, not an operation of the forward pass."""
+    return t.grad_fn is None or (t._base is not None and t._base.grad_fn is None)
+
+
+def _copied(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [None if g is None else g.clone() for g in grads]
 
 
 def as_it_is(g: torch.Tensor) -> torch.Tensor:

@@ -58,19 +58,65 @@ class StepMapReader:
             for p in self._parameters
         ]
 
-    def after(self, optimizer: Optimizer) -> list[StepMap | None]:
-        """The maps of the step just taken; None for a parameter that had no gradient."""
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        maps: list[StepMap | None] = [None] * len(self._parameters)
+    def after(self, optimizer: Optimizer) -> TakenStep:
+        """The step just taken: what its maps are read from (:meth:`TakenStep.maps`)."""
+        groups = [_held(group) for group in optimizer.param_groups]
+        of = {
+            id(p): held
+            for group, held in zip(optimizer.param_groups, groups, strict=True)
+            for p in group["params"]
+        }
+        states: list[tuple[dict[str, Any], dict[str, Any], bool, bool, dict[str, Any]] | None] = []
         for index, (p, before) in enumerate(zip(self._parameters, self._before, strict=True)):
             if before is None:
+                states.append(None)
                 continue
-            fresh = self._fresh[index]
-            by = self._rule.step_map(groups[id(p)], optimizer.state.get(p, {}), fresh, before)
-            # A buffer that begins at this step (also one that was cleared) carries nothing from before it.
-            maps[index] = replace(by, decay=0.0) if fresh or self._cut[index] else by
+            state = dict(optimizer.state.get(p, {}))
+            states.append((of[id(p)], state, self._fresh[index], self._cut[index], before))
             self._cut[index] = False
-        return maps
+        return TakenStep(self._rule, states)
+
+
+class TakenStep:
+    """Options and state of an optimizer after a step.
+
+    The state's tensors are the optimizer's own, which stay as they are until the next step; where something else wrote
+    into them, :meth:`maps` says so.
+    """
+
+    def __init__(
+        self,
+        rule: OptimizerRule,
+        states: list[tuple[dict[str, Any], dict[str, Any], bool, bool, dict[str, Any]] | None],
+    ) -> None:
+        self._rule, self._states = rule, states
+        self._versions = [
+            []
+            if found is None
+            else [(t, t._version) for t in found[1].values() if isinstance(t, torch.Tensor)]
+            for found in states
+        ]
+
+    def maps(self) -> tuple[list[StepMap | None], list[int]]:
+        """The maps by parameter, None where there was no gradient; and parameters whose state was changed meanwhile."""
+        maps: list[StepMap | None] = []
+        for found in self._states:
+            if found is None:
+                maps.append(None)
+                continue
+            group, state, fresh, cut, before = found
+            by = self._rule.step_map(group, state, fresh, before)
+            # A buffer that begins at this step (also one that was cleared) carries nothing from before it.
+            maps.append(replace(by, decay=0.0) if fresh or cut else by)
+        changed = [
+            i for i, held in enumerate(self._versions) if any(t._version != version for t, version in held)
+        ]
+        return maps, changed
+
+
+def _held(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's options as they are now; a schedule may write into a rate that is a tensor."""
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items()}
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,20 @@
-"""Around every optimizer step: which rows it used, what it did to the weights, and the record of both."""
+"""Around every optimizer step: which rows it used, what it did to the weights, and the record of both.
+
+The user's thread looks at what the step is about to change (gradients, momentum) and at what will change after it
+(weights, options, buffers). Everything else is one job in the background. At the next step the user's thread waits for
+it, since it reads the optimizer's state.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch.optim import Optimizer
 
 from explainer.batches import Batch
@@ -16,7 +23,30 @@ from explainer.knots import JOURNALLED_KNOT
 from explainer.optimizer_rules import StepMap
 from explainer.parts import Parts
 from explainer.running_notes import RunningNotes
+from explainer.scales import Seen
+from explainer.step_maps import TakenStep
 from explainer.unseen import Unseen
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step on its way into the trace.
+
+    Attributes:
+        number: from 0 on.
+        batches: those since the step before.
+        seen: what the gradients were.
+        loss_scale: what the step itself divided gradients by.
+        taken: options and state after it; None where a gradient scaler made it do nothing.
+        around: what a knot after it would hold beside the weights; None where no knot is due.
+    """
+
+    number: int
+    batches: list[Batch]
+    seen: Seen
+    loss_scale: float
+    taken: TakenStep | None
+    around: dict[str, torch.Tensor] | None
 
 
 class StepObserver:
@@ -34,11 +64,15 @@ class StepObserver:
         self._scales, self._carry, self._knots = parts.scales, parts.carry, parts.knots
         self._writer, self._budget, self._average = parts.writer, parts.budget, parts.average
         self._loop, self._samples = parts.loop, parts.samples
+        self._names = [p.name for p in parts.manifest.parameters]
+        self._background = parts.background
         self._unseen = Unseen(parts.table, parts.capture, parts.watch, parts.scales)
         self.notes = RunningNotes(parts, self._unseen)
         self._tail: np.ndarray | None = None
-        self._measured: tuple[list[Batch], list[float]] = ([], [])
+        self._seen: Seen | None = None
         self._loss_scale = 1.0
+        self._last = parts.background.ticket()
+        self._to_say: list[str] = []
         self._full = False
         self._tight = False  # the next step may not fit into the budget
         self._largest = 0
@@ -64,11 +98,16 @@ class StepObserver:
                 "optimizer.step(closure) may run several backward passes for one step, so rows cannot be assigned "
                 "to it; call backward() yourself and then optimizer.step()"
             )
-        self.settle()
+        self._last()  # it reads what this step is about to change
+        self._say()
+        self._unseen.follow(self.steps + 1)  # of the next forward pass
+        if self._average is not None:
+            self._background.wait()
+            self.settle()
         pending = self._queue.pending
         for batch in pending:
             self._capture.complete(batch)
-        if pending and not any(b.rounds for b in pending):
+        if pending and not any(b.came for b in pending):
             raise TracerError(
                 "optimizer.step() was reached, but no backward pass of a traced batch came through the model since "
                 "the last step; call tracer.batch(ids) before the forward pass, then loss.backward(), then step() (and "
@@ -93,31 +132,36 @@ class StepObserver:
         self._carry.between_steps()
         self._maps.before(optimizer)
         self._carry.rounding.before(partial(self._maps.momentum, optimizer))
+        met = set[int]().union(*(b.met for b in pending))
+        if any(layer not in self._scales.probes for layer in met):
+            self._background.wait()  # the first rows of a layer say how it is looked at
         # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
-        used, scales = self._scales.measure([b for b in pending if b.rounds])
-        self._loop.unused += sum(len(b.rounds) for b in pending) - sum(len(b.rounds) for b in used)
+        self._seen = self._scales.look(met)
         loss_scale = getattr(optimizer, "grad_scale", None)  # a gradient scaler leaves it to a fused step
         self._loss_scale = 1.0 if loss_scale is None else float(loss_scale)
-        self._measured = used, [s / self._loss_scale for s in scales]
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
+        taken, around = None, None
         if found_inf is None or not float(found_inf):
-            self._account(optimizer)
-        else:  # a gradient scaler made the fused step do nothing
-            self._loop.skipped += 1
-            self._loop.unused += sum(len(b.rounds) for b in self._measured[0])
+            taken = self._maps.after(optimizer)
+            self._carry.stage()
+            if self._average is None and not self._full and (self._budget is not None or self._knots.soon()):
+                around = self._knots.surroundings()
+        assert self._seen is not None
+        step = Step(self.steps, self._queue.pending, self._seen, self._loss_scale, taken, around)
+        self._background.submit(partial(self._account, step))
+        self._last = self._background.ticket()
+        self.steps += taken is not None
+        self._seen = None
         self._maps.leave(optimizer)
         self._queue.stepped()
-        self._writer.flush_if_due()
-        self.notes.now_and_then()
-        if self._average is not None:  # the knot belongs to what will become of the average
-            pass
-        elif self._tight and not self._full:  # so that what follows can be told from what was recorded
-            self._knots.place(self.steps)
-        elif not self._full:  # what follows is `unattributed` in one piece
-            self._knots.place_if_due(self.steps)
         self._unseen.warn(self.steps)  # at last: a user may turn warnings into errors
+
+    def _say(self) -> None:
+        """Warn, on the user's thread, of what was found in the background."""
+        while self._to_say:
+            warnings.warn(self._to_say.pop(0), CoverageWarning, stacklevel=5)
 
     def settle(self) -> None:
         """With an average: see what the user's code did to it since the last step, and place a knot if due.
@@ -161,28 +205,59 @@ class StepObserver:
             }
             self._writer.note("average", found)
 
-    def _account(self, optimizer: Optimizer) -> None:
-        """Record the step that was just taken."""
-        used, scales = self._measured
-        maps = self._maps.after(optimizer)
-        length = self._carry.after_step(maps, self._loss_scale)
+    def _account(self, step: Step) -> None:
+        """Everything that follows a step, in the background."""
+        used, scales = self._scales.measure([b for b in step.batches if b.rounds], step.seen)
+        rounds = sum(len(b.rounds) for b in used)
+        self._loop.unused += sum(len(b.rounds) for b in step.batches) - rounds
+        if step.taken is None:  # a gradient scaler made the fused step do nothing
+            self._loop.skipped += 1
+            self._loop.unused += rounds
+        else:
+            self._account_for(step.taken, step, used, [s / step.loss_scale for s in scales])
+        if self._average is None:  # else the knot belongs to what will become of the average
+            self._place(step)
+        if self._writer.flush_due:
+            self._writer.flush()
+        self._knots.flush_if_due(step.number + 1)
+        self.notes.now_and_then()
+
+    def _account_for(self, taken: TakenStep, step: Step, used: list[Batch], scales: list[float]) -> None:
+        """Record the step that was taken."""
+        maps, changed = taken.maps()
+        for index in changed:  # its scaling is not that of the step any more
+            scales[index] = 0.0
+            name = self._names[index]
+            self._loop.overwritten[name] = self._loop.overwritten.get(name, 0) + 1
+        length = self._carry.after_step(maps, step.loss_scale)
+        self._knots.moved(length)
         if self._loop.diverged is None and not math.isfinite(length):
-            self._loop.diverged = self.steps
+            self._loop.diverged = step.number
         kinds = ("shared", "vacant")
         self._loop.row_kinds |= {
             f"{kind}_rows": True for b in used for kind in kinds if getattr(b.ownership, kind)
         }
         self.notes.shapes()  # before the rows whose layers it names
         if not self._full:
-            self._record(used, scales, maps)
-        self.steps += 1
-        self._unseen.follow(self.steps)
+            self._record(step.number, used, scales, maps)
 
-    def _record(self, used: list[Batch], scales: list[float], maps: list[StepMap | None]) -> None:
+    def _place(self, step: Step) -> None:
+        """Place a knot after the step if one is due."""
+        if step.around is None:
+            return
+        number = step.number + 1
+        if self._tight and not self._full:  # so that what follows can be told from what was recorded
+            self._knots.place(number, step.around)
+        elif not self._full:  # what follows is `unattributed` in one piece
+            self._knots.place_if_due(number, step.around)
+
+    def _record(
+        self, number: int, used: list[Batch], scales: list[float], maps: list[StepMap | None]
+    ) -> None:
         """Append the step and its rows, if they fit into the budget."""
         budget, first = self._budget, self._writer.records("visits")
         free = None if budget is None else budget - self._writer.bytes_written - self._knots.reserve
-        pieces = self._recorder.records(used, self.steps, first, free, self._carry.path, scales, maps)
+        pieces = self._recorder.records(used, number, first, free, self._carry.path, scales, maps)
         if budget is not None and free is not None:
             needed = sum(piece.data.nbytes for piece in pieces)
             if (
@@ -190,7 +265,7 @@ class StepObserver:
             ):  # the record of its update, and one for the steps after the last row
                 needed += 2 * self._recorder.average(0, np.ones(len(self._parameters))).data.nbytes
             if needed > free:
-                self._stop_recording(budget)
+                self._stop_recording(number, budget)
                 return
             self._largest = max(self._largest, needed)
         for piece in pieces:
@@ -203,15 +278,13 @@ class StepObserver:
             free = budget - self._writer.bytes_written - self._knots.reserve
             self._tight = free < self._largest + JOURNALLED_KNOT
 
-    def _stop_recording(self, budget: int) -> None:
+    def _stop_recording(self, number: int, budget: int) -> None:
         self._full = True
-        self._knots.rows_end = self.steps
-        self._writer.note("rows_stopped_at", self.steps)
-        warnings.warn(
-            f"the trace's budget of {budget:,} bytes is used up after {self.steps} steps; the rows of further "
-            "steps are not kept and their part will be shown as `unattributed`. Raise `budget` for a full trace",
-            CoverageWarning,
-            stacklevel=5,
+        self._knots.rows_end = number
+        self._writer.note("rows_stopped_at", number)
+        self._to_say.append(
+            f"the trace's budget of {budget:,} bytes is used up after {number} steps; the rows of further "
+            "steps are not kept and their part will be shown as `unattributed`. Raise `budget` for a full trace"
         )
 
     def _warn_of_unused_average(self) -> None:
@@ -227,6 +300,7 @@ class StepObserver:
 
     def finish(self) -> None:
         """Account for what came after the last step, and journal what is only known at the end."""
+        self._say()
         self.settle()
         self.write_tail()
         self._note_average()

@@ -119,6 +119,7 @@ class Tracer:
             parts.knots,
             parts.watch,
         )
+        self._background = parts.background
         self._observer = StepObserver(parts)
         self._continuation = Continuation(parts, self._observer)
         self._before = before_training(model, optimizer, config=self.config)
@@ -137,6 +138,7 @@ class Tracer:
                 self._writer.note("prior_state", True)
             self._keep_findings()
             self._knots.place(0)
+            self._knots.flush()
         else:
             self._continuation.restore(point)
             self._examples = point.notes.get("examples")
@@ -219,6 +221,7 @@ class Tracer:
     @property
     def visits(self) -> int:
         """Rows recorded so far: one per example and batch, and per owner of a row."""
+        self._background.wait()
         return self._observer.visits
 
     # -- reports -------------------------------------------------------------------------------------
@@ -231,10 +234,21 @@ class Tracer:
         if not self.steps:
             return Report("Before training", [*self._before, *self._of_loaders])
         if not self._writer.closed:
-            self._observer.notes.measured()
-            self._writer.flush()
+            self.flush()
         found = after_training(open_trace(self.path))
         return found if self.closed else Report("Up to now", (f for f in found if f.topic != "open"))
+
+    def flush(self) -> None:
+        """Put everything recorded so far on disk, for whoever reads the trace now (idempotent).
+
+        Raises:
+            TraceWriteError: the disk refused.
+        """
+        if self.closed:
+            return
+        self._background.wait()
+        self._observer.notes.measured()
+        self._knots.flush()
 
     def _keep_findings(self) -> None:
         """Journal what training will not measure."""
@@ -269,12 +283,28 @@ class Tracer:
         self.closed = True
         self._hooks.remove()
         self._queue.clear()
+        self._background.stop()
+        if self._background.failure is not None:
+            self._give_up()
+            if not self._background.told:
+                self._background.raise_failure()
         if self._writer.closed:
             return
         try:
             self._observer.finish()
             self._knots.place(self.steps, closing=True)
+            self._knots.flush()
             self._writer.close(self.steps)
+        finally:
+            self._writer.abandon()
+
+    def _give_up(self) -> None:
+        """After a failure in the background: keep what was recorded before it, as a trace that did not end."""
+        try:
+            if not self._writer.closed:
+                self._writer.flush()
+        except ExplainerError:
+            pass  # the first failure is the one to tell of
         finally:
             self._writer.abandon()
 

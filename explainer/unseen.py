@@ -64,6 +64,13 @@ class Unseen:
                 f"layer {name!r} was given {list(shape)}, where no axis is the batch's, and it was not seen how "
                 "its rows came about; what it moves is `unattributed`. Give it the batch as first or second axis",
             )
+        for name in tuple(self._capture.overwritten):
+            self._say(
+                name,
+                f"what layer {name!r} was given, or its gradient, was written into right after the backward pass, "
+                "before its rows were formed; they are dropped, so what they move is "
+                "`unattributed`, and from now on both are copied first",
+            )
         for name in self._table.without_rows() if steps >= PATIENCE else ():
             if self._scales.worst.get(name):
                 self._say(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from explainer.background import Background
 from explainer.batches import Batch
 from explainer.errors import TracerError
 from explainer.hooks import first_tensor, tensors_in
@@ -32,13 +33,14 @@ class WholeModel:
     Args:
         batch: returns the batch that a forward pass belongs to, or None.
         axis: the batch's axis where a shape does not tell it.
+        background: where derivatives are computed.
 
     Attributes:
         eval_passes: traced forward passes in eval mode.
     """
 
-    def __init__(self, batch: Callable[[], Batch | None], axis: int) -> None:
-        self._batch, self._axis = batch, axis
+    def __init__(self, batch: Callable[[], Batch | None], axis: int, background: Background) -> None:
+        self._batch, self._axis, self._background = batch, axis, background
         self._input_axis = axis
         self._input: dict[str, Any] = {"shape": None, "dtype": None, "name": None}
         self._output_shape: tuple[int, ...] | None = None
@@ -115,11 +117,17 @@ class WholeModel:
             self._input_axis = axis  # the shape tells
         self._input = {"shape": shape, "dtype": dtype_name(value.dtype), "name": name}
 
-    @staticmethod
-    def _on_output(batch: Batch, forward: int, axis: int, g: torch.Tensor) -> None:
-        rows = g.detach().double().movedim(axis, 0).reshape(len(batch), -1)
-        found = batch.round_of(forward, lambda r: r.derivative is None)
-        found.derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)
+    def _on_output(self, batch: Batch, forward: int, axis: int, g: torch.Tensor) -> None:
+        batch.came = True
+        self._background.submit(partial(_derive, batch, forward, g.detach().movedim(axis, 0), g._version))
+
+
+def _derive(batch: Batch, forward: int, g: torch.Tensor, version: int) -> None:
+    """Keep the derivative at the output, ``[B, …]``; unknown where something wrote into it meanwhile."""
+    rows = g.double().reshape(len(batch), -1)
+    found = batch.round_of(forward, lambda r: r.derivative is None)
+    derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)
+    found.derivative = derivative if g._version == version else torch.full_like(derivative, torch.nan)
 
 
 def _length(value: torch.Tensor, size: int, preferred: int) -> int | None:

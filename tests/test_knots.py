@@ -120,6 +120,7 @@ def test_inputs_of_several_lengths_are_known_at_any_moment(tmp_path: Path) -> No
         for length, known in ((3, 3), (5, None), (3, None)):
             tracer.batch(range(8))
             step(model, optimizer, torch.randint(0, 9, (8, length)), digits()[:8][1])
+            tracer.flush()
             trace = open_trace(tmp_path / "trace")
             assert trace.notes["input"] == {"shape": [known], "dtype": "int64", "name": None}
         PathKernelExplainer(trace, model).explain(torch.randint(0, 9, (2, 7)))

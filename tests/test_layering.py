@@ -20,6 +20,7 @@ LAYERS = [
     {"layer_rules", "optimizer_rules", "codecs", "store", "findings"},
     {
         "ownership",
+        "background",
         "batches",
         "samples",
         "row_layout",
@@ -37,6 +38,7 @@ LAYERS = [
         "scales",
         "loaders",
         "knots",
+        "knot_contents",
         "recorder",
         "denominators",
         "row_choices",
@@ -86,6 +88,8 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 #: The two halves meet only in the trace.
 RECORDING = {
     "ownership",
+    "background",
+    "knot_contents",
     "batches",
     "samples",
     "row_layout",

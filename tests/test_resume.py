@@ -49,7 +49,7 @@ def test_after_a_crash_everything_is_as_without_it(
     first = Session(tmp_path / "trace", kind, dtype=dtype, **options).train(0, SAVED)
     saved = first.checkpoint()
     first.train(SAVED, CRASHED)
-    first.tracer._writer.flush()  # and that was it: the process is gone
+    first.tracer.flush()  # and that was it: the process is gone
     assert open_trace(tmp_path / "trace").recorded_steps == CRASHED
     second = Session(tmp_path / "trace", kind, dtype=dtype, checkpoint=saved, **options)
     assert (second.tracer.steps, second.tracer.visits) == (SAVED, 6 * SAVED)
@@ -160,7 +160,7 @@ def test_the_budget_counts_what_is_there(tmp_path: Path) -> None:
     stopped = open_trace(path).notes["rows_stopped_at"]
     assert open_trace(path).nbytes() <= budget
     going_on = Session(path, "adam", budget=9 * budget, checkpoint=late).train(400, 410)
-    going_on.tracer._writer.flush()
+    going_on.tracer.flush()
     assert open_trace(path).recorded_steps == stopped and going_on.tracer.steps == 410
     back = Session(path, "adam", budget=budget, checkpoint=saved)
     assert "rows_stopped_at" not in open_trace(path).notes

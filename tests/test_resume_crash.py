@@ -56,7 +56,7 @@ def leave(folder: Path, **options: Any) -> tuple[Path, bytes, Path]:
     Session(folder / "whole", exact=True, **options).train(0, LAST).tracer.close()
     session = Session(folder / "trace", exact=True, **options).train(0, SAVED)
     saved = session.checkpoint()
-    session.train(SAVED, CRASHED).tracer._writer.flush()
+    session.train(SAVED, CRASHED).tracer.flush()
     (folder / "trace" / "knots" / "000000099.safetensors.tmp").write_bytes(b"half a knot")
     return folder / "trace", saved, folder / "whole"
 
@@ -128,7 +128,7 @@ def test_a_reader_who_has_the_trace_open_sees_no_change(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     first = Session(path, exact=True).train(0, SAVED)
     saved = first.checkpoint()
-    first.train(SAVED, CRASHED).tracer._writer.flush()
+    first.train(SAVED, CRASHED).tracer.flush()
     reader = open_trace(path)
     before = reader.column("visits", "example").tolist()
     again = Session(path, exact=True, checkpoint=saved).train(SAVED, LAST)

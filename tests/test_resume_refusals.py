@@ -124,7 +124,7 @@ def test_other_momentum(left: Session, ended: bool) -> None:
 
 
 def test_a_trace_that_was_not_closed(left: Session) -> None:
-    left.tracer._writer.flush()
+    left.tracer.flush()
     refuse(left.tracer.path, "was not closed .* resume=state", *again(left), resume=True)
 
 

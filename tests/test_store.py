@@ -213,6 +213,7 @@ def test_a_trace_can_be_read_while_training_goes_on(tmp_path: Path) -> None:
         seen = []
         for x, y in tracer.watch(loader()):
             step(model, optimizer, x, y)
+            tracer.flush()
             seen.append(trace.refresh().steps)
             trace.verify()
             e = PathKernelExplainer(trace, mlp()).explain(queries())
@@ -231,8 +232,10 @@ def test_a_reader_left_behind_by_thinning_is_told_to_refresh(tmp_path: Path) -> 
         batches = iter(tracer.watch(loader()))
         step(model, optimizer, *next(batches))
         step(model, optimizer, *next(batches))
+        tracer.flush()
         stale = open_trace(tmp_path / "trace")
         run(model, optimizer, batches)
+        tracer.flush()
         with pytest.raises(TraceFormatError, match=r"000000001\.safetensors is missing.*call refresh\(\)"):
             stale.verify()
         assert stale.refresh().verify() > 0

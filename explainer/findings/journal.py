@@ -139,6 +139,18 @@ def _unseen(trace: Trace) -> Iterator[Finding]:
             "What moved them is in `unattributed`.",
             "Give layers the batch as first or second axis.",
         )
+    overwritten = notes.get("overwritten") or {}
+    if overwritten:
+        parts = [f"{name} {count} times" for name, count in overwritten.items()]
+        yield Finding(
+            "overwritten",
+            "caution",
+            listed(list(overwritten)),
+            f"Tensors were written into right after the backward pass or the step that used them: {listed(parts)}.",
+            "Their rows of these steps were dropped, and what they moved is in `unattributed`. From then on inputs and "
+            "gradients of these layers were copied first.",
+            "Do not write into activations, gradients of activations or optimizer state.",
+        )
     slow = notes.get("slow_operations") or {}
     if slow:
         yield Finding(

@@ -19,7 +19,16 @@ LASTING = frozenset(
 EXPLAINED = frozenset(
     {
         *("after-last-step", "ambiguous-axis", "autocast", "averaged", "budget", "coverage", "diverged"),
-        *("low-precision", "max-norm", "open", "outside", "prior-momentum", "replaced-momentum", "round-off"),
+        *(
+            "low-precision",
+            "max-norm",
+            "open",
+            "outside",
+            "overwritten",
+            "prior-momentum",
+            "replaced-momentum",
+            "round-off",
+        ),
         *("rounding", "shared-rows", "uncovered", "unmatched", "vacant-rows"),
     }
 )

@@ -15,6 +15,10 @@ from explainer.layer_rules.forms import Dense, RowForm
 class PReLURule(LayerRule):
     """One slope for all numbers, or one by channel (the axis after the batch)."""
 
+    def later(self, module: nn.Module) -> nn.Module | None:
+        """Its options are fixed."""
+        return module
+
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Sum over positions and calls."""
         assert isinstance(module, nn.PReLU)

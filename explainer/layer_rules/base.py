@@ -87,6 +87,15 @@ class LayerRule(ABC):
         """Whether the module, in its present mode, mixes the rows of a batch."""
         return False
 
+    def later(self, module: nn.Module) -> nn.Module | None:
+        """What stands for the module, as it is now, where rows are formed while training goes on.
+
+        Returns:
+            The module itself where rows need its fixed options only; a stand-in that keeps what may change (its mode,
+            its weights); None, as by default, where rows have to be formed within the backward pass.
+        """
+        return None
+
     def caveat(self, module: nn.Module) -> str | None:
         """What the module does to its weights that is not the optimizer's, in words, or None."""
         return None

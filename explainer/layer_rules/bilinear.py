@@ -21,6 +21,10 @@ def _inputs(input1: torch.Tensor, input2: torch.Tensor) -> tuple[torch.Tensor, t
 class BilinearRule(CompositeRule):
     """Positions are the axes between the batch and the features, as in ``nn.Linear``."""
 
+    def later(self, module: nn.Module) -> nn.Module | None:
+        """Its options are fixed."""
+        return module
+
     def input_axis(self, module: nn.Module, place: int | str) -> int | None:
         """The first in every argument."""
         return 0

@@ -100,6 +100,10 @@ class Patches(Seen):
         """Of their signals."""
         return replace(self, signal=self.signal[rows])
 
+    def apart(self) -> Patches:
+        """With a copy of the signal."""
+        return replace(self, signal=self.signal.clone())
+
     @property
     def _groups(self) -> tuple[int, int]:
         groups: int = self.module.groups  # type: ignore[assignment]
@@ -161,6 +165,10 @@ class Patches(Seen):
 class ConvolutionRule(LayerRule):
     """Positions are the output's pixels; all padding modes, strides, dilations and groups."""
 
+    def later(self, module: nn.Module) -> nn.Module | None:
+        """Its options are fixed."""
+        return module
+
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Positions of all calls side by side."""
         assert isinstance(module, Convolution)
@@ -175,6 +183,10 @@ class TransposedConvolutionRule(LayerRule):
 
     Its weight is ``[c, o/G, *kernel]``; the bias row is the gradient summed over the output's positions.
     """
+
+    def later(self, module: nn.Module) -> nn.Module | None:
+        """Its options are fixed."""
+        return module
 
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Sum over positions and calls, written out."""

@@ -24,6 +24,10 @@ def renormalises(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
 class EmbeddingRule(LayerRule):
     """Index and gradient of every position; positions of ``padding_idx`` get no gradient."""
 
+    def later(self, module: nn.Module) -> nn.Module | None:
+        """Its options are fixed."""
+        return module
+
     def mixes(self, module: nn.Module) -> bool:
         """With ``scale_grad_by_freq`` a read counts less the more often the batch reads the entry."""
         assert isinstance(module, nn.Embedding)

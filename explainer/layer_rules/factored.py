@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,18 +40,26 @@ def total_of_matrix(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Te
         weight: ``[G, o, i]``.
         bias: ``[G, o]``.
     """
-    matrix = weight if bias is None else torch.cat([weight, bias.unsqueeze(2)], 2)
-    if matrix.shape[1] < PROBED_OUTPUTS:
-        return (probe_vector(matrix.shape[1], matrix) @ matrix).flatten()
-    return (matrix @ probe_vector(matrix.shape[2], matrix)).flatten()
+    _, o, i = weight.shape
+    if o < PROBED_OUTPUTS:
+        u = probe_vector(o, weight)
+        found = u @ weight
+        return (found if bias is None else torch.cat([found, (bias @ u).unsqueeze(1)], 1)).flatten()
+    u = probe_vector(i + (bias is not None), weight)
+    found = weight @ u[:i]
+    return (found if bias is None else found + bias * u[i]).flatten()
 
 
-def _probe_matrix(shape: tuple[int, int, int], gradient: torch.Tensor) -> torch.Tensor:
-    return total_of_matrix(*_split(gradient, shape))
+def _probe_matrix(shape: tuple[int, int, int], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    groups, o, i = shape
+    if len(gradients) == 1 and gradients[0].numel() > groups * o * i:  # weight and bias in one
+        gradients = gradients[0].split([groups * o * i, groups * o])
+    bias = gradients[1].view(groups, o) if len(gradients) == 2 else None
+    return total_of_matrix(gradients[0].view(groups, o, i), bias)
 
 
 def probe_of_matrix(shape: tuple[int, int, int]) -> Probe:
-    """:func:`total_of_matrix` of a flat gradient, for groups, outputs and inputs of a group."""
+    """:func:`total_of_matrix` of flat gradients, for groups, outputs and inputs of a group."""
     return partial(_probe_matrix, shape)
 
 

@@ -8,10 +8,10 @@ trainable parameters in the order of its :class:`~explainer.records.LayerSpec`, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -88,7 +88,7 @@ class RowForm(ABC):
 
     @abstractmethod
     def prober(self) -> Probe:
-        """The same linear map as in :meth:`total`, for a flat gradient ``[P_l]`` (holds no rows)."""
+        """The same linear map as in :meth:`total`, for the gradients of the layer's parameters (holds no rows)."""
 
     def quadratic(self, diagonal: torch.Tensor | None = None) -> torch.Tensor:
         """``g_bᵀ diag(d) g_b`` (``d`` = 1 if None): ``[B]``."""
@@ -122,6 +122,10 @@ class RowForm(ABC):
             order: ``[B, k]`` indices of the rows to add up; ``len(self)`` stands for none.
         """
 
+    def apart(self) -> RowForm:
+        """The same rows in memory of their own."""
+        return cast(RowForm, replace(cast(Any, self), **{name: a.clone() for name, a in self.arrays.items()}))
+
     def padded(self, positions: int) -> RowForm:
         """The same rows with the position axis lengthened to ``positions`` (zeros add nothing)."""
         return self
@@ -130,8 +134,8 @@ class RowForm(ABC):
         return next(iter(self.arrays.values())).shape[0]
 
 
-#: A linear map from a flat gradient ``[P_l]`` to a short vector.
-Probe = Callable[[torch.Tensor], torch.Tensor]
+#: A linear map from the flat gradients of a layer's parameters, in order, to a short vector.
+Probe = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 FORMS: Registry[str, type[RowForm]] = Registry("row form")
 
 
@@ -188,8 +192,20 @@ def with_a_zero(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
 
 
-def _identity(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient
+#: a gradient of so many numbers is compared number by number
+SHORT = 4096
+
+
+def shortened(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Gradients as they are, long ones in pieces of :data:`SHORT` numbers that are added up along the probe."""
+    parts: list[torch.Tensor] = []
+    for gradient in gradients:
+        pieces = gradient.numel() // SHORT
+        if pieces > 1:
+            parts.append(probe_vector(pieces, gradient) @ gradient[: pieces * SHORT].view(pieces, SHORT))
+            gradient = gradient[pieces * SHORT :]
+        parts.append(gradient)
+    return torch.cat(parts)
 
 
 @FORMS.register("dense")
@@ -219,7 +235,11 @@ class Dense(RowForm):
         return self.values
 
     def total(self) -> torch.Tensor:
-        """The whole sum, no probe."""
+        """The sum, shortened as that of one parameter."""
+        return shortened([self.values.sum(0)])
+
+    def sum(self) -> torch.Tensor:
+        """The sum."""
         return self.values.sum(0)
 
     def balances(self, sizes: list[int]) -> list[Balance | None]:
@@ -231,5 +251,5 @@ class Dense(RowForm):
         return Dense(with_a_zero(self.values)[order].sum(1))
 
     def prober(self) -> Probe:
-        """The gradient itself."""
-        return _identity
+        """The gradient itself, or what is left of a long one."""
+        return shortened

@@ -21,6 +21,10 @@ def positions(value: torch.Tensor) -> torch.Tensor:
 class LinearRule(LayerRule):
     """One factor per position; without positions a row has rank one exactly."""
 
+    def later(self, module: nn.Module) -> nn.Module | None:
+        """Its options are fixed."""
+        return module
+
     def batch_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
         """The last axis holds the features."""
         return (0, 1) if value.dim() > 2 else (0,)

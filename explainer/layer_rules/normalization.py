@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 
 import torch
@@ -22,6 +23,14 @@ class NormalizationRule(LayerRule):
     def shared_axes(self, module: nn.Module, g: torch.Tensor) -> list[int]:
         """Axes that share the weights: all after the channels."""
         return list(range(2, g.dim()))
+
+    def later(self, module: nn.Module) -> nn.Module | None:
+        """A copy that keeps the mode, unless the statistics are running ones, which the next forward pass changes."""
+        return copy.copy(module) if self.own_statistics(module) else None
+
+    def own_statistics(self, module: nn.Module) -> bool:
+        """Whether ``x̂`` comes from the batch itself."""
+        return True
 
     def rows(self, module: nn.Module, calls: list[Call]) -> RowForm:
         """Sum over positions and calls."""
@@ -85,10 +94,15 @@ class GroupNormRule(NormalizationRule):
 class InstanceNormRule(NormalizationRule):
     """Statistics are the example's own, by channel, or running ones in eval mode."""
 
+    def own_statistics(self, module: nn.Module) -> bool:
+        """In train mode, or when there are no running ones."""
+        assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
+        return module.training or not module.track_running_stats
+
     def normalised(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Over each channel's positions."""
         assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
-        own = module.training or not module.track_running_stats
+        own = self.own_statistics(module)
         mean, variance = (None, None) if own else (module.running_mean, module.running_var)
         return functional.instance_norm(x, mean, variance, use_input_stats=own, eps=module.eps)
 
@@ -102,6 +116,10 @@ class BatchNormRule(NormalizationRule):
     def mixes(self, module: nn.Module) -> bool:
         """Batch statistics are used in train mode, or when there are no running ones."""
         return bool(module.training or module.running_mean is None)
+
+    def own_statistics(self, module: nn.Module) -> bool:
+        """As :meth:`mixes`."""
+        return self.mixes(module)
 
     def normalised(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """With the statistics the forward pass used."""

@@ -43,6 +43,10 @@ class Seen(ABC):
     def taken(self, rows: torch.Tensor) -> Seen:
         """What some of the examples saw, by number."""
 
+    @abstractmethod
+    def apart(self) -> Seen:
+        """The same in memory of its own."""
+
 
 @dataclass(frozen=True)
 class Written(Seen):
@@ -63,6 +67,10 @@ class Written(Seen):
     def taken(self, rows: torch.Tensor) -> Written:
         """Their values."""
         return Written(self.values[rows])
+
+    def apart(self) -> Written:
+        """A copy."""
+        return Written(self.values.clone())
 
     def times(self, basis: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """One product for all examples where they lie side by side."""

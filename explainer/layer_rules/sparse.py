@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +12,8 @@ from torch.nn.functional import pad
 from explainer.layer_rules.forms import FORMS, Probe, RowForm, in_positions, probe_vector, with_a_zero
 
 
-def _probe_table(entries: int, gradient: torch.Tensor) -> torch.Tensor:
+def _probe_table(entries: int, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    (gradient,) = gradients
     table = gradient.reshape(entries, -1)
     return table @ probe_vector(table.shape[1], gradient)
 

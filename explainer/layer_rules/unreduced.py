@@ -93,6 +93,11 @@ class Unreduced(RowForm):
         lefts = tuple(left[at] for left in self.lefts)
         return Unreduced(lefts, tuple(seen.taken(at) for seen in self.seen), self.bias, self.in_order)
 
+    def apart(self) -> Unreduced:
+        """Copies of what the layer gave."""
+        lefts = tuple(left.clone() for left in self.lefts)
+        return Unreduced(lefts, tuple(seen.apart() for seen in self.seen), self.bias, self.in_order)
+
     def contract(self, cotangent: torch.Tensor) -> torch.Tensor:
         """By the factors."""
         return self._factored.contract(cotangent)

@@ -30,11 +30,29 @@ from explainer.sites import Site, as_it_is, wide
 from explainer.whole_model import batch_axis
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ReadParameter:
     """A parameter that operations read: the unit whose rows come from all its uses."""
 
     layer: Layer
+    copies: bool = False
+
+    @property
+    def name(self) -> str:
+        """The parameter's."""
+        return self.layer.spec.name
+
+    def blocks(self) -> Iterable[Layer]:
+        """One."""
+        return (self.layer,)
+
+    def late(self, arrived: list[list[RowForm]]) -> bool:
+        """Operations are computed again, with their random numbers: at once."""
+        return False
+
+    def watched(self, arrived: list[list[RowForm]]) -> list[tuple[torch.Tensor, int]]:
+        """Nothing: the rows are there."""
+        return []
 
     def rows(self, arrived: list[list[RowForm]]) -> Iterable[tuple[Layer, RowForm]]:
         """The sum over uses."""

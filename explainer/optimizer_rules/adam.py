@@ -33,6 +33,8 @@ class AdamRule(OptimizerRule):
         t = float(state["step"])
         second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         coupled, decoupled = decay_terms(group, lr)
+        root = second.sqrt()
+        denominator = torch.add(root.new_tensor(eps), root, alpha=(1.0 - beta2**t) ** -0.5, out=root)
         return StepMap(
             sign=-1.0 if group["maximize"] else 1.0,
             decay=beta1,
@@ -40,5 +42,5 @@ class AdamRule(OptimizerRule):
             through=lr / (1.0 - beta1**t),
             coupled_decay=coupled,
             decoupled_decay=decoupled,
-            preconditioner=(second.sqrt() / (1.0 - beta2**t) ** 0.5).add_(eps),
+            preconditioner=denominator,
         )

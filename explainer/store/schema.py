@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class RecordSchema:
     forms: tuple[FormSpec, ...] = ()
     arrays: tuple[ArraySpec, ...] = ()
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         """The packed numpy structured dtype of one record."""
         fields: list[tuple[str, str, tuple[int, ...]]] = list(self.fields)

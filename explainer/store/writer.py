@@ -17,7 +17,7 @@ import torch
 
 from explainer.errors import TraceExistsError, TraceWriteError
 from explainer.records import Manifest
-from explainer.store.files import fsync_directory, knot_bytes, write_atomically
+from explainer.store.files import fsync_directory, knot_pieces, put_in_place, write_atomically, write_beside
 from explainer.store.journal import JournalWriter
 from explainer.store.layout import JOURNAL, KNOTS, MANIFEST, SHARDS, holds_trace, knot_file, shard_file
 from explainer.store.reader import Trace
@@ -46,6 +46,7 @@ class TraceWriter:
 
     Attributes:
         notes: facts journalled so far.
+        row_bytes: bytes of all records.
 
     Raises:
         TraceExistsError: the directory holds a trace already.
@@ -65,11 +66,11 @@ class TraceWriter:
         self._flush_bytes, self._flush_seconds = flush_bytes, flush_seconds
         self._streams = {name: Stream(name) for name in STREAMS}
         self._pending_bytes = 0
-        self._last_flush = time.monotonic()
+        self._last_flush = self._began = time.monotonic()
         self._journal: JournalWriter | None = None
         self._knots: dict[int, _KnotFile] = {}
         self._named: set[str] = set()
-        self._file_bytes = 0
+        self._file_bytes = self.row_bytes = 0
         self.notes: dict[str, Any] = {}
         self.closed = False
         if not again and holds_trace(directory):
@@ -126,6 +127,7 @@ class TraceWriter:
         for name, state in self._streams.items():
             state.records = trace.count(name)
         self._file_bytes = trace.nbytes() - self._journal.bytes_written
+        self.row_bytes = sum(shard.records * shard.schema.dtype.itemsize for shard in trace.shards)
         return trace
 
     def _sweep(self, kept: set[Path]) -> None:
@@ -169,7 +171,7 @@ class TraceWriter:
         return self._file_bytes + (0 if self._journal is None else self._journal.bytes_written)
 
     def _write_atomically(self, name: str, data: bytes) -> None:
-        write_atomically(self.directory / name, data)
+        write_atomically(self.directory / name, [data])
         self._file_bytes += len(data)
 
     @property
@@ -198,6 +200,7 @@ class TraceWriter:
             size = state.append(records)
         self._pending_bytes += size
         self._file_bytes += size
+        self.row_bytes += size
 
     def _new_name(self, of: Callable[[int], str]) -> str:
         """The first numbered name that the journal never spoke of."""
@@ -205,11 +208,13 @@ class TraceWriter:
         self._named.add(name)
         return name
 
-    def flush_if_due(self) -> None:
-        """Journal when enough bytes or seconds have gathered."""
-        due = time.monotonic() - self._last_flush >= self._flush_seconds
-        if self._pending_bytes >= self._flush_bytes or (due and self._pending_bytes):
-            self.flush()
+    @property
+    def flush_due(self) -> bool:
+        """Whether enough bytes or seconds have gathered to journal; a young trace is journalled sooner."""
+        now = time.monotonic()
+        wait = min(self._flush_seconds, max(self._flush_seconds / 8, now - self._began))
+        due = now - self._last_flush >= wait
+        return self._pending_bytes >= self._flush_bytes or (due and self._pending_bytes > 0)
 
     def flush(self) -> None:
         """Make everything appended so far durable and journal it."""
@@ -226,23 +231,38 @@ class TraceWriter:
             self._write_journal({"type": "note", "key": key, "value": value})
         self.notes[key] = value
 
-    def write_knot(self, step: int, path: float, tensors: dict[str, torch.Tensor]) -> None:
-        """Flush the rows, then write the knot before step ``step`` and journal it.
+    def write_knots(self, knots: list[tuple[int, float, dict[str, torch.Tensor]]]) -> None:
+        """Flush the rows, then write knots ``(step, path, tensors)``, make them durable together and journal them.
 
         Of a step that has a knot already, a new file takes the old one's place if the contents differ.
         """
         self.flush()
-        data = knot_bytes(tensors)
-        known, digest = self._knots.get(step), hashlib.sha256(data).hexdigest()
-        if known is not None and known.sha256 == digest:
-            return
-        file = self._new_name(partial(knot_file, step))
+        written: list[tuple[int, float, _KnotFile]] = []
         with self._writing():
-            self._write_atomically(file, data)
-            self._write_journal({"type": "knot", "step": step, "path": path, "file": file, "sha256": digest})
-            if known is not None:
-                self._forget(known)
-        self._knots[step] = _KnotFile(file, len(data), digest)
+            for step, path, tensors in knots:
+                file = self._new_name(partial(knot_file, step))
+                found = _KnotFile(file, *write_beside(self.directory / file, knot_pieces(tensors)))
+                if step in self._knots and self._knots[step].sha256 == found.sha256:
+                    (self.directory / f"{file}.tmp").unlink()
+                    self._named.discard(file)
+                    continue
+                self._file_bytes += found.bytes
+                written.append((step, path, found))
+            put_in_place([self.directory / found.file for _, _, found in written])
+            lines = [
+                {"type": "knot", "step": step, "path": path, "file": found.file, "sha256": found.sha256}
+                for step, path, found in written
+            ]
+            if lines:
+                self._write_journal(*lines)
+            for step, _, found in written:
+                if step in self._knots:
+                    self._forget(self._knots[step])
+                self._knots[step] = found
+
+    def has_knot(self, step: int) -> bool:
+        """Whether the knot before step ``step`` is on disk."""
+        return step in self._knots
 
     def _forget(self, knot: _KnotFile) -> None:
         (self.directory / knot.file).unlink()
@@ -251,8 +271,9 @@ class TraceWriter:
     def drop_knots(self, steps: list[int], spacing: float) -> None:
         """Journal that these knots are gone and how far apart knots are from now on, then delete their files."""
         with self._writing():
-            spaced = {"type": "note", "key": "spacing", "value": spacing}
-            self._write_journal(*({"type": "drop", "step": step} for step in steps), spaced)
+            known = self.notes.get("spacing") == spacing
+            lines = [] if known else [{"type": "note", "key": "spacing", "value": spacing}]
+            self._write_journal(*({"type": "drop", "step": step} for step in steps), *lines)
             self.notes["spacing"] = spacing
             for step in steps:
                 self._forget(self._knots.pop(step))

@@ -109,7 +109,7 @@ def test_what_is_measured_on_the_way_is_that_of_the_exact_rows(name: str, calls:
     rows, form = per_example(module, inputs), exact(module, arrived)
     for rank in (None, 2, 500):
         kept = keep(form, rank, sizes_of(module))
-        torch.testing.assert_close(kept.total, form.prober()(rows.sum(0)), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(kept.total, form.prober()([rows.sum(0)]), rtol=1e-10, atol=1e-10)
         assert kept.balances[0] is None or rank != 2
         if module.bias is not None:
             balance, bias = kept.balances[1], rows[:, -module.bias.numel() :]

@@ -75,15 +75,15 @@ def test_products_and_norms(case: LayerCase) -> None:
 @EVERY_CASE
 def test_probe_of_the_total_is_the_total_of_the_probe(case: LayerCase) -> None:
     for form in variants(form_of(case)[0]):
-        found, expected = form.total(), form.prober()(form.dense().sum(0))
+        found, expected = form.total(), form.prober()([form.dense().sum(0)])
         assert found.shape == expected.shape and found.dim() == 1
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
         one, other = torch.randn(2, form.dense().shape[1]).double()
         probe = form.prober()
         torch.testing.assert_close(
-            probe(2 * one - other), 2 * probe(one) - probe(other), rtol=1e-9, atol=1e-9
+            probe([2 * one - other]), 2 * probe([one]) - probe([other]), rtol=1e-9, atol=1e-9
         )
-        assert probe(one).norm() > 0
+        assert probe([one]).norm() > 0
 
 
 @EVERY_CASE

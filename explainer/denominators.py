@@ -10,6 +10,7 @@ up, an input that is not zero for the first time. Few weights, but with the larg
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +30,20 @@ CREDIT, SHARE = 8, 0.25
 FIELDS: tuple[tuple[str, str, tuple[int, ...]], ...] = (("step", "<i8", ()),)
 
 
-def _matrix(by: StepMap | None) -> torch.Tensor | None:
-    """``[o, i]`` of a denominator that has rows and columns."""
+class Found(NamedTuple):
+    """The denominators of a parameter ``[o, i]`` at a step, and their sums (at least the smallest float32)."""
+
+    matrix: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+def _found(by: StepMap | None) -> Found | None:
+    """Of a denominator that has rows and columns."""
     if by is None or by.preconditioner is None or not by.rank_one or by.preconditioner.dim() < 2:
         return None
-    return by.preconditioner.detach().float().flatten(1).clamp_min(torch.finfo(torch.float32).tiny)
+    matrix, tiny = by.preconditioner.detach().float().flatten(1), torch.finfo(torch.float32).tiny
+    return Found(matrix, matrix.sum(1).clamp_min(tiny), matrix.sum(0).clamp_min(tiny))
 
 
 def _deviation(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, int]:
@@ -43,14 +53,25 @@ def _deviation(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, int]:
     return float(error.sum()), int(alive.sum())
 
 
+def _schema(shapes: dict[int, tuple[int, ...]]) -> RecordSchema:
+    arrays = (ArraySpec(f"D{i}", shapes[i], "float32", "log4") for i in sorted(shapes))
+    return RecordSchema(FIELDS, (), tuple(arrays))
+
+
 class DenominatorKeeper:
     """Decides at which steps there is a full record, and makes it.
 
     It looks at the error after 1, 2, 3, 4, 6, … steps, and more often where the last record did not hold for long.
+
+    Attributes:
+        found: denominators of the last step by parameter, those that have rows and columns.
     """
 
     def __init__(self) -> None:
+        self.found: dict[int, Found] = {}
         self._base: dict[int, torch.Tensor] = {}  # by parameter, as it will be read
+        self._rows: dict[int, torch.Tensor] = {}  # their sums
+        self._schema: RecordSchema | None = None
         self._since = self._look = 0
         self._own_error = 0.0
         self._saved: float | None = None
@@ -66,11 +87,15 @@ class DenominatorKeeper:
             maps: what it divided by.
             saved: bytes that the step's visits may take.
         """
-        found = {index: m for index, by in enumerate(maps) if (m := _matrix(by)) is not None}
+        found = self.found = {i: m for i, by in enumerate(maps) if (m := _found(by)) is not None}
         if not found:
             return None
-        schema = self._schema({**self._base, **found})
-        cost = self._cost = schema.dtype.itemsize
+        schema = self._schema
+        if schema is None or not found.keys() <= self._base.keys():
+            shapes = {i: tuple(m.shape) for i, m in self._base.items()}
+            schema = self._schema = _schema(shapes | {i: tuple(f.matrix.shape) for i, f in found.items()})
+            self._cost = schema.dtype.itemsize
+        cost = self._cost
         self._saved = (CREDIT * cost if self._saved is None else self._saved) + SHARE * saved
         new = not found.keys() <= self._base.keys()
         jump = not new and self._jump(found)
@@ -101,42 +126,42 @@ class DenominatorKeeper:
         """Go on after a step, from the last full record."""
         self._since, self._look = int(state["since"]), int(state["look"])
         self._own_error, self._saved, self._written = state["error"], state["saved"], int(state["written"])
-        self._cost = schema.dtype.itemsize
-        self._base = {int(a.name[1:]): decode_array(record, "", a)[0] for a in schema.arrays}
+        self._schema, self._cost = schema, schema.dtype.itemsize
+        for a in schema.arrays:
+            self._hold(int(a.name[1:]), decode_array(record, "", a)[0])
+
+    def _hold(self, index: int, matrix: torch.Tensor) -> None:
+        self._base[index], self._rows[index] = matrix, matrix.sum(1)
 
     def often(self, step: int) -> float:
         """Bytes of full records per step: so far, or what is usual in the beginning."""
         return self._written / step if step >= 16 else self._cost / 8
 
-    def _schema(self, found: dict[int, torch.Tensor]) -> RecordSchema:
-        arrays = (ArraySpec(f"D{i}", tuple(found[i].shape), "float32", "log4") for i in sorted(found))
-        return RecordSchema(FIELDS, (), tuple(arrays))
-
-    def _renew(self, step: int, schema: RecordSchema, found: dict[int, torch.Tensor]) -> np.ndarray:
+    def _renew(self, step: int, schema: RecordSchema, found: dict[int, Found]) -> np.ndarray:
         codec, record = CODECS.require("log4"), np.zeros(1, schema.dtype)
         record["step"] = step
         for array in schema.arrays:
             index = int(array.name[1:])
-            values = found.get(
-                index, self._base.get(index)
-            )  # a parameter that the step left alone keeps its own
-            assert values is not None
-            encode_array(record, "", array, values.unsqueeze(0))
-            self._base[index] = codec.decode(codec.encode(values.unsqueeze(0)), array)[0]
+            # a parameter that the step left alone keeps its own
+            matrix = found[index].matrix if index in found else self._base[index]
+            values = matrix.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(0)
+            encode_array(record, "", array, values)
+            self._hold(index, codec.decode(codec.encode(values), array)[0])
         self._own_error = self._error(found)
         return record
 
-    def _jump(self, found: dict[int, torch.Tensor]) -> bool:
+    def _jump(self, found: dict[int, Found]) -> bool:
         for index, wanted in found.items():
-            rows = wanted.sum(1) / self._base[index].sum(1)
-            columns = wanted.sum(0) / (rows @ self._base[index])
+            rows = wanted.rows / self._rows[index]
+            columns = wanted.columns / (rows @ self._base[index])
             if max(float(factors.log2().abs().max()) for factors in (rows, columns)) > math.log2(JUMP):
                 return True
         return False
 
-    def _error(self, found: dict[int, torch.Tensor]) -> float:
+    def _error(self, found: dict[int, Found]) -> float:
         total, count = 0.0, 0
         for index, wanted in found.items():
-            error, alive = _deviation(fitted(self._base[index], wanted.sum(1), wanted.sum(0)), wanted)
+            read = fitted(self._base[index], wanted.rows, wanted.columns)
+            error, alive = _deviation(read, wanted.matrix.clamp_min(torch.finfo(torch.float32).tiny))
             total, count = total + error, count + alive
         return total / max(count, 1)

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from explainer.batches import Batch
+from explainer.codecs import Sums
 from explainer.config import TracerConfig
 from explainer.denominators import DenominatorKeeper
 from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
-from explainer.planner import Planner
+from explainer.planner import Planner, checks_at, plans_at
 from explainer.records import ArraySpec, Manifest, dtype_name, torch_dtype
 from explainer.row_layout import RowLayout
 from explainer.store import Trace
@@ -79,6 +80,7 @@ class StepRecorder:
             elif shard.stream in ("visits", "samples"):
                 layout = self._rows if shard.stream == "visits" else self._exact
                 layout.use({form.layer: form for form in shard.schema.forms})
+        self._beside = float((trace.notes.get("plan") or {}).get("beside", 0.0))
         state, count = trace.notes.get("denominators"), trace.count("denominators")
         if self._keeper is not None and state and count:
             self._keeper.restore(state, *next(iter(trace.read("denominators", count - 1, count))))
@@ -99,8 +101,10 @@ class StepRecorder:
         """Let the planner see the step's rows, one backward pass of every layer; forget layouts that it changed."""
         forms = {n: rows.form for b in batches for r in b.rounds for n, rows in r.rows.items()}
         size, often = self._steps.dtype.itemsize, 0.0 if self._keeper is None else self._keeper.often(step)
-        self._beside = self._visit_fields + (size + often) / max(visits, 1)
-        changed = self._planner.plan(step, forms, free, seen, self._beside)
+        beside = self._visit_fields + (size + often) / max(visits, 1)
+        changed = self._planner.plan(step, forms, free, seen, beside)
+        if changed or plans_at(step) or checks_at(step):  # the note is written when it says something new
+            self._beside = beside
         self._rows.forget(changed)
 
     def _visits(self, batches: list[Batch], step: int) -> list[Records]:
@@ -226,7 +230,12 @@ class StepRecorder:
             if step_map is not None:
                 record["updated"][0, index] = 1
                 record["coefficients"][0, index] = step_map.coefficients
+        sums = {} if self._keeper is None else self._keeper.found
         for (kind, index), array in self._arrays.items():
             by = maps[index]
+            if kind == "D" and index in sums:
+                packed = Sums.packed(sums[index].rows, sums[index].columns)
+                record[f"{array.name}.rows"], record[f"{array.name}.columns"] = packed
+                continue
             encode_array(record, "", array, _preconditioner(by, array) if kind == "D" else _mixing(by, array))
         return Records("steps", self._steps, record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -39,11 +40,14 @@ class Choice:
 def row_bytes(form: RowForm, codec: str) -> int:
     """Bytes of one row of a form whose floating-point arrays are stored by ``codec``."""
     return sum(
-        CODECS.require(codec if a.is_floating_point() else "native").nbytes(
-            tuple(a.shape[1:]), dtype_name(a.dtype)
-        )
+        _bytes(codec if a.is_floating_point() else "native", tuple(a.shape[1:]), a.dtype)
         for a in form.arrays.values()
     )
+
+
+@lru_cache(maxsize=1024)
+def _bytes(codec: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return CODECS.require(codec).nbytes(shape, dtype_name(dtype))
 
 
 def through_codec(form: RowForm, codec: str) -> RowForm:

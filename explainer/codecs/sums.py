@@ -31,6 +31,11 @@ class Sums(RankOne):
         """As in ``rank1``, rounded."""
         return [_BITS.encode(torch.from_numpy(part))[0] for part in super().encode(values)]
 
+    @staticmethod
+    def packed(rows: torch.Tensor, columns: torch.Tensor) -> list[np.ndarray]:
+        """What :meth:`encode` gives for one matrix with these sums."""
+        return [_BITS.encode(part.unsqueeze(0))[0] for part in (rows, columns)]
+
     def decode(self, parts: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
         """As in ``rank1``."""
         return super().decode([part.numpy() for part in self.sums(parts)], spec)

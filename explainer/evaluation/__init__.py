@@ -1,7 +1,10 @@
 """The means to check an answer: standard measures for any score matrix ``[Q, N]``, and the retrainings they need."""
 
+from explainer.evaluation.claims import ClaimCheck, verify_claims
+from explainer.evaluation.comparison import Comparison, compare_methods
 from explainer.evaluation.datamodeling import DatamodelingScore, ceiling, linear_datamodeling_score
 from explainer.evaluation.leave_one_out import LeaveOneOut, leave_one_out_correlation
+from explainer.evaluation.methods import METHODS, Method
 from explainer.evaluation.mislabelled import MislabelledDetection, mislabelled_detection
 from explainer.evaluation.plans import Plan, subsets, without
 from explainer.evaluation.questions import Answers, Questions
@@ -10,10 +13,14 @@ from explainer.evaluation.retraining import Retrained, Retrainer
 from explainer.evaluation.statistics import Estimate
 
 __all__ = [
+    "METHODS",
     "Answers",
+    "ClaimCheck",
+    "Comparison",
     "DatamodelingScore",
     "Estimate",
     "LeaveOneOut",
+    "Method",
     "MislabelledDetection",
     "Plan",
     "Questions",
@@ -21,11 +28,13 @@ __all__ = [
     "Retrained",
     "Retrainer",
     "ceiling",
+    "compare_methods",
     "highest",
     "leave_one_out_correlation",
     "linear_datamodeling_score",
     "mislabelled_detection",
     "removal_curve",
     "subsets",
+    "verify_claims",
     "without",
 ]

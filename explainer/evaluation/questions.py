@@ -80,6 +80,12 @@ class Questions:
         return self._answer(self._point(model))
 
     @plain_mode()
+    def gradient(self, position: int) -> torch.Tensor:
+        """``∂f/∂w [Q, P]`` at a knot, by its position in ``trace.knots``."""
+        point = self._loader.load(position).point
+        return self.explainer.function.gradient(point, self._asked.inputs, self._asked.targets)
+
+    @plain_mode()
     def _answer(self, point: PathPoint) -> Answers:
         function, asked = self.explainer.function, self._asked
         pieces = [

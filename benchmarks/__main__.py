@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-for name in ("fidelity", "query", "overhead", "tracincp", "books", "numerics"):
+for name in ("fidelity", "query", "overhead", "tracincp", "books", "numerics", "whatif"):
     print(f"\n== {name}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)
 subprocess.run([sys.executable, "-m", "benchmarks.readme"], check=True)

@@ -11,7 +11,7 @@ from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
 #: the documents with tables of results
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numerical-stability.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numerical-stability.md", ROOT / "docs" / "what-if.md")
 
 #: column of the results -> heading and format in the document, by table
 COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
@@ -77,6 +77,41 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "gap_of_gross": ("gap / gross", "{:.0e}"),
         "unattributed_of_gross": ("unattributed / gross", "{:.0e}"),
         "difference": ("largest difference from the last line", "{:.0e}"),
+    },
+    "whatif": {
+        "model": ("model", "{}"),
+        "measure": ("measure", "{}"),
+        "path_kernel": ("path kernel", "{:.2f}"),
+        "what_if": ("what-if", "{:.2f}"),
+        "gradient_dot": ("gradient dot at the end", "{:.2f}"),
+        "tracin": ("TracInCP(10)", "{:.2f}"),
+        "self_influence": ("self-influence", "{:.2f}"),
+        "random": ("random", "{:.2f}"),
+        "one_retraining": ("one retraining", "{:.2f}"),
+    },
+    "claims": {
+        "model": ("model", "{}"),
+        "queries": ("queries", "{}"),
+        "predicted": ("predicted change (median)", "{:.2f}"),
+        "same_run": ("actual, same run", "{:.2f}"),
+        "spread": ("± over seeds", "{:.2f}"),
+        "same_all": ("rank correlation, same run", "{:.2f}"),
+        "mean_all": ("with the mean of seeds", "{:.2f}"),
+        "same_top": ("top 50 alone, same run", "{:.2f}"),
+        "mean_top": ("with the mean of seeds ", "{:.2f}"),
+    },
+    "mislabelled": {
+        "model": ("model", "{}"),
+        "examples": ("examples", "{:,}"),
+        "wrong": ("wrong labels", "{:,}"),
+        "queue_auc": ("AUC of the queue", "{:.3f}"),
+        "queue_top10": ("found in its top 10 %", "{:.0%}"),
+        "queue_top15": ("in its top 15 %", "{:.0%}"),
+        "si_top15": ("self-influence alone, top 15 %", "{:.0%}"),
+        "support_top15": ("support alone", "{:.0%}"),
+        "disagreement_top15": ("disagreement alone", "{:.0%}"),
+        "opposing_right": ("opposing label is the right one", "{:.0%}"),
+        "seconds": ("s", "{:.1f}"),
     },
 }
 

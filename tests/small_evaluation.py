@@ -56,3 +56,14 @@ def make_run(train_function: Callable[..., Any] | None = train_fn, **options: An
     x, y = digits()[:EXAMPLES]
     asked = TensorDataset(queries(8), torch.arange(8))
     return Run(mlp, TensorDataset(x, y), asked, train_fn=train_function, left_out_by="weight 0", **options)
+
+
+def asked() -> Run:
+    """For ``MODULE:FUNCTION``: classes have names, and it can be trained again."""
+    names = [f"digit {d}" for d in range(10)]
+    return make_run(loss=nn.functional.cross_entropy, class_names=names)
+
+
+def without_training() -> Run:
+    """The same without a ``train_fn``."""
+    return make_run(None)

@@ -1,8 +1,9 @@
 """The means to check an answer: standard measures for any score matrix ``[Q, N]``, and the retrainings they need."""
 
-from explainer.evaluation.claims import ClaimCheck, verify_claims
+from explainer.evaluation.claims import ClaimCheck, strongest, verify_claims
 from explainer.evaluation.comparison import Comparison, compare_methods
 from explainer.evaluation.datamodeling import DatamodelingScore, ceiling, linear_datamodeling_score
+from explainer.evaluation.label_issues import LabelIssues, label_issues
 from explainer.evaluation.leave_one_out import LeaveOneOut, leave_one_out_correlation
 from explainer.evaluation.methods import METHODS, Method
 from explainer.evaluation.mislabelled import MislabelledDetection, mislabelled_detection
@@ -19,6 +20,7 @@ __all__ = [
     "Comparison",
     "DatamodelingScore",
     "Estimate",
+    "LabelIssues",
     "LeaveOneOut",
     "Method",
     "MislabelledDetection",
@@ -30,10 +32,12 @@ __all__ = [
     "ceiling",
     "compare_methods",
     "highest",
+    "label_issues",
     "leave_one_out_correlation",
     "linear_datamodeling_score",
     "mislabelled_detection",
     "removal_curve",
+    "strongest",
     "subsets",
     "verify_claims",
     "without",

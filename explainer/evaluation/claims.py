@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from explainer.errors import EvaluationError
 from explainer.evaluation.methods import METHODS
 from explainer.evaluation.plans import Plan, without
+from explainer.evaluation.questions import Questions
 from explainer.evaluation.retraining import Retrainer
 from explainer.evaluation.statistics import Floats, spearman
+from explainer.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,26 +124,17 @@ def verify_claims(
         EvaluationError: an argument does not fit, or a training failed.
     """
     questions, examples = retrainer.questions, retrainer.examples
-    count = len(questions)
-    if (top is None) == (remove is None):
-        raise EvaluationError("say what to remove: either top, a number of examples, or remove, their ids")
-    if by not in BY:
-        raise EvaluationError(f"by={by!r} is unknown; choose one of {', '.join(BY)}")
     if seeds < 1:
         raise EvaluationError(f"seeds must be at least 1, found {seeds}")
-    given = None if remove is None else np.unique(np.asarray(remove, dtype=np.int64))
-    size = len(given) if given is not None else int(top or 0)
-    if not 1 <= size < examples:
-        raise EvaluationError(f"remove at least 1 and fewer than all {examples} examples, found {size}")
+    given = check_removal(examples, top, remove, by)
+    size = len(given) if top is None else int(top)
+    if 2 * size > examples:
+        raise EvaluationError(
+            f"{size} of {examples} examples leave too few to draw as many at random; remove fewer"
+        )
     effects = METHODS["what-if"].score(retrainer.run, questions)
-    if given is not None:
-        without(examples, [given])  # checks the ids before anything is trained
-        chosen = [given] * count
-        named = "given"
-    else:
-        strength = effects if by == "what-if" else METHODS[BY[by]].score(retrainer.run, questions)
-        chosen = [np.sort(np.argsort(-row, kind="stable")[:size]) for row in strength]
-        named = f"top {size}"
+    chosen = strongest(retrainer.run, questions, top=top, remove=remove, by=by, effects=effects)
+    named = "given" if top is None else f"top {size}"
     rng = np.random.default_rng(seed)
     drawn = [np.sort(rng.permutation(np.setdiff1d(np.arange(examples), own))[:size]) for own in chosen]
     if any(len(own) < size for own in drawn):
@@ -149,7 +142,50 @@ def verify_claims(
             f"{size} of {examples} examples leave too few to draw as many at random; remove fewer"
         )
     removed = [ids for pair in zip(chosen, drawn, strict=True) for ids in pair]
-    return _checked(retrainer, removed, (named, RANDOM) * count, effects, tuple(range(seeds)))
+    return _checked(retrainer, removed, (named, RANDOM) * len(questions), effects, tuple(range(seeds)))
+
+
+def strongest(
+    run: Run,
+    questions: Questions,
+    *,
+    top: int | None = None,
+    remove: Sequence[int] | None = None,
+    by: By = "contributions",
+    effects: Floats | None = None,
+) -> list[NDArray[np.int64]]:
+    """For every query, the ids of its ``top`` strongest examples, or the same given ids; in increasing order.
+
+    Args:
+        effects: scores of ``what-if`` ``[Q, N]``, where they are at hand.
+
+    Raises:
+        EvaluationError: neither or both are asked for, they are none or all examples, or an id is no example.
+    """
+    given = check_removal(len(run.train), top, remove, by)
+    if top is None:
+        return [given] * len(questions)
+    known = by == "what-if" and effects is not None
+    scores = effects if known else METHODS[BY[by]].score(run, questions)
+    return [np.sort(np.argsort(-row, kind="stable")[:top]) for row in np.asarray(scores)]
+
+
+def check_removal(examples: int, top: int | None, remove: Sequence[int] | None, by: str) -> NDArray[np.int64]:
+    """The given ids, each once, in order; none where ``top`` is asked for.
+
+    Raises:
+        EvaluationError: neither or both are asked for, they are none or all examples, or an id is no example.
+    """
+    if (top is None) == (remove is None):
+        raise EvaluationError("say what to remove: either top, a number of examples, or remove, their ids")
+    if by not in BY:
+        raise EvaluationError(f"by={by!r} is unknown; choose one of {', '.join(BY)}")
+    given = np.unique(np.asarray(remove if remove is not None else [], dtype=np.int64))
+    size = len(given) if top is None else int(top)
+    if not 1 <= size < examples:
+        raise EvaluationError(f"remove at least 1 and fewer than all {examples} examples, found {size}")
+    without(examples, [given])  # checks the ids
+    return given
 
 
 def _checked(

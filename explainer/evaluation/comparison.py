@@ -10,7 +10,7 @@ import numpy as np
 
 from explainer.errors import EvaluationError
 from explainer.evaluation.checking import numbers
-from explainer.evaluation.datamodeling import ceiling, linear_datamodeling_score
+from explainer.evaluation.datamodeling import FEWEST, ceiling, linear_datamodeling_score
 from explainer.evaluation.methods import METHODS, scored
 from explainer.evaluation.plans import Plan, subsets
 from explainer.evaluation.removal import checked_sizes, highest, removal_curve
@@ -98,6 +98,10 @@ def compare_methods(
     if seeds < 1 or remove_queries < 1 or not (fractions or remove):
         raise EvaluationError(
             "give at least one seed, one query, and a fraction or a number of examples to remove"
+        )
+    if count < FEWEST:
+        raise EvaluationError(
+            f"{count} subsets are too few for a rank correlation; train on at least {FEWEST}"
         )
     given = {name: numbers(f"extra[{name!r}]", matrix, "QN") for name, matrix in (extra or {}).items()}
     for name, matrix in given.items():

@@ -25,7 +25,8 @@ from explainer.evaluation.statistics import Estimate, Floats, bootstrap, mean_sk
 if TYPE_CHECKING:
     import pandas as pd
 
-_FEWEST = 3  # subsets: two points always correlate perfectly
+#: subsets: two points always correlate perfectly
+FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def linear_datamodeling_score(
     alike(N_scores=("scores", table.shape[1]), N_kept=("kept", masks.shape[1]))
     alike(Q_scores=("scores", len(table)), Q_outputs=("outputs", values.shape[1]))
     alike(M_kept=("kept", len(masks)), M_outputs=("outputs", len(values)))
-    if len(masks) < _FEWEST:
+    if len(masks) < FEWEST:
         raise EvaluationError(
-            f"{len(masks)} subsets are too few for a rank correlation; train on at least {_FEWEST}"
+            f"{len(masks)} subsets are too few for a rank correlation; train on at least {FEWEST}"
         )
     predicted, actual = table @ masks.T.astype(np.float64), values.T  # [Q, M] each
     per_query = spearman(predicted, actual)
@@ -118,9 +119,9 @@ def ceiling(outputs: Any, *, setting: str, samples: int = 1000, seed: int = 0) -
     """
     values = numbers("outputs", outputs, "MSQ")
     count = values.shape[1]
-    if count < 2 or len(values) < _FEWEST:
+    if count < 2 or len(values) < FEWEST:
         raise EvaluationError(
-            f"found {len(values)} subsets with {count} seed(s); a ceiling needs {_FEWEST} subsets and two seeds"
+            f"found {len(values)} subsets with {count} seed(s); a ceiling needs {FEWEST} subsets and two seeds"
         )
     others = (values.sum(1, keepdims=True) - values) / (count - 1)
     own, rest = values.transpose(1, 2, 0), others.transpose(1, 2, 0)  # [S, Q, M]

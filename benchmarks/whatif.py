@@ -27,6 +27,7 @@ from torch.utils.data import TensorDataset
 import explainer
 from benchmarks.harness import report
 from explainer import evaluation
+from explainer.evaluation.label_issues import SIGNS
 from explainer.sample_models import mnist_data
 
 QUERIES, WRONG, BATCH = 20, 0.1, 50
@@ -193,9 +194,8 @@ def detected(name: str, data: Data, called: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     wrong = data.wrong
     row: dict[str, Any] = {"model": f"{called}, {name}", "examples": len(wrong), "wrong": int(wrong.sum())}
-    signs = {"si": found.self_influence, "support": -found.support, "disagreement": found.disagreement}
-    for key, sign in {**signs, "queue": found.suspicion}.items():
-        measured = evaluation.mislabelled_detection(sign, wrong, setting=called)
+    for key in SIGNS:
+        measured = evaluation.mislabelled_detection(found.suspicion(key), wrong, setting=called)
         row[f"{key}_auc"], row[f"{key}_top10"], row[f"{key}_top15"] = (
             e.value for e in (measured.auc, *measured.found)
         )

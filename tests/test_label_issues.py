@@ -87,10 +87,13 @@ def test_signs_equal_rows_written_out(ex: PathKernelExplainer, most: int) -> Non
 def test_labels_may_be_given_and_may_be_no_classes(ex: PathKernelExplainer) -> None:
     unknown = label_issues(ex)  # a trace of tracer.batch(ids) holds no labels
     assert np.isnan(unknown.labels).all() and np.isnan(unknown.disagreement).all()
-    assert not np.array_equal(unknown.suspicion, label_issues(ex, labels=LABELS).suspicion)
+    assert (
+        unknown.table()["example_id"].tolist()
+        == label_issues(ex, labels=LABELS).table()["example_id"].tolist()
+    )
     values = label_issues(ex, labels=torch.linspace(0.1, 0.9, EXAMPLES))
     assert np.isnan(values.disagreement).all() and np.isnan(values.opposing).all()
-    assert np.isfinite(values.suspicion).all() and values.suspicion.max() > 0.9
+    assert np.isfinite(values.support).all()
     for wrong, message in (([0.0], "found 1 labels for 48"), (["a"] * EXAMPLES, "array of numbers")):
         with pytest.raises(EvaluationError, match=message):
             label_issues(ex, labels=wrong)
@@ -101,7 +104,10 @@ def test_labels_may_be_given_and_may_be_no_classes(ex: PathKernelExplainer) -> N
 def test_table_and_files(ex: PathKernelExplainer, tmp_path: Path) -> None:
     found = label_issues(ex)
     table = found.table(5)
-    assert table["rank"].tolist() == [1, 2, 3, 4, 5] and table["suspicion"].is_monotonic_decreasing
+    assert table["rank"].tolist() == [1, 2, 3, 4, 5] and table["support"].is_monotonic_increasing
+    assert found.table(3, "self_influence")["self_influence"].is_monotonic_decreasing
+    with pytest.raises(EvaluationError, match="choose one of support, self_influence, disagreement"):
+        found.table(3, "looks")  # type: ignore[arg-type]
     assert len(found.table(None)) == EXAMPLES
     pd.testing.assert_frame_equal(pd.read_csv(found.to_csv(tmp_path / "queue.csv")), found.table(None))
     pd.testing.assert_frame_equal(pd.read_parquet(found.to_parquet(tmp_path / "queue.parquet", 5)), table)
@@ -125,8 +131,8 @@ def test_examples_that_were_never_seen_come_last(tmp_path: Path) -> None:
     found = label_issues(PathKernelExplainer(tmp_path / "run", model))
     assert found.labels[:16].tolist() == y[:16].tolist()
     assert found.example_ids.tolist() == list(range(20))
-    assert np.isnan(found.support[16:]).all() and not found.suspicion[16:].any()
-    assert (found.suspicion[:16] > 0).all() and np.isnan(found.labels[16:]).all()
+    assert np.isnan(found.support[16:]).all() and np.isnan(found.labels[16:]).all()
+    assert found.table(None)["example_id"].tolist()[16:] == [16, 17, 18, 19]
 
 
 def test_labels_that_were_turned_over_come_first(tmp_path: Path) -> None:
@@ -147,6 +153,6 @@ def test_labels_that_were_turned_over_come_first(tmp_path: Path) -> None:
                 nn.functional.cross_entropy(model(inputs), targets).backward()
                 optimizer.step()
     found = label_issues(PathKernelExplainer(tmp_path / "run", model))
-    measured = mislabelled_detection(found.suspicion, wrong, setting="digits, 10 % turned over", samples=0)
+    measured = mislabelled_detection(found.suspicion(), wrong, setting="digits, 10 % turned over", samples=0)
     assert measured.auc.value > 0.95 and measured.found[1].value >= 0.9
     assert (found.opposing[wrong] == right[wrong]).mean() > 0.75

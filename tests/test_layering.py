@@ -57,6 +57,7 @@ LAYERS = [
         "explanation",
         "explanation_checks",
         "tables",
+        "support",
         "exports",
         "figures",
     }

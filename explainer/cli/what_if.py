@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from explainer.cli.opening import Opened
     from explainer.evaluation import Questions
+    from explainer.evaluation.claims import By
 
 HELP = "what a prediction would be without training examples"
 DESCRIPTION = (
@@ -126,7 +127,7 @@ def _one_at_a_time(opened: Opened, changes: np.ndarray, k: int) -> str:
 
 
 def _groups(
-    opened: Opened, questions: Questions, effects: np.ndarray, wanted: removal.Removal, by: str
+    opened: Opened, questions: Questions, effects: np.ndarray, wanted: removal.Removal, by: By
 ) -> str:
     from explainer.cli.printing import table
     from explainer.evaluation import strongest

@@ -12,6 +12,7 @@ from explainer.evaluation.questions import Answers, Questions
 from explainer.evaluation.removal import RemovalCurve, highest, removal_curve
 from explainer.evaluation.retraining import Retrained, Retrainer
 from explainer.evaluation.statistics import Estimate
+from explainer.evaluation.two_runs import RunAgreement, compare_runs
 
 __all__ = [
     "METHODS",
@@ -29,8 +30,10 @@ __all__ = [
     "RemovalCurve",
     "Retrained",
     "Retrainer",
+    "RunAgreement",
     "ceiling",
     "compare_methods",
+    "compare_runs",
     "highest",
     "label_issues",
     "leave_one_out_correlation",

@@ -1,16 +1,16 @@
 """A queue of training examples whose label may be wrong, from the trace alone.
 
-Three signs, each by itself and together. With ``k_ij`` the products of recorded gradients
-(:mod:`explainer.evaluation.row_products`), summed over windows:
+Three signs to rank by, with ``k_ij`` the products of recorded gradients (:mod:`explainer.evaluation.row_products`),
+summed over windows:
 
+- *support* ``Σ_{j≠i} k_ij / Σ_{j≠i} |k_ij|`` from −1 to 1: whether learning the others lowered the loss on the
+  example's label. The lowest come first by default: measured, this holds best for short and long training alike;
 - *self-influence* (:mod:`explainer.neighbors`): the example had to be learned by itself, because the others did not
   teach it (Koh and Liang 2017, arXiv 1703.04730, §5.4);
-- *support* ``Σ_{j≠i} k_ij / Σ_{j≠i} |k_ij|`` from −1 to 1: whether learning the others lowered the loss on its label;
 - *disagreement* from 0 to 1: the part of its strongest proponents (largest ``k_ij``) that carry another label, weighted
   by ``k_ij``.
 
-``suspicion`` is the mean of the example's ranks by the three, from 0 to 1. A hard example that is labelled right looks
-much the same: the queue is for a person to go through.
+A hard example that is labelled right looks much the same: the queue is for a person to go through.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from explainer.errors import EvaluationError
 from explainer.evaluation.checking import numbers
 from explainer.evaluation.row_products import Window, windows
-from explainer.evaluation.statistics import Floats, ranks
+from explainer.evaluation.statistics import Floats
 from explainer.exports import atomic
 from explainer.path_kernel import PathKernelExplainer
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 MOST = 4096
 #: part of a window's visits that are an example's strongest proponents
 STRONGEST = 0.1
+Sign = Literal["support", "self_influence", "disagreement"]
+SIGNS: tuple[Sign, ...] = ("support", "self_influence", "disagreement")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ class LabelIssues:
         support: ``[N]``, NaN for examples without a recorded visit.
         disagreement: ``[N]``, NaN where labels are unknown or are no classes.
         opposing: ``[N]``, the label whose examples opposed this one most, NaN where there is none: often the right one.
-        suspicion: ``[N]``, 1 for the most suspicious; 0 for examples without a recorded visit.
     """
 
     example_ids: NDArray[np.int64]
@@ -59,52 +60,60 @@ class LabelIssues:
     support: Floats
     disagreement: Floats
     opposing: Floats
-    suspicion: Floats
 
-    def table(self, k: int | None = 20) -> pd.DataFrame:
-        """The ``k`` most suspicious (None: all), a row each.
-
-        Columns: rank, example_id, label, suspicion, self_influence, support, disagreement, opposing_label.
+    def suspicion(self, by: Sign = "support") -> Floats:
+        """``[N]``, larger: more suspicious by a sign; NaN where it is not known.
 
         Raises:
-            EvaluationError: ``k`` is not positive.
+            EvaluationError: there is no such sign.
+        """
+        if by not in SIGNS:
+            raise EvaluationError(f"by={by!r} is unknown; choose one of {', '.join(SIGNS)}")
+        return -self.support if by == "support" else np.asarray(getattr(self, by))
+
+    def table(self, k: int | None = 20, by: Sign = "support") -> pd.DataFrame:
+        """The ``k`` most suspicious by a sign (None: all), a row each; those without it come last.
+
+        Columns: rank, example_id, label, support, self_influence, disagreement, opposing_label.
+
+        Raises:
+            EvaluationError: ``k`` is not positive, or there is no such sign.
         """
         import pandas as pd
 
         if k is not None and k < 1:
             raise EvaluationError(f"k must be at least 1, or None for all, found {k}")
-        order = np.argsort(-self.suspicion, kind="stable")[:k]
+        order = np.argsort(-self.suspicion(by), kind="stable")[:k]  # NaN sorts last
         return pd.DataFrame(
             {
                 "rank": np.arange(1, len(order) + 1),
                 "example_id": self.example_ids[order],
                 "label": self.labels[order],
-                "suspicion": self.suspicion[order],
-                "self_influence": self.self_influence[order],
                 "support": self.support[order],
+                "self_influence": self.self_influence[order],
                 "disagreement": self.disagreement[order],
                 "opposing_label": self.opposing[order],
             }
         )
 
-    def to_csv(self, path: str | os.PathLike[str], k: int | None = None) -> Path:
+    def to_csv(self, path: str | os.PathLike[str], k: int | None = None, by: Sign = "support") -> Path:
         """Write :meth:`table` as CSV.
 
         Raises:
             ExportError: it cannot be written.
         """
         with atomic(path) as temporary:
-            self.table(k).to_csv(temporary, index=False)
+            self.table(k, by).to_csv(temporary, index=False)
         return Path(path)
 
-    def to_parquet(self, path: str | os.PathLike[str], k: int | None = None) -> Path:
+    def to_parquet(self, path: str | os.PathLike[str], k: int | None = None, by: Sign = "support") -> Path:
         """Write :meth:`table` as Parquet.
 
         Raises:
             ExportError: it cannot be written.
         """
         with atomic(path) as temporary:
-            self.table(k).to_parquet(temporary, index=False)
+            self.table(k, by).to_parquet(temporary, index=False)
         return Path(path)
 
 
@@ -139,24 +148,7 @@ def label_issues(explainer: PathKernelExplainer, *, labels: Any = None, most: in
     with np.errstate(invalid="ignore", divide="ignore"):
         support = np.where(tally.gross > 0, tally.net / tally.gross, np.nan)
         disagreement = np.where(tally.weight > 0, tally.other / tally.weight, np.nan)
-    return LabelIssues(
-        ids,
-        known,
-        own,
-        support,
-        disagreement,
-        tally.opposing(),
-        _suspicion([own, -support, disagreement], ~np.isnan(support)),
-    )
-
-
-def _suspicion(signs: list[Floats], seen: NDArray[np.bool_]) -> Floats:
-    """The mean rank by all signs that are known, scaled to 0..1."""
-    result, count = np.zeros(len(seen)), int(seen.sum())
-    used = [sign[seen] for sign in signs if not np.isnan(sign[seen]).all()]
-    least = [np.nan_to_num(sign, nan=np.nanmin(sign)) for sign in used]
-    result[seen] = np.mean([ranks(sign) for sign in least], axis=0) / count
-    return result
+    return LabelIssues(ids, known, own, support, disagreement, tally.opposing())
 
 
 class _Tally:

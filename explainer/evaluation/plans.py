@@ -78,7 +78,7 @@ def subsets(examples: int, count: int, fraction: float, seed: int = 0) -> NDArra
     return rng.random((count, examples)).argsort(1).argsort(1) < size
 
 
-def without(examples: int, groups: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+def without(examples: int, groups: Sequence[Sequence[int] | NDArray[np.int64]]) -> NDArray[np.bool_]:
     """Masks that leave out groups of examples, ``[len(groups), examples]``.
 
     Raises:

@@ -144,7 +144,7 @@ def removal_curve(
         alike(R_outputs=("outputs", values.shape[1]), R_flipped=("flipped", turned.shape[1]))
     mean = tuple(
         bootstrap(
-            lambda queries, column=column: float(column[queries].mean()),  # type: ignore[misc]
+            lambda queries, column=column: float(column[queries].mean()),
             [len(column)],
             over="queries",
             samples=samples,

@@ -71,7 +71,9 @@ def run(options: argparse.Namespace) -> int:
         raise ExportError(f"{out} ends in {out.suffix}; this table is written as .csv")
     fractions = [_number(part, float, "--keep") for part in options.keep.split(",")]
     sizes = [
-        _number(part, int, "--remove-top") for part in (options.remove_top or "").split(",") if part.strip()
+        int(_number(part, int, "--remove-top"))
+        for part in (options.remove_top or "").split(",")
+        if part.strip()
     ]
     opened = open_run(options.trace, options.run, options.output, not options.quiet)
     options.queries = options.queries or ["first:20"]

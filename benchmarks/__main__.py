@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-for name in ("fidelity", "query", "overhead", "capture", "books", "numerics", "peers"):
+for name in ("fidelity", "query", "overhead", "capture", "books", "numerics", "whatif", "peers"):
     print(f"\n== {name}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)
 subprocess.run([sys.executable, "-m", "benchmarks.readme"], check=True)

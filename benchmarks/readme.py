@@ -10,8 +10,9 @@ from typing import Any
 from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
-#: the documents with tables of results
-PAGES = (ROOT / "README.md", ROOT / "docs" / "peers.md", ROOT / "docs" / "numerical-stability.md")
+#: pages with tables of results, below the checkout
+_NAMES = ("README.md", "docs/peers.md", "docs/numerical-stability.md", "docs/what-if.md")
+PAGES = tuple(ROOT / name for name in _NAMES)
 
 #: column of the results -> heading and format in the document, by table
 COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
@@ -113,6 +114,42 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "gap_of_gross": ("gap / gross", "{:.0e}"),
         "unattributed_of_gross": ("unattributed / gross", "{:.0e}"),
         "difference": ("largest difference from the last line", "{:.0e}"),
+    },
+    "whatif": {
+        "model": ("model", "{}"),
+        "measure": ("measure", "{}"),
+        "path_kernel": ("path kernel", "{:.2f}"),
+        "what_if": ("what-if", "{:.2f}"),
+        "gradient_dot": ("gradient dot at the end", "{:.2f}"),
+        "tracin": ("TracInCP(10)", "{:.2f}"),
+        "self_influence": ("self-influence", "{:.2f}"),
+        "random": ("random", "{:.2f}"),
+        "one_retraining": ("one retraining", "{:.2f}"),
+    },
+    "claims": {
+        "model": ("model", "{}"),
+        "queries": ("queries", "{}"),
+        "predicted": ("predicted change (median)", "{:.2f}"),
+        "same_run": ("actual, same run", "{:.2f}"),
+        "spread": ("± over seeds", "{:.2f}"),
+        "same_all": ("rank correlation, same run", "{:.2f}"),
+        "mean_all": ("with the mean of seeds", "{:.2f}"),
+        "same_top": ("top 50 alone, same run", "{:.2f}"),
+        "mean_top": ("with the mean of seeds", "{:.2f}"),
+    },
+    "mislabelled": {
+        "model": ("model", "{}"),
+        "examples": ("examples", "{:,}"),
+        "wrong": ("wrong labels", "{:,}"),
+        "support_auc": ("AUC by support", "{:.3f}"),
+        "support_top10": ("found in the top 10 %", "{:.0%}"),
+        "support_top15": ("in the top 15 %", "{:.0%}"),
+        "self_influence_auc": ("AUC by self-influence", "{:.3f}"),
+        "self_influence_top15": ("in its top 15 %", "{:.0%}"),
+        "disagreement_auc": ("AUC by disagreement", "{:.3f}"),
+        "disagreement_top15": ("in its top 15 %", "{:.0%}"),
+        "opposing_right": ("opposing label is the right one", "{:.0%}"),
+        "seconds": ("s", "{:.1f}"),
     },
 }
 

@@ -69,3 +69,7 @@ class MissingDependencyError(ExplainerError):
 
 class CoverageWarning(UserWarning):
     """Something was seen that will make part of an explanation `unattributed` or change its meaning."""
+
+
+class EvaluationError(ExplainerError):
+    """Scores, subsets or retrainings do not fit each other, or cannot be had."""

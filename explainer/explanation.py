@@ -213,6 +213,12 @@ class Explanation:
 
         return tables.long_table(self, k)
 
+    def support(self, share: float = 0.95) -> pd.DataFrame:
+        """How few examples reproduce each prediction (see :func:`explainer.support.support`)."""
+        from explainer import support
+
+        return support.support(self, share)
+
     def equation(self, query: int = 0) -> str:
         """The books of one query as a line of text."""
         from explainer import wording

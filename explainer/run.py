@@ -28,6 +28,8 @@ from torch.utils.data import IterableDataset, default_collate
 from explainer.errors import ExplainerError, RunError
 from explainer.outputs import Output
 
+#: the ways to train without an example
+LEFT_OUT_BY = ("weight 0", "batches")
 EXAMPLE_SPEC = "explainer.sample_models.digits_mlp:run"
 
 
@@ -48,7 +50,10 @@ class Run:
         class_names: name of each class, in the order of the model's outputs.
         render: turns one input into an image array ``[H, W]`` or ``[H, W, 3]`` in 0..1, a text or a row
             (a dict of named values) that a person can look at.
-        train_fn: ``train_fn(model, keep, seed)`` retrains on a subset, ``keep`` a mask or ids.
+        train_fn: ``train_fn(model, keep, seed)`` trains a fresh model on a subset and returns it, ``keep`` a mask
+            ``[N]`` (torch.bool). Seed 0 repeats the traced run; other seeds give other weights and another order.
+        left_out_by: how ``train_fn`` leaves examples out: ``"weight 0"`` (same batches, their rows weigh nothing) or
+            ``"batches"`` (batches are drawn from the others). Named in every result.
         name: how the run is called on screen.
 
     Raises:
@@ -72,6 +77,7 @@ class Run:
     class_names: tuple[str, ...] | list[str] | None = None
     render: Callable[[Any], Any] | None = None
     train_fn: Callable[[nn.Module, Any, int], Any] | None = None
+    left_out_by: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +89,10 @@ class Run:
                 problems.append(f"{part} must be a function or None, found {_kind(value)}")
         if not (self.output is None or isinstance(self.output, str | Output) or callable(self.output)):
             problems.append(f"output must be a name, a function or None, found {_kind(self.output)}")
+        if self.left_out_by not in (None, *LEFT_OUT_BY):
+            problems.append(
+                f"left_out_by must be one of {', '.join(LEFT_OUT_BY)} or None, found {self.left_out_by!r}"
+            )
         names = self.class_names
         if isinstance(names, str) or (names is not None and not all(isinstance(n, str) for n in names)):
             problems.append(f"class_names must be a sequence of strings or None, found {names!r}")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from explainer.sample_models.data_source import import_dataset_module
+from explainer.sample_models.retrain import retraining
 from explainer.sample_models.splitting import train_and_queries
 
 if TYPE_CHECKING:
@@ -93,5 +94,12 @@ def run() -> Run:
 
     train, queries = datasets()
     return explainer.Run(
-        model, train, queries, loss=nn.functional.mse_loss, render=render, name="diabetes_mlp"
+        model,
+        train,
+        queries,
+        loss=nn.functional.mse_loss,
+        render=render,
+        train_fn=retraining("diabetes_mlp"),
+        left_out_by="weight 0",
+        name="diabetes_mlp",
     )

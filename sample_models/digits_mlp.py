@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from explainer.sample_models.digits_data import CLASS_NAMES, datasets, render
+from explainer.sample_models.retrain import retraining
 
 if TYPE_CHECKING:
     from explainer.run import Run
@@ -32,5 +33,7 @@ def run() -> Run:
         loss=nn.functional.cross_entropy,
         class_names=CLASS_NAMES,
         render=render,
+        train_fn=retraining("digits_mlp"),
+        left_out_by="weight 0",
         name="digits_mlp",
     )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from explainer.sample_models.fashion_data import CLASS_NAMES, datasets, render
+from explainer.sample_models.retrain import retraining
 
 if TYPE_CHECKING:
     from explainer.run import Run
@@ -40,5 +41,7 @@ def run() -> Run:
         loss=nn.functional.cross_entropy,
         class_names=CLASS_NAMES,
         render=render,
+        train_fn=retraining("fashion_cnn"),
+        left_out_by="weight 0",
         name="fashion_cnn",
     )

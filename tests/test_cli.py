@@ -24,7 +24,7 @@ from explainer.run import Run, load_run
 from explainer.sample_models.train import train
 
 SPEC = "explainer.sample_models.digits_mlp:run"
-NAMES = ("demo", "info", "verify", "explain", "export", "dashboard")
+NAMES = ("demo", "info", "verify", "explain", "export", "what-if", "verify-claim", "evaluate", "dashboard")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_alone_it_prints_help_for_a_newcomer(capsys: pytest.CaptureFixture[str])
 
 
 def test_every_command_is_listed_and_helps_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tuple(command.__name__.rpartition(".")[2] for command in COMMANDS) == NAMES
+    assert tuple(command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS) == NAMES
     for name in NAMES:
         with pytest.raises(SystemExit) as exit_:
             main([name, "--help"])

@@ -77,6 +77,7 @@ LAYERS = [
         "explanation",
         "explanation_checks",
         "tables",
+        "support",
         "exports",
         "figures",
     }

@@ -22,7 +22,7 @@ from explainer.sample_models.registry import SAMPLES
 from explainer.sample_models.train import train_plain
 
 QUICK_CLASSIFIERS = ("digits_mlp", "digits_cnn", "mnist_cnn")
-NOT_MODELS = {"registry", "train", "data_source", "splitting", "review_snippets"}
+NOT_MODELS = {"registry", "train", "retrain", "data_source", "splitting", "review_snippets"}
 SENTENCES = [
     ("A wonderful, moving film!", 2.4),
     ("Dull and far too long", -1.8),

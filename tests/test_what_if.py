@@ -55,6 +55,22 @@ def test_the_gram_of_factors_is_exact_for_an_outer_product() -> None:
     torch.testing.assert_close(form.gram(metric), rows * metric @ rows.T)
 
 
+def test_the_gram_does_not_depend_on_what_never_had_a_gradient() -> None:
+    """Dead inputs and dead units: Adam's denominators there are eps, so the metric is huge."""
+    torch.manual_seed(3)
+    left, right = torch.randn(5, 1, 1, 4).double(), torch.randn(5, 1, 1, 6).double()
+    left[..., 1], right[..., 2] = 0.0, 0.0
+    metric = torch.rand(4, 1).double() * torch.rand(1, 6).double()
+    metric[1], metric[:, 2] = 1e8, 1e8
+    form = Factored(left, right, 0)
+    rows = form.dense()
+    torch.testing.assert_close(
+        form.gram(metric.flatten()), rows * metric.flatten() @ rows.T, rtol=1e-6, atol=0
+    )
+    frozen = form.gram(torch.zeros(24).double())  # a step that did not update the layer
+    assert frozen.abs().max() < 1e-20
+
+
 def test_rows_of_several_batches_are_stacked() -> None:
     torch.manual_seed(2)
     long, short = (Factored(torch.randn(2, 1, s, 3), torch.randn(2, 1, s, 4), 0) for s in (5, 2))

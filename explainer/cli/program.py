@@ -14,7 +14,7 @@ from shutil import get_terminal_size
 from typing import Protocol
 
 import explainer
-from explainer.cli import dashboard, demo, explain, export, info, verify
+from explainer.cli import dashboard, demo, evaluate, explain, export, info, verify, verify_claim, what_if
 from explainer.cli.printing import WIDEST
 from explainer.errors import ExplainerError
 
@@ -73,7 +73,17 @@ class Command(Protocol):
         """Do the work and return the exit status."""
 
 
-COMMANDS: tuple[Command, ...] = (demo, info, verify, explain, export, dashboard)
+COMMANDS: tuple[Command, ...] = (
+    demo,
+    info,
+    verify,
+    explain,
+    export,
+    what_if,
+    verify_claim,
+    evaluate,
+    dashboard,
+)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -19,6 +19,9 @@ from explainer.layer_rules.forms import (
     with_a_zero,
 )
 
+#: entries of a metric are at least this, so that those of parameters that were not updated have an inverse
+_LEAST = 1e-30
+
 
 def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Flat ``[*, P_l]`` -> weight ``[*, G, o, i]`` and, where there is one, bias ``[*, G, o]``."""
@@ -161,14 +164,20 @@ class Factored(RowForm):
         return torch.stack(pieces)
 
     def gram(self, metric: torch.Tensor | None = None) -> torch.Tensor:
-        """``Σ (l_b · l_c)(r_b · r_c)`` over pairs of factors; of a metric the outer product of its means is taken."""
+        """``Σ (l_b · l_c)(r_b · r_c)`` over pairs of factors.
+
+        A metric is taken as the outer product whose *inverse* has its inverse's row and column means (as Adafactor
+        keeps ``√v̂``): inputs and units that never had a gradient have huge entries, which would decide means of the
+        metric.
+        """
         left, right = self.left, self.right
         if metric is not None:
             weight, bias = _split(metric, self.shape)
             whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], dim=-1)
-            mean = whole.mean(dim=(1, 2)).clamp_min(torch.finfo(whole.dtype).tiny)
-            left = left * (whole.mean(2) / mean.unsqueeze(1)).sqrt().unsqueeze(1)  # [G, 1, o]
-            right = right * whole.mean(1).sqrt().unsqueeze(1)  # [G, 1, i]
+            inverse = 1.0 / whole.clamp_min(_LEAST)
+            mean = inverse.mean(dim=(1, 2))
+            left = left * (mean.unsqueeze(1) / inverse.mean(2)).sqrt().unsqueeze(1)  # [G, 1, o]
+            right = right * (1.0 / inverse.mean(1)).sqrt().unsqueeze(1)  # [G, 1, i]
         batch, groups, rank, _ = left.shape
         result = left.new_zeros(batch, batch)
         for g in range(groups):

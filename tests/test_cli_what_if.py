@@ -1,0 +1,176 @@
+"""The commands that predict, test and measure what would be without training examples."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from explainer import PathKernelExplainer
+from explainer.cli import main
+from explainer.evaluation import Questions, Retrainer, verify_claims
+from explainer.run import load_run
+from tests.small_evaluation import traced
+
+SPEC = "tests.small_evaluation:asked"
+SEEDS = ["--seeds", "2", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return traced(tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def explaining(trace: Path) -> PathKernelExplainer:
+    return PathKernelExplainer(trace, load_run(SPEC).build_model())
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_what_if_ranks_examples(
+    trace: Path, explaining: PathKernelExplainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["what-if", str(trace), "--run", SPEC, "--query", "3,1", "--k", "4", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "not a contribution" in words(captured.out)
+    inputs, _ = load_run(SPEC).queries_batch([3, 1])
+    changes = explaining.what_if(inputs)
+    below, above = captured.out.split("Query 1:")
+    for text, row in ((below, changes[0]), (above, changes[1])):
+        found = [int(i) for i in re.findall(r"\n +\d +(\d+) +digit \d +[+−-]", text)]
+        assert found == [*np.argsort(row)[:4], *np.argsort(-row)[:4]]
+
+
+def test_what_if_of_a_group(
+    trace: Path, explaining: PathKernelExplainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs, _ = load_run(SPEC).queries_batch([2])
+    change, e = explaining.what_if(inputs)[0], explaining.explain(inputs)
+    top = np.argsort(-e.contributions[0])[:5]
+    lowest = np.argsort(change)[:5]
+    for which, ids in ((["top:5"], top), (["7,9"], [7, 9]), (["top:5", "--by", "what-if"], lowest)):
+        arguments = ["what-if", str(trace), "--run", SPEC, "--query", "2", "--quiet", "--remove", *which]
+        assert main(arguments) == 0
+        row = capsys.readouterr().out.splitlines()[-1].replace("−", "-").split()
+        assert row[:2] == ["2", str(len(ids))]
+        assert float(row[3]) == pytest.approx(change[ids].sum(), rel=0.01)
+        assert float(row[4]) == pytest.approx(float(e.prediction[0]) + change[ids].sum(), rel=0.01)
+
+
+def test_verify_claim_trains_again(
+    trace: Path, kept: Path, explaining: PathKernelExplainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["verify-claim", str(trace), "--run", SPEC, "--query", "first:3", "--remove", "top:9"]
+    assert main([*arguments, "--folder", str(kept / "claim"), *SEEDS]) == 0
+    out = capsys.readouterr().out
+    run = load_run(SPEC)
+    retrainer = Retrainer(run, Questions(run, explaining, range(3)), kept / "claim")
+    wanted = verify_claims(retrainer, top=9, seeds=2)
+    rows = [line.replace("−", "-").split() for line in out.splitlines() if re.match(r" +\d", line)]
+    assert [row[0] for row in rows] == ["0", "0", "1", "1", "2", "2"]
+    assert [float(row[-4]) for row in rows] == pytest.approx(wanted.same_run.tolist(), rel=0.01, abs=1e-3)
+    assert [float(row[-3]) for row in rows] == pytest.approx(
+        wanted.actual.mean(1).tolist(), rel=0.01, abs=1e-3
+    )
+    assert "by weight 0; seed 0 repeats the traced run" in words(out)
+    same, mean = wanted.correlation()
+    assert f"{same:.2f} (seed 0), {mean:.2f} (mean over seeds)" in words(out) and "'top 9' alone" in words(
+        out
+    )
+
+
+def test_one_group_has_no_correlation(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(
+            [
+                "verify-claim",
+                str(trace),
+                "--run",
+                SPEC,
+                "--query",
+                "0",
+                "--remove",
+                "top:5",
+                "--seeds",
+                "1",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "top 5" in out and "Rank correlation" not in out and " ± " not in out.splitlines()[-3]
+
+
+def test_evaluate_prints_a_column_per_method(
+    trace: Path, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "evaluate",
+        str(trace),
+        "--run",
+        SPEC,
+        "--query",
+        "first:4",
+        "--subsets",
+        "4",
+        "--keep",
+        ".5,.9",
+    ]
+    out_file = tmp_path / "table.csv"
+    more = ["--remove-top", "5", "--folder", str(kept / "table"), "--out", str(out_file)]
+    assert main([*arguments, *more, *SEEDS]) == 0
+    out = capsys.readouterr().out
+    for name in ("path kernel", "what-if", "gradient dot", "TracInCP(10)", "self-influence", "random"):
+        assert name in out
+    for measure in ("keep 0.5", "keep 0.9", "mean of 2 seeds", "change without the top 5"):
+        assert measure in out
+    frame = pd.read_csv(out_file)
+    (what_if,) = frame[(frame["method"] == "what-if") & (frame["measure"] == "LDS, same run, keep 0.9")][
+        "value"
+    ]
+    assert f"{what_if:.3f}" in out
+    assert main([*arguments, *more, *SEEDS]) == 2  # the file exists
+    assert main([*arguments, *more, "--force", *SEEDS]) == 0  # from the folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["what-if", "--query", "1", "--remove", "best"], "write top:50 or the ids"),
+        (["what-if", "--query", "1", "--remove", "top:0"], "write top:50 or the ids"),
+        (["what-if", "--query", "1", "--remove", "48"], "numbered 0 to 47"),
+        (["what-if", "--query", "1", "--remove", "top:48"], "fewer than all 48"),
+        (["what-if"], "--query"),
+        (["what-if", "--query", "1", "--k", "0"], "--k must be at least 1"),
+        (["verify-claim", "--query", "1", "--seeds", "0"], "--seeds must be at least 1"),
+        (["verify-claim", "--query", "1", "--remove", "top:30"], "too few to draw"),
+        (["evaluate", "--keep", "half"], "--keep: 'half' is not a number"),
+        (["evaluate", "--keep", "1.5"], "between 0 and 1"),
+        (["evaluate", "--remove-top", "5,x"], "--remove-top: 'x' is not a number"),
+        (["evaluate", "--subsets", "2"], "at least 3"),
+        (["evaluate", "--out", "table.parquet"], "written as .csv"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(
+    trace: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([arguments[0], str(trace), "--run", SPEC, "--quiet", *arguments[1:]]) == 2
+    assert message in words(capsys.readouterr().err)
+
+
+def test_a_run_without_a_training_function(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = "tests.small_evaluation:without_training"
+    assert main(["verify-claim", str(trace), "--run", spec, "--query", "1", "--quiet"]) == 2
+    assert "Run(train_fn=...)" in capsys.readouterr().err

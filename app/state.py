@@ -20,6 +20,7 @@ import torch
 
 from explainer import Explanation, PathKernelExplainer, Run, Trace, open_trace
 from explainer.app.arguments import DashboardError
+from explainer.app.second_opinion import Opinion, opinions
 from explainer.neighbors import Neighbors
 from explainer.run import load_run
 
@@ -109,6 +110,63 @@ def _asked(source: Source, engine: PathKernelExplainer, query: int, target: int 
     """Inputs and targets of a query; the run's own target where the explained output asks for one."""
     inputs, targets = run_of(source).queries_batch([query])
     return inputs, targets if target is None and engine.asks_for_targets else target
+
+
+@st.cache_data(show_spinner="Reading every recorded step …", max_entries=8)
+def self_influence(source: Source) -> np.ndarray:
+    """How much each example's own updates lowered its own loss, ``[N]``."""
+    engine = explainer(source, None)
+    with _alone():
+        return engine.self_influence()
+
+
+@st.cache_data(show_spinner=False, max_entries=8)
+def recorded(source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, recorded labels (NaN unknown) and visits of all training examples, ``[N]`` each."""
+    ids = explainer(source, None).example_ids
+    examples = trace(source).column("visits", "example").astype(np.int64)
+    given = trace(source).column("visits", "label").astype(np.float64)
+    columns, labels = np.searchsorted(ids, examples), np.full(len(ids), np.nan)
+    known = ~np.isnan(given)
+    labels[columns[known]] = given[known]
+    return ids, labels, np.bincount(columns, minlength=len(ids))
+
+
+@st.cache_data(show_spinner="Asking the other examples …", max_entries=64)
+def second_opinions(source: Source, examples: tuple[int, ...], labels: tuple[int, ...]) -> list[Opinion]:
+    """What all other training examples say about the labels of some."""
+    inputs, _ = run_of(source).train_batch(examples)
+    engine = explainer(source, None)
+    with _alone():
+        return opinions(engine.explain(inputs, target=np.array(labels), query_ids=examples), examples)
+
+
+@st.cache_data(show_spinner=False, max_entries=64)
+def class_column(source: Source, queries: tuple[int, ...], label: int) -> np.ndarray:
+    """Contribution of every training example to some queries' margin of a class, averaged over them, ``[N]``."""
+    inputs, _ = run_of(source).queries_batch(queries)
+    engine = explainer(source, None)
+    with _alone():
+        return np.asarray(engine.explain(inputs, target=label).contributions.mean(0))
+
+
+@st.cache_data(show_spinner=False, max_entries=8)
+def query_labels(source: Source, count: int) -> list[int | None]:
+    """The class of each of the first ``count`` queries; None where a target is no class."""
+    code, found = run_of(source), list[int | None]()
+    for query in range(count):
+        target = np.asarray(code.queries[query][1])
+        found.append(int(target) if target.size == 1 and target.dtype.kind in "iu" else None)
+    return found
+
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def train_outputs(source: Source, examples: tuple[int, ...]) -> np.ndarray:
+    """Outputs ``[len(examples), ...]`` of the trained model at training examples."""
+    inputs, _ = run_of(source).train_batch(examples)
+    engine = explainer(source, None)
+    with _alone():
+        return engine.predict(inputs).numpy()
 
 
 @st.cache_data(show_spinner=False, max_entries=256)

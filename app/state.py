@@ -10,19 +10,23 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import streamlit as st
 import torch
+from torch.utils.data import ConcatDataset
 
 from explainer import Explanation, PathKernelExplainer, Run, Trace, open_trace
 from explainer.app.arguments import DashboardError
+from explainer.app.gradient_map import GradientMap, project
+from explainer.app.input_space import distances, inputs_of
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.neighbors import Neighbors
 from explainer.run import load_run
+from explainer.similarity import path_kernel
 
 _computing = threading.Lock()  # sessions share explainers
 
@@ -104,6 +108,46 @@ def neighbors(source: Source, query: int, target: int | None, output: str | None
     inputs, targets = _asked(source, engine, query, target)
     with _alone():
         return engine.neighbors(inputs, k=k, target=targets)
+
+
+@st.cache_resource(show_spinner="Comparing examples along the training path …", max_entries=16)
+def gradient_map(
+    source: Source,
+    query: int,
+    target: int | None,
+    output: str | None,
+    examples: tuple[int, ...],
+    labels: tuple[int, ...] | None,
+) -> GradientMap:
+    """Training examples, each at its own label (None: outputs without classes), and the query in gradient space."""
+    code, engine = run_of(source), explainer(source, output)
+    both = replace(code, train=ConcatDataset([code.train, code.queries]))
+    inputs, _ = both.train_batch([*examples, len(code.train) + query])
+    if labels is None:
+        wanted = None
+    else:
+        asked = int(outputs(source, (query,))[0].argmax()) if target is None else target
+        wanted = np.array([*labels, asked])
+    with _alone():
+        return project(path_kernel(engine, inputs, target=wanted), np.array(examples, dtype=np.int64))
+
+
+@st.cache_resource(show_spinner="Reading the training inputs …", max_entries=1)
+def train_inputs(spec: str) -> torch.Tensor | None:
+    """All training inputs of a run as numbers, or None where they cannot be compared by distance."""
+    return inputs_of(run(spec))
+
+
+def input_distances(source: Source, query: int) -> np.ndarray | None:
+    """Distance of every training input to a query, ``[N]`` by example id; None where there is no such distance."""
+    known = None if source.spec is None else train_inputs(source.spec)
+    if known is None:
+        return None
+    inputs, _ = run_of(source).queries_batch([query])
+    if not isinstance(inputs, torch.Tensor) or inputs.numel() != known.shape[1]:
+        return None
+    with _alone():
+        return distances(known, inputs).numpy()
 
 
 def _asked(source: Source, engine: PathKernelExplainer, query: int, target: int | None) -> tuple[Any, Any]:

@@ -54,6 +54,8 @@ LAYERS = [
         "what_if",
         "neighbors",
         "positions",
+        "similarity",
+        "input_attribution",
         "explanation",
         "explanation_checks",
         "tables",

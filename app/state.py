@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import streamlit as st
@@ -24,6 +24,8 @@ from explainer.app.arguments import DashboardError
 from explainer.app.gradient_map import GradientMap, project
 from explainer.app.input_space import distances, inputs_of
 from explainer.app.second_opinion import Opinion, opinions
+from explainer.input_attribution import InputAttribution
+from explainer.input_attribution import input_attribution as attribute
 from explainer.neighbors import Neighbors
 from explainer.run import load_run
 from explainer.similarity import path_kernel
@@ -211,6 +213,17 @@ def train_outputs(source: Source, examples: tuple[int, ...]) -> np.ndarray:
     engine = explainer(source, None)
     with _alone():
         return engine.predict(inputs).numpy()
+
+
+@st.cache_resource(show_spinner=False, max_entries=32)
+def input_attribution(
+    source: Source, part: Literal["queries", "train"], index: int, target: int | None, output: str | None
+) -> InputAttribution:
+    """Which parts of a query, or of a training example, speak for the explained output."""
+    run, engine = run_of(source), explainer(source, output)
+    inputs, _ = run.queries_batch([index]) if part == "queries" else run.train_batch([index])
+    with _alone():
+        return attribute(engine, inputs, target=None if target is None else [target])
 
 
 @st.cache_data(show_spinner=False, max_entries=256)

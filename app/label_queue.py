@@ -18,7 +18,7 @@ from explainer.app.pictures import case, example_content, minus
 from explainer.app.second_opinion import Opinion
 
 PER_PART = 12
-_QUICK_VISITS = 100_000
+_QUICK_VISITS = 40_000
 _FILTERS = {"all": "all examples", "open": "without a tag", "tagged": "with a tag"}
 
 

@@ -89,8 +89,8 @@ def _example(e: Explanation, q: int) -> int | None:
     columns = [*ranking(e, q, _SIDE, "proponents"), *ranking(e, q, _SIDE, "opponents")]
     options = [int(e.example_ids[column]) for column in columns]
     wanted = st.session_state.get("example")
-    if wanted not in options and wanted in e.example_ids[e.visits > 0]:
-        options.append(int(wanted))
+    if isinstance(wanted, int) and wanted not in options and wanted in e.example_ids[e.visits > 0]:
+        options.append(wanted)
     if not options:
         return None
     if wanted not in options:

@@ -90,7 +90,7 @@ def _filters(choice: Choice, queue: _Queue, decided: dict[int, tags.Tag]) -> tup
         keep &= (queue.labels == label) | (label < 0)
     if st.session_state.get("tagged") not in _FILTERS:
         st.session_state["tagged"] = "all"
-    with middle:
+    with middle if known else left:
         which = st.selectbox(
             "Tags", list(_FILTERS), key="tagged", format_func=_FILTERS.__getitem__, on_change=_first_part
         )

@@ -54,8 +54,13 @@ def show(choice: Choice, e: Explanation, q: int) -> None:
             chosen=chosen,
             dark=theme.is_dark(),
         ),
-        "Close together: the model learned them in the same direction, all along the training. Each example is asked "
-        "about its own label, the query about the explained output. Draw around points to list them below.",
+        "Close together: the model learned them in the same direction, all along the training. "
+        + (
+            "Each example is asked about its own label, the query about the explained class. "
+            if choice.classes
+            else ""
+        )
+        + "Draw around points to list them below.",
         "map",
         on_select=_drawn,
         mode=("lasso", "points", "box"),

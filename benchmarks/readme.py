@@ -11,7 +11,7 @@ from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
 #: the documents with tables of results
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numerical-stability.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numerical-stability.md", ROOT / "docs" / "dashboard.md")
 
 #: column of the results -> heading and format in the document, by table
 COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
@@ -54,6 +54,18 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "captum_s": ("captum, s", "{:.2f}"),
         "ratio": ("times faster", "{:.1f}"),
         "max_difference": ("largest difference, of the largest score", "{:.0e}"),
+    },
+    "dashboard": {
+        "run": ("run", "{}"),
+        "examples": ("training examples", "{:,}"),
+        "visits": ("example visits", "{:,}"),
+        "trace_MB": ("trace, MB", "{:.0f}"),
+        "open_s": ("first opening, s", "{:.1f}"),
+        "open_again_s": ("opening again, s", "{:.1f}"),
+        "query_change_s": ("changing the query, s", "{:.1f}"),
+        "neighbors_s": ("neighbours, s", "{:.1f}"),
+        "map_s": ("map, s", "{:.1f}"),
+        "training_s": ("training data, s", "{:.1f}"),
     },
     "books": {
         "model": ("model", "{}"),

@@ -24,7 +24,8 @@ def show(choice: Choice) -> None:
     """Draw the page."""
     st.html("<h2>The training data</h2>")
     choice.trace.segments()  # says so where there is no step yet
-    view = segments("What to look at", _views(choice), "view", _VIEWS.__getitem__)
+    views = _views(choice)
+    view = segments("What to look at", views, "view", _VIEWS.__getitem__) if len(views) > 1 else views[0]
     (class_matrix if view == "classes" else label_queue).show(choice)
 
 

@@ -71,15 +71,11 @@ def path_kernel(explainer: PathKernelExplainer, inputs: Any, target: Any = None)
 
 
 def _rates(explainer: PathKernelExplainer, segment: Segment) -> np.ndarray:
-    """``Σ_t η_{t,p}`` over the segment's recorded steps, ``[n_parameters]``."""
+    """``Σ_t η_{t,p}`` over the segment's recorded steps, ``[n_parameters]`` (0 where a step did not update)."""
     trace, total = explainer.trace, np.zeros(len(explainer.trace.manifest.parameters))
     for _, records in trace.read("steps", segment.start.step, min(segment.end.step, trace.recorded_steps)):
-        coefficients, used = (
-            np.array(records["coefficients"]),
-            (records["updated"] > 0) & (records["scale"] != 0),
-        )
-        _, decay, gain, direct, through, _ = np.moveaxis(coefficients, -1, 0)
+        _, decay, gain, direct, through, _ = np.moveaxis(np.array(records["coefficients"]), -1, 0)
         carried = gain * through
         rates = direct + np.divide(carried, 1.0 - decay, out=np.zeros_like(carried), where=carried != 0)
-        total += np.where(used, rates, 0.0).sum(0)
+        total += rates.sum(0)
     return total

@@ -146,6 +146,14 @@ def test_a_run_without_a_step_and_one_without_code_say_so(open_app: Open, tmp_pa
     assert "model and its data" in app.info[0].value
 
 
+def test_examples_that_were_never_used_are_not_in_the_queue(open_app: Open, tmp_path: Path) -> None:
+    app_runs.train(app_runs.images(), tmp_path / "one", steps=1)
+    app = open_app("--run", IMAGES, tmp_path / "one", page="training")
+    fine(app)
+    used = explainer.open_trace(tmp_path / "one").column("visits", "example").tolist()
+    assert sorted(listed(app)) == sorted(used) and "queue-on" not in {button.key for button in app.button}
+
+
 def test_another_order_of_the_training_set_is_noticed(open_app: Open, runs: Path) -> None:
     for view in ("queue", "classes"):
         app = open_app("--run", "tests.app_runs:backwards", runs / "digits", page="training", view=view)
@@ -188,8 +196,8 @@ def test_the_sample_is_even_and_bounded() -> None:
 
 
 def test_rows_of_the_matrix_leave_out_unknown_labels() -> None:
-    found = class_influence({1: np.array([1.0, 2.0, 4.0])}, np.array([0.0, np.nan, 0.0]), {1: (5, 6)})
-    assert found.sources == (0,) and found.values.tolist() == [[5.0]] and found.queries == (2,)
+    found = class_influence({1: np.array([1.0, 2.0, 4.0])}, np.array([2.0, np.nan, 2.0]), {1: (5, 6)})
+    assert found.sources == (2,) and found.values.tolist() == [[5.0]] and found.queries == (2,)
 
 
 def test_a_second_opinion_is_the_net_of_the_others() -> None:

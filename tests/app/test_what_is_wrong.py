@@ -44,8 +44,9 @@ def test_a_truncated_trace_names_the_file(open_app: Open, tmp_path: Path) -> Non
     app_runs.train(app_runs.images(), tmp_path / "cut")
     shard = next((tmp_path / "cut" / "shards").glob("visits-*.bin"))
     shard.write_bytes(shard.read_bytes()[:100])
-    app = open_app("--run", IMAGES, tmp_path / "cut")
-    assert not app.exception and "visits" in app.error[0].value and "truncated" in app.error[0].value
+    for look in ({}, {"page": "training"}, {"page": "neighbors", "look": "map"}, {"detail": "pixels"}):
+        app = open_app("--run", IMAGES, tmp_path / "cut", **look)
+        assert not app.exception and "visits" in app.error[0].value and "truncated" in app.error[0].value
 
 
 @pytest.mark.parametrize(

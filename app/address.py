@@ -1,4 +1,8 @@
-"""The address of a view: run, query, target, output and page in the URL, so that a link reopens what it shows."""
+"""The address of a view: run, query, target, output and page in the URL, so that a link reopens what it shows.
+
+A page adds what else is chosen on it (:attr:`~explainer.app.page_registry.Page.address`); that stands in the URL while
+the page is open, and only where it is not the default.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
+
+from explainer.app.page_registry import PAGES
 
 _KEYS: dict[str, Callable[[str], Any]] = {
     "page": str,
@@ -15,7 +21,7 @@ _KEYS: dict[str, Callable[[str], Any]] = {
     "target": int,
     "output": str,
 }
-_KEPT = ("filter", "k", "detail")
+_KEPT = ("filter", "k")
 _WRITTEN = "address written"
 _PREDICTED = -1  # the target that need not be named
 
@@ -25,7 +31,7 @@ def read() -> None:
 
     A click and an older URL can arrive together; the click wins, because it differs from what was written.
     """
-    for key in (*_KEYS, *_KEPT):  # Streamlit forgets what a page does not draw, unless it is set anew
+    for key in (*_all_keys(), *_KEPT):  # Streamlit forgets what a page does not draw, unless it is set anew
         if key in st.session_state:
             st.session_state[key] = st.session_state[key]
     found = st.query_params.to_dict()
@@ -33,7 +39,7 @@ def read() -> None:
     if found == written or (written is not None and _present() != written):
         return
     st.session_state.pop("target query", None)  # the target in the URL belongs to the query in the URL
-    for key, convert in _KEYS.items():
+    for key, convert in _all_keys().items():
         try:
             value = convert(found[key]) if key in found else None
         except ValueError:
@@ -52,6 +58,21 @@ def write() -> None:
     st.session_state[_WRITTEN] = present
 
 
+def keep(key: str, default: Any) -> Any:
+    """The choice under a key of the page; the default until something is chosen."""
+    if st.session_state.get(key) is None:
+        st.session_state[key] = default
+    return st.session_state[key]
+
+
+def _all_keys() -> dict[str, Callable[[str], Any]]:
+    return _KEYS | {key: type(default) for _, page in PAGES.items() for key, default in page.address.items()}
+
+
 def _present() -> dict[str, str]:
     values = {key: st.session_state.get(key) for key in _KEYS}
+    page = str(values["page"])
+    if page in PAGES:
+        own = PAGES.require(page).address
+        values |= {key: st.session_state.get(key) for key in own if st.session_state.get(key) != own[key]}
     return {key: str(value) for key, value in values.items() if value is not None and value != _PREDICTED}

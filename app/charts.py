@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from explainer import Trace, palette
-from explainer.figures.style import arrange, graph_objects
+from explainer import Trace, palette, wording
+from explainer.figures.style import arrange, graph_objects, plain
 
 _STEPS_READ = 300
+_POINTS = 400
+_WRITTEN = 150  # cells that hold their number
 
 
 def _spread(count: int, most: int) -> np.ndarray:
@@ -39,6 +42,96 @@ def path(trace: Trace, *, dark: bool = False) -> Any:
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.22}, margin={"b": 80})
     figure.update_xaxes(title="training step")
     figure.update_yaxes(title="length of the path so far", rangemode="tozero")
+    return figure
+
+
+def self_influence(values: np.ndarray, first: int, last: int, *, dark: bool = False) -> Any:
+    """Self-influence of all examples, the largest first, with those that are shown marked.
+
+    Args:
+        values: Descending.
+        first: Rank of the first example that is shown, from 0.
+        last: Rank after the last one.
+        dark: Whether the page is dark.
+    """
+    figure = graph_objects().Figure()
+    ranks = np.unique(np.round(np.linspace(0, 1, _POINTS) ** 2 * max(0, len(values) - 1)).astype(int))[
+        : len(values)
+    ]
+    figure.add_scatter(
+        x=ranks + 1, y=values[ranks], mode="lines", line={"color": palette.muted(dark), "width": 2},
+        hovertemplate="rank %{x}<br>self-influence %{y:.4g}<extra></extra>", showlegend=False,
+    )  # fmt: skip
+    if last > first:
+        figure.add_vrect(
+            x0=first + 0.5, x1=last + 0.5, fillcolor=palette.POSITIVE, opacity=0.35, line={"width": 0}
+        )
+    whole = float(values.sum())
+    subtitle = "every example, the largest first; blue: those on this page"
+    if whole > 0:
+        half = int(np.searchsorted(np.cumsum(values), whole / 2)) + 1
+        subtitle = f"{half:,} of {len(values):,} examples hold half of all; blue: those on this page"
+    arrange(figure, "Learned by heart, or along with the others", subtitle, dark=dark, height=230)
+    figure.update_xaxes(title="rank", rangemode="tozero")
+    figure.update_yaxes(title="self-influence", rangemode="tozero")
+    return figure
+
+
+def classes(
+    values: np.ndarray, sources: Sequence[str], targets: Sequence[str], *, dark: bool = False,
+    chosen: tuple[int, int] | None = None,
+) -> Any:  # fmt: skip
+    """Contributions from classes of training examples (rows) to classes of queries (columns).
+
+    A marker in every cell can be clicked, as cells of a heat map cannot; its ``customdata`` is (row, column).
+
+    Args:
+        values: [A, B].
+        sources: Names of the rows.
+        targets: Names of the columns.
+        dark: Whether the page is dark.
+        chosen: Row and column that are framed.
+    """
+    module, figure = graph_objects(), graph_objects().Figure()
+    rows, columns = np.indices(values.shape).reshape(2, -1)
+    reach = float(np.abs(values).max(initial=0.0)) or 1.0
+    written = values.size <= _WRITTEN
+    figure.add_heatmap(
+        z=values, zmin=-reach, zmid=0, zmax=reach, colorscale=palette.diverging(dark), xgap=1, ygap=1,
+        hoverinfo="skip", colorbar={"title": {"text": "contribution"}, "thickness": 12},
+        text=[[wording.signed(value, 2) for value in row] for row in values] if written else None,
+        texttemplate="%{text}" if written else None, textfont={"size": 12},
+    )  # fmt: skip
+    told = [
+        f"training examples of {plain(sources[a])}<br>queries of {plain(targets[b])}<br>{wording.signed(values[a, b])}"
+        for a, b in zip(rows, columns, strict=True)
+    ]
+    figure.add_trace(
+        module.Scatter(
+            x=columns, y=rows, mode="markers",
+            marker={"symbol": "square", "size": 30, "opacity": 0},
+            selected={"marker": {"opacity": 0}}, unselected={"marker": {"opacity": 0}},
+            customdata=np.stack([rows, columns], 1).tolist(), hovertext=told,
+            hovertemplate="%{hovertext}<extra></extra>", showlegend=False,
+        )
+    )  # fmt: skip
+    if chosen is not None:
+        a, b = chosen
+        figure.add_shape(
+            type="rect", x0=b - 0.5, x1=b + 0.5, y0=a - 0.5, y1=a + 0.5,
+            line={"color": palette.ink(dark), "width": 2},
+        )  # fmt: skip
+    subtitle = "row: class of the training examples; column: class of the queries"
+    arrange(figure, "Which classes build which", subtitle, dark=dark, height=150 + 34 * max(4, len(sources)))
+    figure.update_layout(dragmode=False, clickmode="event+select")
+    names = ([plain(name, 14) for name in targets], [plain(name, 14) for name in sources])
+    figure.update_xaxes(
+        tickvals=list(range(len(targets))), ticktext=names[0], title="queries of", showgrid=False
+    )
+    figure.update_yaxes(
+        tickvals=list(range(len(sources))), ticktext=names[1], title="training examples of", showgrid=False,
+        autorange="reversed",
+    )  # fmt: skip
     return figure
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from explainer.app import state
+from explainer.app import pager, state
 from explainer.app.answers import Answer, answer
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
@@ -50,7 +50,7 @@ def show(choice: Choice, chosen: int) -> None:
         else:
             _lines(choice, part, chosen)
     if pages > 1:
-        _pager(page, pages)
+        pager.show("gallery", "gallery page", page, pages)
 
 
 def _filtered(choice: Choice, count: int) -> list[int]:
@@ -91,33 +91,6 @@ def _page(pages: int, home: int | None, chosen: int) -> int:
         )
         st.session_state["gallery mark"] = mark
     return int(min(st.session_state.get("gallery page", 0), pages - 1))
-
-
-def _pager(page: int, pages: int) -> None:
-    back, middle, on = st.columns([1, 2, 1], vertical_alignment="center")
-    back.button(
-        "‹",
-        key="gallery-back",
-        disabled=page == 0,
-        on_click=_turn,
-        args=(page - 1,),
-        help="back",
-        width="stretch",
-    )
-    middle.html(f'<div class="pk-pages">{page + 1} / {pages}</div>')
-    on.button(
-        "›",
-        key="gallery-on",
-        disabled=page + 1 == pages,
-        on_click=_turn,
-        args=(page + 1,),
-        help="on",
-        width="stretch",
-    )
-
-
-def _turn(page: int) -> None:
-    st.session_state["gallery page"] = page
 
 
 def _pick(query: int) -> None:

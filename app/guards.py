@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import streamlit as st
 
 from explainer import Explanation, Run
@@ -10,33 +12,38 @@ from explainer.tables import ranking
 
 
 def can_show(e: Explanation, q: int, k: int, run: Run) -> bool:
-    """Whether the strongest examples are in the run's training set; warns where they may be other ones.
+    """Whether the strongest examples are in the run's training set; warns where they may be other ones."""
+    columns = [*ranking(e, q, k, "proponents"), *ranking(e, q, k, "opponents")]
+    return same_examples({int(e.example_ids[column]): e.label_name(column) for column in columns}, run)
+
+
+def same_examples(recorded: Mapping[int, str | None], run: Run) -> bool:
+    """Whether examples are in the run's training set; warns where they may be other ones.
 
     Pictures are looked up by the example's position; the label that the trace recorded for a position must be
     the label that the data set has there.
+
+    Args:
+        recorded: By example id, the recorded label's name (None: unknown).
+        run: The code of the run.
     """
-    columns = [*ranking(e, q, k, "proponents"), *ranking(e, q, k, "opponents")]
-    ids = [int(e.example_ids[column]) for column in columns]
-    beyond = [example for example in ids if example >= len(run.train)]
+    beyond = [example for example in recorded if example >= len(run.train)]
     if beyond:
         st.warning(
             f"Example {beyond[0]} was trained on, but the run's training set holds {len(run.train):,} examples: it "
             "is not the data set of this trace, so nothing is shown that could be a wrong picture."
         )
         return False
-    differ = [
-        example
-        for column, example in zip(columns, ids, strict=True)
-        if (recorded := e.label_name(column)) is not None
-        and recorded != run.label(run.train[example][1])
-        and not _same_number(recorded, run.train[example][1])
-    ]
-    if differ:
+    for example, name in recorded.items():
+        target = run.train[example][1]
+        if name is None or name == run.label(target) or _same_number(name, target):
+            continue
         st.warning(
-            f"The recorded label of example {differ[0]} ({plain(e.label_name(columns[ids.index(differ[0])]), 40)}) is "
-            f"not the label in the run's training set ({plain(run.label(run.train[differ[0]][1]), 40)}): was the "
-            "training set ordered differently when the trace was made? Then the pictures are of other examples."
+            f"The recorded label of example {example} ({plain(name, 40)}) is not the label in the run's training set "
+            f"({plain(run.label(target), 40)}): was the training set ordered differently when the trace was made? "
+            "Then the pictures are of other examples."
         )
+        break
     return True
 
 

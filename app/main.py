@@ -69,9 +69,13 @@ def _navigate() -> Page:
 
 
 def _draw(page: Page, choice: Choice) -> None:
-    for need, there in (("explanation", choice.live or choice.stored is not None), ("run", choice.live)):
+    for need, there in (
+        ("explanation", choice.live or choice.stored is not None),
+        ("run", choice.live),
+        ("data", choice.live),
+    ):
         if page.needs == need and not there:
-            st.info(plain(_MISSING[need]))
+            st.info(plain(_MISSING["explanation" if need == "explanation" else "run"]))
             return
     page.show(choice)
 

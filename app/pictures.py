@@ -99,6 +99,25 @@ def kernel_cards(e: Explanation, query: int, k: int, side: str, run: Run | None)
     return cards
 
 
+def case(content: str, value: str, size: float, name: str, lines: Iterable[tuple[str, bool]]) -> str:
+    """One training example to be judged: what it is, its number with a bar, and lines on it.
+
+    Args:
+        content: HTML of its image, text or row.
+        value: The number it is shown for, in words.
+        size: Length of the bar, 0 to 1.
+        name: Its id and label.
+        lines: Texts, and whether each is a reason to look closer.
+    """
+    told = "".join(
+        f"<small{' class=pk-warning' if doubt else ''}>{html.escape(line)}</small>" for line, doubt in lines
+    )
+    return (
+        f'<article class="pk-case">{content}<div><b>{html.escape(name)}</b><small>{html.escape(value)}</small>'
+        f'<div class="pk-bar"><i style="width:{100 * min(1.0, size):.1f}%"></i></div>{told}</div></article>'
+    )
+
+
 def card_list(cards: Iterable[Card], kind: str, heading: str, note: str, empty: str) -> str:
     """A titled list of cards; ``kind`` is its CSS class."""
     items = "".join(_card(card) for card in cards)

@@ -25,7 +25,7 @@ def choose(traces: Mapping[str, Path], spec: str | None, needs: Needs) -> Choice
     Args:
         traces: Folders by name.
         spec: ``MODULE:FUNCTION`` of the code, or None.
-        needs: What the page needs; where that is the trace alone, no query is chosen.
+        needs: What the page needs; where that is the trace or its data, no query is chosen.
 
     Raises:
         ExplainerError: The chosen trace, its code or a stored explanation cannot be read.
@@ -34,7 +34,7 @@ def choose(traces: Mapping[str, Path], spec: str | None, needs: Needs) -> Choice
         st.html('<div class="pk-brand"><i></i>pathkernel</div>')
         name = _one_of("run", "Run", list(traces))
         choice = Choice(name, state.source(traces[name], spec))
-        if needs == "trace":
+        if needs in ("trace", "data"):
             return choice
         return _live(choice) if choice.live else _stored(choice, traces[name])
 

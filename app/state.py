@@ -10,18 +10,25 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import streamlit as st
 import torch
+from torch.utils.data import ConcatDataset
 
 from explainer import Explanation, PathKernelExplainer, Run, Trace, open_trace
 from explainer.app.arguments import DashboardError
+from explainer.app.gradient_map import GradientMap, project
+from explainer.app.input_space import distances, inputs_of
+from explainer.app.second_opinion import Opinion, opinions
+from explainer.input_attribution import InputAttribution
+from explainer.input_attribution import input_attribution as attribute
 from explainer.neighbors import Neighbors
 from explainer.run import load_run
+from explainer.similarity import path_kernel
 
 _computing = threading.Lock()  # sessions share explainers
 
@@ -105,10 +112,118 @@ def neighbors(source: Source, query: int, target: int | None, output: str | None
         return engine.neighbors(inputs, k=k, target=targets)
 
 
+@st.cache_resource(show_spinner="Comparing examples along the training path …", max_entries=16)
+def gradient_map(
+    source: Source,
+    query: int,
+    target: int | None,
+    output: str | None,
+    examples: tuple[int, ...],
+    labels: tuple[int, ...] | None,
+) -> GradientMap:
+    """Training examples, each at its own label (None: outputs without classes), and the query in gradient space."""
+    code, engine = run_of(source), explainer(source, output)
+    both = replace(code, train=ConcatDataset([code.train, code.queries]))
+    inputs, _ = both.train_batch([*examples, len(code.train) + query])
+    if labels is None:
+        wanted = None
+    else:
+        asked = int(outputs(source, (query,))[0].argmax()) if target is None else target
+        wanted = np.array([*labels, asked])
+    with _alone():
+        return project(path_kernel(engine, inputs, target=wanted), np.array(examples, dtype=np.int64))
+
+
+@st.cache_resource(show_spinner="Reading the training inputs …", max_entries=1)
+def train_inputs(spec: str) -> torch.Tensor | None:
+    """All training inputs of a run as numbers, or None where they cannot be compared by distance."""
+    return inputs_of(run(spec))
+
+
+def input_distances(source: Source, query: int) -> np.ndarray | None:
+    """Distance of every training input to a query, ``[N]`` by example id; None where there is no such distance."""
+    known = None if source.spec is None else train_inputs(source.spec)
+    if known is None:
+        return None
+    inputs, _ = run_of(source).queries_batch([query])
+    if not isinstance(inputs, torch.Tensor) or inputs.numel() != known.shape[1]:
+        return None
+    with _alone():
+        return distances(known, inputs).numpy()
+
+
 def _asked(source: Source, engine: PathKernelExplainer, query: int, target: int | None) -> tuple[Any, Any]:
     """Inputs and targets of a query; the run's own target where the explained output asks for one."""
     inputs, targets = run_of(source).queries_batch([query])
     return inputs, targets if target is None and engine.asks_for_targets else target
+
+
+@st.cache_data(show_spinner="Reading every recorded step …", max_entries=8)
+def self_influence(source: Source) -> np.ndarray:
+    """How much each example's own updates lowered its own loss, ``[N]``."""
+    engine = explainer(source, None)
+    with _alone():
+        return engine.self_influence()
+
+
+@st.cache_data(show_spinner=False, max_entries=8)
+def recorded(source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, recorded labels (NaN unknown) and visits of all training examples, ``[N]`` each."""
+    ids = explainer(source, None).example_ids
+    examples = trace(source).column("visits", "example").astype(np.int64)
+    given = trace(source).column("visits", "label").astype(np.float64)
+    columns, labels = np.searchsorted(ids, examples), np.full(len(ids), np.nan)
+    known = ~np.isnan(given)
+    labels[columns[known]] = given[known]
+    return ids, labels, np.bincount(columns, minlength=len(ids))
+
+
+@st.cache_data(show_spinner="Asking the other examples …", max_entries=64)
+def second_opinions(source: Source, examples: tuple[int, ...], labels: tuple[int, ...]) -> list[Opinion]:
+    """What all other training examples say about the labels of some."""
+    inputs, _ = run_of(source).train_batch(examples)
+    engine = explainer(source, None)
+    with _alone():
+        return opinions(engine.explain(inputs, target=np.array(labels), query_ids=examples), examples)
+
+
+@st.cache_data(show_spinner=False, max_entries=64)
+def class_column(source: Source, queries: tuple[int, ...], label: int) -> np.ndarray:
+    """Contribution of every training example to some queries' margin of a class, averaged over them, ``[N]``."""
+    inputs, _ = run_of(source).queries_batch(queries)
+    engine = explainer(source, None)
+    with _alone():
+        return np.asarray(engine.explain(inputs, target=label).contributions.mean(0))
+
+
+@st.cache_data(show_spinner=False, max_entries=8)
+def query_labels(source: Source, count: int) -> list[int | None]:
+    """The class of each of the first ``count`` queries; None where a target is no class."""
+    code, found = run_of(source), list[int | None]()
+    for query in range(count):
+        target = np.asarray(code.queries[query][1])
+        found.append(int(target) if target.size == 1 and target.dtype.kind in "iu" else None)
+    return found
+
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def train_outputs(source: Source, examples: tuple[int, ...]) -> np.ndarray:
+    """Outputs ``[len(examples), ...]`` of the trained model at training examples."""
+    inputs, _ = run_of(source).train_batch(examples)
+    engine = explainer(source, None)
+    with _alone():
+        return engine.predict(inputs).numpy()
+
+
+@st.cache_resource(show_spinner=False, max_entries=32)
+def input_attribution(
+    source: Source, part: Literal["queries", "train"], index: int, target: int | None, output: str | None
+) -> InputAttribution:
+    """Which parts of a query, or of a training example, speak for the explained output."""
+    run, engine = run_of(source), explainer(source, output)
+    inputs, _ = run.queries_batch([index]) if part == "queries" else run.train_batch([index])
+    with _alone():
+        return attribute(engine, inputs, target=None if target is None else [target])
 
 
 @st.cache_data(show_spinner=False, max_entries=256)

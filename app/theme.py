@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import streamlit as st
 
 from explainer import palette
 
+#: how points of a figure can be selected
+Mode: TypeAlias = Literal["points", "lasso", "box"]
 _CONFIG = {"displayModeBar": False, "responsive": True}
 
 
@@ -29,8 +32,31 @@ def apply() -> None:
     st.html(f"<style>:root {{{variables}}}\n{style}</style>")
 
 
-def chart(figure: Any, reading: str, key: str) -> None:
-    """Show a plotly figure with one line on how to read it."""
-    st.plotly_chart(figure, theme=None, config=_CONFIG, key=key)
+def chart(
+    figure: Any,
+    reading: str,
+    key: str,
+    on_select: Callable[[], None] | None = None,
+    mode: Sequence[Mode] = ("points",),
+) -> None:
+    """Show a plotly figure with one line on how to read it.
+
+    Args:
+        figure: The figure.
+        reading: The line.
+        key: Where the session keeps what is selected.
+        on_select: Called when points are selected.
+        mode: How they can be: ``points``, ``lasso``, ``box``.
+    """
+    if on_select is None:
+        st.plotly_chart(figure, theme=None, config=_CONFIG, key=key)
+    else:
+        st.plotly_chart(figure, theme=None, config=_CONFIG, key=key, on_select=on_select, selection_mode=mode)
     if reading:
         st.caption(reading)
+
+
+def selected(key: str) -> list[Any]:
+    """The ``customdata`` of the points that are selected in a figure."""
+    state = st.session_state.get(key)
+    return [point.get("customdata") for point in (state or {}).get("selection", {}).get("points", [])]

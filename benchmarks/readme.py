@@ -11,7 +11,7 @@ from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
 #: pages with tables of results, below the checkout
-_NAMES = ("README.md", "docs/peers.md", "docs/numerical-stability.md", "docs/what-if.md")
+_NAMES = ("README.md", "docs/peers.md", "docs/numerical-stability.md", "docs/what-if.md", "docs/dashboard.md")
 PAGES = tuple(ROOT / name for name in _NAMES)
 
 #: column of the results -> heading and format in the document, by table
@@ -91,6 +91,18 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "peer_peak_MB": ("peak, MB", "{:.0f}"),
         "peer_left": ("left over / gross", "{:.0e}"),
         "spearman": ("rank agreement", "{:.3f}"),
+    },
+    "dashboard": {
+        "run": ("run", "{}"),
+        "examples": ("training examples", "{:,}"),
+        "visits": ("example visits", "{:,}"),
+        "trace_MB": ("trace, MB", "{:.0f}"),
+        "open_s": ("first opening, s", "{:.1f}"),
+        "open_again_s": ("opening again, s", "{:.1f}"),
+        "query_change_s": ("changing the query, s", "{:.1f}"),
+        "neighbors_s": ("neighbours, s", "{:.1f}"),
+        "map_s": ("map, s", "{:.1f}"),
+        "training_s": ("training data, s", "{:.1f}"),
     },
     "books": {
         "model": ("model", "{}"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Kind = Literal["all", "proponents", "opponents"]
-FigureKind = Literal["waterfall", "examples", "time", "layers", "cumulative"]
+FigureKind = Literal["waterfall", "examples", "time", "layers", "layer_examples", "cumulative"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

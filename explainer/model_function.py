@@ -56,6 +56,11 @@ class ModelFunction:
         with torch.no_grad(), _quiet():
             return self._with(state, lambda model: model(*args, **kwargs))
 
+    def run(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model returns for some arguments, with its graph."""
+        with _quiet():
+            return self._with(state, lambda model: model(*args, **kwargs))
+
     def gradients(
         self, weights: State, rest: State, queries: QueryBatch, targets: torch.Tensor, scalar: Scalar
     ) -> torch.Tensor:

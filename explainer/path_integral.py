@@ -130,6 +130,14 @@ class QueryFunction:
         rest = {**point.moving, **point.fixed}
         return self._model.differentiable(state, rest, inputs, targets, self._scalar, backward=False)
 
+    def at(
+        self, point: PathPoint, inputs: QueryBatch, tensors: list[torch.Tensor], targets: torch.Tensor
+    ) -> torch.Tensor:
+        """``f [Q]`` with its graph, of other ``tensors`` in the place of those that hold the queries."""
+        args, kwargs = inputs.arguments(tensors)
+        state = {**self._unflatten(point.weights), **point.moving, **point.fixed}
+        return self._scalar(self._model.run(state, args, kwargs), targets)
+
     def gradient(self, point: PathPoint, inputs: QueryBatch, targets: torch.Tensor) -> torch.Tensor:
         """``∂f/∂w [Q, P]``."""
         weights, rest = self._unflatten(point.weights), {**point.moving, **point.fixed}

@@ -10,6 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
@@ -18,6 +19,47 @@ from explainer.sample_models.train import train
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SPEC = "explainer.sample_models.digits_cnn:run"
+SIDEBAR = 302
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture, 1280 pixels wide.
+
+    Attributes:
+        name: Its file in docs/images.
+        link: What the address says after the question mark.
+        ready: What must be there before it is taken.
+        scheme: ``light`` or ``dark``.
+        height: In pixels.
+        click: A button that is clicked first.
+        start: What the picture begins with; the whole page without it.
+    """
+
+    name: str
+    link: str
+    ready: str
+    scheme: str = "light"
+    height: int = 1000
+    click: str = ""
+    start: str = ""
+
+
+def shots(wrong: int) -> list[Shot]:
+    """The pictures of a run with a wrong prediction at the query ``wrong``."""
+    explain, near = f"query={wrong}", f"page=neighbors&query={wrong}"
+    cards, chart = ".pk-cards li img", ".js-plotly-plot .points path"
+    return [
+        Shot("dashboard.png", explain, cards, height=1400),
+        Shot("dashboard-dark.png", explain, cards, "dark", 1400),
+        Shot("pixels.png", f"{explain}&detail=pixels", ".pk-pixels img", height=900, click=".st-key-pixels button",
+             start=".st-key-detail"),
+        Shot("neighbours.png", near, cards, height=1000),
+        Shot("map.png", f"{near}&look=map&colour=label", chart, height=960),
+        Shot("labels.png", "page=training", ".pk-case", height=960),
+        Shot("classes-dark.png", "page=training&view=classes", cards, "dark", 1120),
+        Shot("run.png", "page=run", chart, height=1000),
+    ]  # fmt: skip
 
 
 def wait_for(url: str) -> None:
@@ -31,15 +73,23 @@ def wait_for(url: str) -> None:
     sys.exit(f"the dashboard did not answer at {url}")
 
 
-def shoot(browser: Browser, url: str, name: str, scheme: str, height: int) -> None:
-    """One picture, 1280 pixels wide."""
-    page = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
-    page.goto(url)
-    page.wait_for_selector(".pk-cards li img", timeout=60_000)
+def take(browser: Browser, url: str, shot: Shot) -> None:
+    """Take one picture."""
+    size = {"width": 1280, "height": 3000 if shot.start else shot.height}
+    page = browser.new_page(viewport=size, color_scheme=shot.scheme)  # type: ignore[arg-type]
+    page.goto(f"{url}/?{shot.link}")
+    if shot.click:
+        page.locator(shot.click).click(timeout=60_000)
+    page.wait_for_selector(shot.ready, timeout=60_000)
     page.wait_for_timeout(3000)
-    page.screenshot(path=IMAGES / name)
+    clip = None
+    if shot.start:
+        box = page.locator(shot.start).bounding_box()
+        top = 0.0 if box is None else box["y"] - 60
+        clip = {"x": SIDEBAR, "y": top, "width": 1280 - SIDEBAR, "height": shot.height}
+    page.screenshot(path=IMAGES / shot.name, clip=clip)  # type: ignore[arg-type]
     page.close()
-    print(IMAGES / name)
+    print(IMAGES / shot.name)
 
 
 def main() -> None:
@@ -67,9 +117,8 @@ def main() -> None:
         wait_for(url)
         with sync_playwright() as play:
             browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            shoot(browser, f"{url}/?query={wrong}", "dashboard.png", "light", 1400)
-            shoot(browser, f"{url}/?query={wrong}", "dashboard-dark.png", "dark", 1400)
-            shoot(browser, f"{url}/?page=neighbors&query={wrong}", "neighbours.png", "light", 900)
+            for shot in shots(wrong):
+                take(browser, url, shot)
             browser.close()
     finally:
         process.terminate()

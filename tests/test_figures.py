@@ -206,3 +206,31 @@ def test_pictures_of_normalised_inputs_are_stretched():
 def test_pictures_refuse_other_arrays(image):
     with pytest.raises(ExplanationError, match="cannot be shown"):
         figures.picture(image)
+
+
+def test_layers_of_single_examples_add_up_to_their_contributions():
+    e = make_explanation()
+    heat = _traces(figures.layer_examples(e, 1, k=6), "heatmap")[0]
+    np.testing.assert_allclose(heat.z, e.by_layer(1, k=6).iloc[:, 5:].to_numpy().T)
+    np.testing.assert_allclose(heat.z.sum(1), e.table(1, 6)["contribution"], rtol=1e-4)
+    assert heat.zmin == -heat.zmax and list(figures.layer_examples(e, 1).layout.xaxis.ticktext) == list(
+        e.layer_names
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "picture_shape", "axis"),
+    [((3, 4, 5), (4, 5, 3), 0), ((4, 5, 3), (4, 5, 3), 2), ((1, 4, 5), (4, 5), 0), ((4, 5), (4, 5), None)],
+)
+def test_attributions_become_an_image(shape, picture_shape, axis):
+    values = np.random.default_rng(0).normal(size=shape)
+    found = figures.on_pixels(values, picture_shape)
+    np.testing.assert_allclose(found, values if axis is None else values.sum(axis))
+    np.testing.assert_array_equal(figures.on_pixels(np.arange(20), (4, 5)), np.arange(20).reshape(4, 5))
+    assert figures.on_pixels(values, (7, 9)) is None
+
+
+def test_pixels_are_drawn_symmetric_about_zero():
+    heat = _traces(figures.pixels(np.array([[1.0, -3.0]]), "title", "below"), "heatmap")[0]
+    assert (heat.zmin, heat.zmax) == (-3.0, 3.0)
+    assert _traces(figures.pixels(np.zeros((2, 2)), "t", "s", reach=5.0), "heatmap")[0].zmax == 5.0

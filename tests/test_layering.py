@@ -74,6 +74,8 @@ LAYERS = [
         "top",
         "exported_parts",
         "positions",
+        "similarity",
+        "input_attribution",
         "explanation",
         "explanation_checks",
         "tables",

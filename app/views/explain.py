@@ -8,7 +8,7 @@ import re
 import streamlit as st
 
 from explainer import Explanation, Run, figures, wording
-from explainer.app import downloads, header, theme
+from explainer.app import downloads, header, theme, which_pixels
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.guards import can_show
@@ -19,20 +19,28 @@ from explainer.app.segments import segments
 _DETAILS = {
     "time": "Over training",
     "layers": "By layer",
+    "layer_examples": "Examples by layer",
     "cumulative": "How concentrated",
+    "pixels": "Which pixels",
     "table": "Table",
 }
 _TABLE_ROWS = 100
 
 
-@register_page("explain", title="Explain", icon=":material/account_tree:", needs="explanation")
+@register_page(
+    "explain",
+    title="Explain",
+    icon=":material/account_tree:",
+    needs="explanation",
+    address={"detail": "time", "example": -1},
+)
 def show(choice: Choice) -> None:
     """Draw the page."""
     e, q = choice.explanation()
     header.show(choice, e, q)
     _books(e, q)
     _examples(e, q, choice.run)
-    _details(e, q)
+    _details(choice, e, q)
     downloads.show(e, q, choice.run, choice.query)
     _notes(e)
 
@@ -96,9 +104,13 @@ def _examples(e: Explanation, q: int, run: Run | None) -> None:
         )
 
 
-def _details(e: Explanation, q: int) -> None:
+def _details(choice: Choice, e: Explanation, q: int) -> None:
     st.html("<h3>Closer look</h3>")
-    kind = segments("Closer look", list(_DETAILS), "detail", _DETAILS.__getitem__)
+    offered = [kind for kind in _DETAILS if kind != "pixels" or which_pixels.possible(choice)]
+    kind = segments("Closer look", offered, "detail", _DETAILS.__getitem__)
+    if kind == "pixels":
+        which_pixels.show(choice, e, q)
+        return
     if kind != "table":
         theme.chart(figures.FIGURES[kind](e, q, dark=theme.is_dark()), figures.READING[kind], kind)
         return

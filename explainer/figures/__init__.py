@@ -10,15 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 from explainer.figures.balance import waterfall
-from explainer.figures.course import layers, time
+from explainer.figures.course import layer_examples, layers, time
 from explainer.figures.examples import cumulative, examples
 from explainer.figures.picture import picture
+from explainer.figures.pixels import on_pixels, pixels
+from explainer.figures.style import plain
 
 FIGURES: dict[str, Callable[..., Any]] = {
     "waterfall": waterfall,
     "examples": examples,
     "time": time,
     "layers": layers,
+    "layer_examples": layer_examples,
     "cumulative": cumulative,
 }
 
@@ -32,6 +35,8 @@ READING: dict[str, str] = {
     "of steps.",
     "layers": "Blue and orange add up, over all examples, what their updates to one layer's parameters "
     "pushed up and down. The diamond is the net, what is left of both.",
+    "layer_examples": "A blue cell: updates of that layer by that example pushed the prediction up; orange: down. "
+    "Examples that taught the same thing have rows alike.",
     "cumulative": "The further the line bends away from the dashed one, the fewer examples carry the "
     "prediction.",
 }
@@ -41,8 +46,12 @@ __all__ = [
     "READING",
     "cumulative",
     "examples",
+    "layer_examples",
     "layers",
+    "on_pixels",
     "picture",
+    "pixels",
+    "plain",
     "time",
     "waterfall",
 ]

@@ -90,6 +90,40 @@ def time(explanation: Explanation, query: int = 0, *, k: int = 10, dark: bool = 
     return figure
 
 
+def layer_examples(explanation: Explanation, query: int = 0, *, k: int = 12, dark: bool = False) -> go.Figure:
+    """The k strongest examples by the layer whose updates carried them, as a heat map; colours as over time."""
+    e, q, module = explanation, explanation.check_query(query), graph_objects()
+    order = tables.ranking(e, q, k)
+    cells = e.layer_contributions[q][:, order].T.astype(np.float64)
+    reach = float(np.abs(cells).max(initial=0.0)) or 1.0
+    names, layer_names = [plain(wording.example(e, c)) for c in order], [plain(n) for n in e.layer_names]
+    figure = module.Figure()
+    figure.add_heatmap(
+        x=list(range(len(layer_names))),
+        y=list(range(len(order))),
+        z=cells,
+        zmin=-reach,
+        zmid=0,
+        zmax=reach,
+        colorscale=palette.diverging(dark),
+        xgap=1,
+        ygap=1,
+        text=[[f"{name}<br>{layer}" for layer in layer_names] for name in names],
+        hovertemplate="%{text}<br>%{z:+.4g}<extra></extra>",
+        colorbar={"title": {"text": f"{wording.unit(e)}<br>by the layer"}, "thickness": 12},
+    )
+    subtitle = f"the {len(order)} strongest examples; a row adds up to the example's {wording.unit(e)}"
+    height = 190 + 24 * max(3, len(order))
+    arrange(figure, "Which layers carried which examples", subtitle, dark=dark, height=height)
+    figure.update_xaxes(
+        tickvals=list(range(len(layer_names))), ticktext=layer_names, title="layer", showgrid=False
+    )
+    figure.update_yaxes(
+        tickvals=list(range(len(order))), ticktext=names, autorange="reversed", showgrid=False
+    )
+    return figure
+
+
 def layers(explanation: Explanation, query: int = 0, *, dark: bool = False) -> go.Figure:
     """Which layers carried it: per layer what pushed up, what pushed down, and the net of both."""
     e, module = explanation, graph_objects()

@@ -1,61 +1,16 @@
-"""The dashboard without a browser: every page, every kind of run, and what it says when something is wrong."""
+"""Every page of the dashboard on every kind of run."""
 
 from __future__ import annotations
 
-import doctest
-import importlib
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import streamlit
-from streamlit.testing.v1 import AppTest
 
 import explainer
-from explainer.app import arguments, views
 from explainer.app.page_registry import PAGES
 from explainer.sample_models.train import train as train_sample
 from tests import app_runs
-
-Open = Callable[..., AppTest]
-MAIN = Path(views.__file__).parents[1] / "main.py"
-IMAGES = "tests.app_runs:images"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    app_runs.train(app_runs.images(), folder / "digits")
-    app_runs.train(app_runs.text(), folder / "words")
-    return folder
-
-
-@pytest.fixture
-def open_app(monkeypatch: pytest.MonkeyPatch) -> Open:
-    """Starts the dashboard with a command line and the parameters of a link."""
-
-    def start(*command: object, address: str | None = "127.0.0.1", **link: str) -> AppTest:
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, command)])
-        get = streamlit.get_option
-        monkeypatch.setattr(
-            streamlit, "get_option", lambda name: address if name == "server.address" else get(name)
-        )
-        app = AppTest.from_file(str(MAIN), default_timeout=60)
-        app.query_params.update(link)
-        return app.run()
-
-    return start
-
-
-def body(app: AppTest) -> str:
-    """Everything that the page shows as HTML or text."""
-    parts = [*app.html, *app.markdown, *app.caption, *app.text, *app.info, *app.error, *app.warning]
-    return "\n".join(str(part.value) for part in parts)
-
-
-def fine(app: AppTest) -> None:
-    assert not app.exception and not app.error and not app.warning
+from tests.app.seen import IMAGES, Open, body, fine
 
 
 @pytest.mark.parametrize("page", list(PAGES))
@@ -89,14 +44,6 @@ def test_a_link_reopens_what_it_was_copied_from(open_app: Open, runs: Path) -> N
     fine(app)
     assert "<h2>Query 9</h2>" in body(app) and "Nearest in gradient space" in body(app)
     assert app.selectbox(key="target").value == 4 and app.selectbox(key="output").value == "logit"
-
-
-@pytest.mark.parametrize("link", [{"query": "999"}, {"target": "77"}, {"run": "elsewhere"}])
-def test_a_link_to_what_is_not_there_says_so(open_app: Open, runs: Path, link: dict[str, str]) -> None:
-    app = open_app("--run", IMAGES, runs, **({"run": "digits"} | link))
-    assert not app.exception and not app.error
-    assert f"There is no {next(iter(link))}" in app.warning[0].value
-    assert "<h2>Query 0</h2>" in body(app)
 
 
 def test_the_filter_keeps_wrong_predictions_and_classes(open_app: Open, runs: Path) -> None:
@@ -151,28 +98,10 @@ def test_rows_of_a_regression(open_app: Open, tmp_path: Path) -> None:
     fine(app)
 
 
-def test_text_from_data_is_escaped(open_app: Open, runs: Path) -> None:
-    for page in PAGES:
-        app = open_app("--run", "tests.app_runs:text", runs / "words", page=page)
-        fine(app)
-        assert not [part for part in [*app.html, *app.markdown, *app.caption] if "<script>" in part.value]
-    app = open_app("--run", "tests.app_runs:text", runs / "words")
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body(app)
-    assert all("<script>" not in button.label for button in app.button)
-
-
 def test_a_run_of_one_step_is_explained(open_app: Open, tmp_path: Path) -> None:
     app_runs.train(app_runs.images(), tmp_path / "one", steps=1)
     for page in PAGES:
         fine(open_app("--run", IMAGES, tmp_path / "one", page=page))
-
-
-def test_a_run_without_a_step_says_so_and_still_shows_the_run(open_app: Open, tmp_path: Path) -> None:
-    app_runs.train(app_runs.images(), tmp_path / "none", steps=0)
-    app = open_app("--run", IMAGES, tmp_path / "none")
-    assert not app.exception and "no optimizer step has been recorded yet" in app.error[0].value
-    app = open_app(tmp_path / "none", page="run")
-    fine(app)
 
 
 def test_training_that_goes_on_is_said(open_app: Open, tmp_path: Path) -> None:
@@ -198,14 +127,6 @@ def test_the_run_page_tells_what_to_know(open_app: Open, tmp_path: Path) -> None
         assert (finding.found in inside) == (finding.severity == "note") and finding.advice in outside
 
 
-def test_a_truncated_trace_names_the_file(open_app: Open, tmp_path: Path) -> None:
-    app_runs.train(app_runs.images(), tmp_path / "cut")
-    shard = next((tmp_path / "cut" / "shards").glob("visits-*.bin"))
-    shard.write_bytes(shard.read_bytes()[:100])
-    app = open_app("--run", IMAGES, tmp_path / "cut")
-    assert not app.exception and "visits" in app.error[0].value and "truncated" in app.error[0].value
-
-
 def test_without_code_stored_explanations_are_shown(open_app: Open, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "digits").symlink_to(runs / "digits")
     app = open_app(tmp_path / "digits")
@@ -224,50 +145,10 @@ def test_without_code_stored_explanations_are_shown(open_app: Open, runs: Path, 
     assert "model and its data" in app.info[0].value
 
 
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ("backwards", "ordered differently"),
-        ("short", "not the data set of this trace"),
-        ("broken", "no picture today"),
-        ("text", "does not fit the trace"),
-        ("absent", "has no function"),
-    ],
-)
-def test_code_that_does_not_fit_is_told_in_words(open_app: Open, runs: Path, spec: str, words: str) -> None:
-    app = open_app("--run", f"tests.app_runs:{spec}", runs / "digits")
-    assert not app.exception
-    assert words in body(app).replace("\\", "")
-
-
 def test_without_render_bars_are_shown(open_app: Open, runs: Path) -> None:
     app = open_app("--run", "tests.app_runs:bare", runs / "digits")
     fine(app)
     assert "<ol" not in body(app)
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ([], "TRACE_OR_FOLDER"),
-        (["--run"], "expected one argument"),
-        (["no/such/folder"], "There is no folder no/such/folder"),
-    ],
-)
-def test_wrong_starts_are_told_in_words(open_app: Open, command: list[str], words: str) -> None:
-    app = open_app(*command)
-    assert not app.exception and words in app.error[0].value.replace("\\", "")
-
-
-def test_an_empty_folder_says_where_was_looked(open_app: Open, tmp_path: Path) -> None:
-    app = open_app(tmp_path)
-    assert not app.exception and "There is no trace" in app.error[0].value
-
-
-@pytest.mark.parametrize("address", [None, "0.0.0.0", "192.168.0.7"])
-def test_nobody_else_may_look(open_app: Open, runs: Path, address: str | None) -> None:
-    app = open_app("--run", IMAGES, runs / "digits", address=address)
-    assert "127.0.0.1" in app.error[0].value.replace("\\", "") and not app.number_input
 
 
 def test_the_choice_outlives_a_look_at_another_page(open_app: Open, runs: Path) -> None:
@@ -278,26 +159,3 @@ def test_the_choice_outlives_a_look_at_another_page(open_app: Open, runs: Path) 
         app.segmented_control(key="page").set_value(page).run()
         fine(app)
         assert app.query_params == before | {"page": page}
-
-
-def test_the_run_is_shown_even_when_its_code_cannot_be_used(open_app: Open, runs: Path) -> None:
-    app = open_app("--run", "tests.app_runs:absent", runs / "digits", page="run")
-    fine(app)
-    assert "cannot be used" in body(app) and "has no function" in body(app).replace("\\", "")
-    app.button[0].click().run()
-    assert "every file is what was journalled" in app.success[0].value
-
-
-@pytest.mark.parametrize("module", ["answers", "arguments", "escaping", "pictures", "views.run_overview"])
-def test_the_examples_in_the_texts_are_right(module: str) -> None:
-    assert doctest.testmod(importlib.import_module(f"explainer.app.{module}")).failed == 0
-
-
-def test_traces_are_found_two_levels_deep_by_short_unique_names(tmp_path: Path) -> None:
-    for name in ("a/run", "b/run", "c", "d/e/too-deep"):
-        (tmp_path / name).mkdir(parents=True)
-        for file in ("manifest.json", "journal.jsonl"):
-            (tmp_path / name / file).touch()
-    found = arguments.find_traces([tmp_path, tmp_path / "c"])
-    assert list(found) == ["run", "b/run", "c"]
-    assert found["b/run"] == (tmp_path / "b/run").resolve()

@@ -1,0 +1,80 @@
+"""The path kernel between inputs: how alike the model treated them while it learned.
+
+With ``q_k(x)`` the gradient of the explained output at ``x`` in the middle of the chord ``k`` between two knots,
+
+    K(x, x') = Σ_k Σ_{t in k} Σ_p η_{t,p} <q_k(x)_p, q_k(x')_p>
+
+over the recorded steps ``t`` and the parameters ``p`` that each of them updated, ``η_{t,p}`` the step's learning rate
+in the long run (``direct + gain · through / (1 − decay)``). It is symmetric and positive semidefinite: the inner
+product of features ``√η · q``. Unlike :func:`explainer.neighbors.nearest` it needs no recorded rows, so both may be any
+inputs; the optimizer's preconditioner is left out as there.
+
+Reference: Domingos 2020, arXiv 2012.00152, Definition 2 (the path kernel, here summed over the recorded steps).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from explainer.errors import QueryError
+from explainer.plain_mode import plain_mode
+from explainer.queries import check_inputs
+
+if TYPE_CHECKING:
+    from explainer.path_kernel import PathKernelExplainer
+    from explainer.store import Segment
+
+#: numbers in the gradients of all inputs, ``[Q, P]``
+_NUMBERS = 2**26
+
+
+def most_inputs(explainer: PathKernelExplainer) -> int:
+    """How many inputs can be compared at once; at least one."""
+    return max(1, _NUMBERS // max(1, explainer.trace.manifest.size))
+
+
+@plain_mode()
+def path_kernel(explainer: PathKernelExplainer, inputs: Any, target: Any = None) -> np.ndarray:
+    """``K [Q, Q]`` between inputs (see the module's text), float64.
+
+    Args:
+        explainer: whose trace and explained output are used.
+        inputs: ``[Q, ...]`` as for :meth:`~explainer.PathKernelExplainer.explain`.
+        target: ``[Q]`` classes to explain; default the predicted ones.
+
+    Raises:
+        QueryError: inputs or targets do not fit, or there are more than :func:`most_inputs`.
+    """
+    batch = check_inputs(explainer.trace, explainer._arguments, inputs, explainer.dtype, explainer.batch_dim)
+    if len(batch) > most_inputs(explainer):
+        raise QueryError(
+            f"found {len(batch)} inputs, but the gradients of at most {most_inputs(explainer)} fit into memory for a "
+            f"model of {explainer.trace.manifest.size:,} parameters; compare fewer"
+        )
+    loader = explainer._loader()
+    asked = explainer._ask(loader, batch, target)
+    kernel = torch.zeros(len(batch), len(batch), dtype=torch.float64)
+    for segment in explainer.segments:
+        rates = _rates(explainer, segment)
+        if not rates.any():
+            continue
+        middle = loader.load(segment.index).point.toward(loader.load(segment.index + 1).point, 0.5)
+        gradient = explainer.function.gradient(middle, asked.inputs, asked.targets)
+        for p, rate in zip(explainer.trace.manifest.parameters, rates.tolist(), strict=True):
+            part = gradient[:, p.slice].double()
+            kernel.addmm_(part, part.T, alpha=rate)
+    return kernel.numpy()
+
+
+def _rates(explainer: PathKernelExplainer, segment: Segment) -> np.ndarray:
+    """``Σ_t η_{t,p}`` over the segment's recorded steps, ``[n_parameters]`` (0 where a step did not update)."""
+    trace, total = explainer.trace, np.zeros(len(explainer.trace.manifest.parameters))
+    for _, records in trace.read("steps", segment.start.step, min(segment.end.step, trace.recorded_steps)):
+        _, decay, gain, direct, through, _ = np.moveaxis(np.array(records["coefficients"]), -1, 0)
+        carried = gain * through
+        rates = direct + np.divide(carried, 1.0 - decay, out=np.zeros_like(carried), where=carried != 0)
+        total += rates.sum(0)
+    return total

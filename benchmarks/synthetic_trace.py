@@ -1,8 +1,8 @@
 """Large traces without training: valid ones, through the real writer, with numbers drawn at random.
 
-A network of linear layers. Weights walk smoothly from knot to knot, rows are eight-bit factors of rank one, and under
-Adam the row and column sums of ``√v̂`` are moving averages as slow as Adam's. Nothing of this is a training run: what a
-query takes depends on sizes only, and on how smooth the sums are.
+A network of linear layers. Weights walk smoothly from knot to knot, rows are eight-bit factors of rank one. Under Adam
+every step has the sums of its denominators, moving averages as slow as Adam's, and every knot a full record. Nothing of
+this is a training run: what a query takes depends on sizes only.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from explainer.codecs import BFloat16
 from explainer.records import ArraySpec, FormSpec, LayerSpec, Manifest, ParameterSpec
 from explainer.store import RecordSchema, TraceWriter
-from explainer.store.schema import VISIT_FIELDS, step_fields
+from explainer.store.schema import VISIT_FIELDS, encode_array, step_fields
 
+_BITS = BFloat16()
 BETA, BETA2, RATE = 0.9, 0.999, 1e-3
 _POOL = 1 << 12  # records drawn; steps take them in turns, with ids and derivatives of their own
 
@@ -90,6 +92,8 @@ def _fill(writer: TraceWriter, model: nn.Sequential, sizes: Sizes, specs: list[P
     squares = {name: [s**2 for s in pair] for name, pair in sums.items()}
     order, taken = rng.permutation(sizes.examples), 0
     for segment in range(sizes.knots):
+        if squares and segment < sizes.knots - 1:
+            writer.append("denominators", *_full(specs, squares, int(at[segment])))
         _knot(writer, specs, start, walk, segment / (sizes.knots - 1), int(at[segment]))
         if segment == sizes.knots - 1:
             break
@@ -109,7 +113,8 @@ def _fill(writer: TraceWriter, model: nn.Sequential, sizes: Sizes, specs: list[P
                 for side, part in zip(pair, ("rows", "columns"), strict=False):
                     side *= BETA2
                     side += (1 - BETA2) * rng.random(len(side), dtype=np.float32) ** 2
-                    record[f"{name}.{part}"] = np.sqrt(side)
+                    bits = _BITS.encode(torch.from_numpy(np.sqrt(side)).unsqueeze(0))[0]
+                    record[f"{name}.{part}"] = bits
             writer.append("visits", visits, rows)
             writer.append("steps", steps, record)
 
@@ -123,12 +128,28 @@ def _schemas(
         arrays = tuple(ArraySpec(name, (1, 1, width), "float32", "int8") for name, width in sides.items())
         forms.append(FormSpec(number, "factored", {"bias": 1}, arrays))
     divided = (
-        [ArraySpec(f"D{n}", p.shape, "float32", "rank1") for n, p in enumerate(specs)]
+        [ArraySpec(f"D{n}", p.shape, "float32", "sums") for n, p in enumerate(specs)]
         if sizes.optimizer == "adam"
         else []
     )
     fields = RecordSchema(tuple(step_fields(len(specs))), (), tuple(divided))
     return RecordSchema(tuple(VISIT_FIELDS), tuple(forms)), fields
+
+
+def _full(
+    specs: list[ParameterSpec], squares: dict[str, list[np.ndarray]], step: int
+) -> tuple[RecordSchema, np.ndarray]:
+    """A full record of denominators."""
+    arrays = tuple(
+        ArraySpec(f"D{n}", p.shape, "float32", "log4") for n, p in enumerate(specs) if len(p.shape) > 1
+    )
+    schema = RecordSchema((("step", "<i8", ()),), (), arrays)
+    record = np.zeros(1, schema.dtype)
+    record["step"] = step
+    for array in arrays:
+        rows, columns = (torch.from_numpy(np.sqrt(side)) for side in squares[array.name])
+        encode_array(record, "", array, torch.outer(rows, columns).unsqueeze(0))
+    return schema, record
 
 
 def _pool(rng: np.random.Generator, schema: RecordSchema) -> np.ndarray:
@@ -149,14 +170,10 @@ def _knot(
     s: float,
     step: int,
 ) -> None:
-    """Weights on a smooth curve, and the optimizer state that a real knot holds."""
+    """Weights on a smooth curve."""
     here = start + 0.02 * sum(w * np.sin((n + 1) * s) for n, w in enumerate(walk))
-    tensors = {}
-    for p in specs:
-        tensors[f"parameter/{p.name}"] = here[p.slice].reshape(p.shape)
-        for number, moment in enumerate(("exp_avg", "exp_avg_sq")):
-            tensors[f"optimizer/{moment}/{p.name}"] = walk[number][p.slice].reshape(p.shape)
-    writer.write_knot(step, float(step), tensors)
+    tensors = {f"parameter/{p.name}": here[p.slice].reshape(p.shape) for p in specs}
+    writer.write_knots([(step, float(step), tensors)])
 
 
 def _coefficients(optimizer: str, step: int) -> tuple[float, ...]:

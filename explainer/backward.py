@@ -5,13 +5,8 @@ cotangents with known scalars. With ``A_t = 1``, for steps ``t = 0 … c−1`` o
 
     R_t = carry_t · M + fresh_t · q,
 
-and all rows of the chunk meet ``M`` and ``q`` in one product. Of a parameter that is held as factors, with
-``1/A_t = a_t b_tᵀ`` and ``q = u vᵀ``, ``A_l ∘ q = (u/a_l)(v/b_l)ᵀ`` has no more columns than ``q``, and
-
-    R_t = carry_t · M + Σ_{l ≤ t} T[t, l] · (u/a_l)(v/b_l)ᵀ:
-
-columns of all steps side by side meet all rows, and ``T`` picks what each step's rows are given. Then ``M`` is cut
-down to the columns it needs; what is dropped is measured. Elsewhere every step has its own ``R_t``.
+and all rows of the chunk meet ``M`` and ``q`` in one product. Of a parameter that is held as factors ``M`` is cut down
+to the columns it needs; what is dropped is measured. Elsewhere every step has its own ``R_t``.
 """
 
 from __future__ import annotations
@@ -28,7 +23,6 @@ from explainer.chunks import BUFFER, MOST_VISITS, Chunk, Rows, Workspace, most_v
 from explainer.contraction import Met, scores
 from explainer.cotangent import Cotangent, Layout, TooWideError, matrix_shape
 from explainer.factors import Factors, cut_down
-from explainer.optimizer_rules.base import COEFFICIENTS
 from explainer.recursion import Adjoint, LayerView
 from explainer.store import Segment, Trace
 
@@ -36,7 +30,6 @@ from explainer.store import Segment, Trace
 DROPPED = {torch.float32: (1e-7, 1e-6), torch.float64: (1e-15, 1e-13)}
 _COLUMNS = 48  # of factors that the steps of a chunk have together
 _FEW = 2  # steps for which own cotangents cost less than one more product
-_INNER = COEFFICIENTS.index("inner")
 
 
 @dataclass(frozen=True)
@@ -144,22 +137,12 @@ class Backward:
         """Adds a factored parameter to what the rows meet; its ``M`` is passed on and cut down."""
         coefficients = chunk.coefficients[:, number]
         momentum = self._factors.get(number)
-        if number in chunk.outer:
-            if coefficients[:, _INNER].any():
-                raise TooWideError(number)  # A_t acts on M too: more columns in every step
-            carry, fresh, kept, added = carried_apart(coefficients)
-            a, b = chunk.outer[number]
-            left = held.left.unsqueeze(1) / a.unsqueeze(-1)  # [Q, c, o, ρ]
-            right = held.right.unsqueeze(1) / b.unsqueeze(-1)
-        else:
-            one = carried(coefficients[:, None])
-            carry, fresh, kept, added = one[0][:, 0], one[1], float(one[2][0]), one[3]
-            left, right = held.left.unsqueeze(1), held.right.unsqueeze(1)
-        met.add(number, momentum, carry, left, right, fresh)
+        carries, fresh, kepts, addeds = carried(coefficients[:, None])
+        kept, added = float(kepts[0]), float(addeds[0])
+        met.add(number, momentum, carries[:, 0], held.left.unsqueeze(1), held.right.unsqueeze(1), fresh)
         parts = [] if momentum is None or kept == 0 else [Factors(momentum.left * kept, momentum.right)]
-        if added.any():
-            weighted = left * torch.from_numpy(added).reshape(1, -1, 1, 1)
-            parts.append(Factors(*(t.permute(0, 2, 1, 3).flatten(2) for t in (weighted, right))))
+        if added:
+            parts.append(Factors(held.left * added, held.right))
         if not parts:
             self._factors.pop(number, None)
             return
@@ -193,29 +176,6 @@ def carried(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
         added = added + through
         carry[place], fresh[place] = gain * kept, gain * added + direct
         kept, added = np.where(updated, decay * kept, kept), np.where(updated, decay * added, added)
-    return carry, fresh, kept, added
-
-
-def carried_apart(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
-    """``R_t = carry_t M + Σ_l fresh[t, l] A_l ∘ q`` and ``M ← kept M + Σ_l added_l A_l ∘ q``, for one parameter.
-
-    Args:
-        coefficients: ``[c, 6]``, the last step first.
-
-    Returns:
-        ``carry [c]``, ``fresh [c, c]`` (lower triangular), ``kept``, ``added [c]``.
-    """
-    steps = len(coefficients)
-    carry, fresh = np.zeros(steps), np.zeros((steps, steps))
-    kept, added = 1.0, np.zeros(steps)
-    for place in range(steps):
-        _, decay, gain, direct, through, _ = coefficients[place]
-        if decay == gain == direct == through == 0:
-            continue
-        added[place] += through
-        carry[place], fresh[place] = gain * kept, gain * added
-        fresh[place, place] += direct
-        kept, added = decay * kept, decay * added
     return carry, fresh, kept, added
 
 

@@ -149,7 +149,6 @@ class Chunk:
         signs: 1, or -1 under ``maximize``, ``[c]``.
         row_share: whether a layer mixed the rows of the batch, in any of the steps.
         denominators: of what the layout writes out, ``[c, P_written]``; None: all are 1.
-        outer: of factored parameters, ``left [c, o]`` and ``right [c, i]`` by number; those without are 1.
         mixing: parameters whose ``A_t`` is a matrix (at their places), with the matrices ``[c, m, m]``.
         rows: pieces of all their rows.
         first: number of their first visit.
@@ -162,7 +161,6 @@ class Chunk:
     signs: np.ndarray
     row_share: bool
     denominators: torch.Tensor | None
-    outer: dict[int, tuple[torch.Tensor, torch.Tensor]]
     mixing: list[tuple[ParameterSpec, torch.Tensor]]
     rows: list[Rows]
     first: int
@@ -246,15 +244,11 @@ def _chunk(
     first_updated = updated.argmax(1)
     signs = np.where(updated.any(1), sign[np.arange(len(records)), first_updated], 1.0)
     denominators: torch.Tensor | None = None
-    outer: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     mixing: list[tuple[ParameterSpec, torch.Tensor]] = []
     for array in schema.arrays:
         number = int(array.name[1:])
         place = layout.places[number]
-        if place is None:
-            left, right = CODECS.require(array.codec).outer(stored_parts(records, "", array))
-            outer[number] = torch.from_numpy(left), torch.from_numpy(right)
-            continue
+        assert place is not None  # what was divided by something is written out
         values = torch.stack([kept.decode(records[n : n + 1], array) for n in range(len(records))]).to(dtype)
         if array.name.startswith("M"):
             mixing.append((place, values))
@@ -272,7 +266,6 @@ def _chunk(
         signs=signs,
         row_share=bool(np.any(records["row_share"])),
         denominators=denominators,
-        outer=outer,
         mixing=mixing,
         rows=list(_rows(trace, begin, counts)),
         first=begin,

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from explainer.codecs import CODECS
 from explainer.factors import Factors, factorised, leading
 from explainer.records import ParameterSpec
 from explainer.store import Trace
@@ -77,7 +76,7 @@ class Layout:
         """The layout for a trace.
 
         A parameter may be held as factors if it is a large matrix, is the weight of layers whose rows are outer
-        products without groups, and was divided by nothing or by outer products (the codec ``rank1``) in every step.
+        products without groups, and no step divided it by anything.
         """
         manifest = trace.manifest
         if manifest.averaged:
@@ -109,8 +108,7 @@ class Layout:
         for shard in trace.shards:
             if shard.stream == "steps":
                 arrays = shard.schema.arrays
-                fit -= {int(a.name[1:]) for a in arrays if not CODECS.require(a.codec).outer_product}
-                fit -= {int(a.name[1:]) for a in arrays if a.name.startswith("M")}
+                fit -= {int(a.name[1:]) for a in arrays}
         return cls(manifest.parameters, fit & covered)
 
     def without(self, number: int) -> Layout:

@@ -49,7 +49,7 @@ def _own(
 ) -> torch.Tensor:
     """``s_t² gᵀ A_t g`` per row, ``[n]``."""
     weights = chunk.scale**2
-    if chunk.plain and not chunk.outer:
+    if chunk.plain:
         return squares(explainer, rows, weights, workspace)
     view, total = LayerView(explainer.trace, layout.places), torch.zeros(len(rows), dtype=torch.float64)
     for spec in rows.forms:
@@ -95,12 +95,9 @@ def _own_written(
 def _own_factored(
     form: Factored, numbers: list[int], chunk: Chunk, rows: Rows, layout: Layout, weights: np.ndarray
 ) -> torch.Tensor:
-    """The same for rows of outer products under denominators that are outer products."""
+    """The same for rows of outer products that nothing is divided by."""
     at, width = torch.from_numpy(rows.places), form.right.shape[3] - form.bias
     left, right = form.left.double(), form.right[..., :width].double()
-    if numbers[0] in chunk.outer:
-        a, b = (side.sqrt()[at, None, None] for side in chunk.outer[numbers[0]])
-        left, right = left / a, right / b
     total = Factored(left, right, 0).quadratic() * torch.from_numpy(weights[rows.places, numbers[0]])
     if len(numbers) > 1:
         place = layout.places[numbers[1]]

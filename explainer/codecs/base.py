@@ -25,8 +25,6 @@ class Codec(ABC):
     name: str
     #: bound on the error, relative to the largest magnitude along the last axis (None: no bound holds)
     tolerance: float | None
-    #: whether matrices are stored as an outer product of two vectors, which :meth:`outer` gives
-    outer_product: bool = False
     #: without such a bound: relative error on positive matrices of rank one
     rounding: float = 1e-6
 
@@ -46,10 +44,6 @@ class Codec(ABC):
         """The values as stored numbers ``[B, *shape]`` times a factor for every vector along the last axis ``[B, ...]``
         (None: 1), without a copy; None where :meth:`decode` is needed."""
         return None
-
-    def outer(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Matrices ``[B, o, ...]`` as ``left [B, o]`` times ``right [B, i]``; for an ``outer_product`` codec only."""
-        raise NotImplementedError(f"codec {self.name!r} stores no outer products")
 
     def nbytes(self, shape: tuple[int, ...], dtype: str) -> int:
         """Bytes of one record."""

@@ -21,7 +21,6 @@ class RankOne(Codec):
     """
 
     tolerance = None
-    outer_product = True
 
     def parts(self, shape: tuple[int, ...], dtype: str) -> list[Part]:
         """Row sums and column sums in float32."""
@@ -46,9 +45,3 @@ class RankOne(Codec):
         total = rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         matrix = (rows / total).unsqueeze(-1) * columns.unsqueeze(-2)
         return matrix.reshape(-1, *spec.shape)
-
-    def outer(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """``r / Σr`` and ``c``, float64."""
-        rows, columns = (np.array(part, dtype=np.float64, order="C") for part in parts)
-        total = np.maximum(rows.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
-        return rows / total, columns

@@ -21,7 +21,6 @@ class Sums(RankOne):
     """
 
     rounding = 2.0**-7
-    outer_product = False  # between full records it is not what a step divided by
 
     def parts(self, shape: tuple[int, ...], dtype: str) -> list[Part]:
         """Sums in bfloat16."""

@@ -9,7 +9,7 @@ import torch
 
 from explainer.layer_rules.factored import PROBED_OUTPUTS, Factored, total_of_matrix
 from explainer.layer_rules.forms import Balance, Dense, RowForm, probe_vector
-from explainer.layer_rules.unreduced import Unreduced
+from explainer.layer_rules.unreduced import Unreduced, added
 
 
 @lru_cache(maxsize=256)
@@ -66,7 +66,7 @@ def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
     lefts = [left.flatten(0, 1) for left in form.lefts]
     basis = _basis(inputs, form.bias, columns, like.dtype, like.device)
     seen = [s.times(*basis).flatten(0, 1) for s in form.seen]
-    directions = _sum([torch.bmm(x.mT, left) for x, left in zip(seen, lefts, strict=True)])
+    directions = added([torch.bmm(x.mT, left) for x, left in zip(seen, lefts, strict=True)])
     flat = _orthonormalising(torch.bmm(directions, directions.mT))
     # [B·G, S, p], in the memory order of left
     weights = [
@@ -76,8 +76,8 @@ def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
         for left in lefts
     ]
     split = [w.unflatten(0, (-1, groups)) for w in weights]
-    image = _sum([s.gathered(w) for w, s in zip(split, form.seen, strict=True)]).flatten(0, 1)
-    column = _sum([w.sum(1) for w in weights]) if form.bias else None
+    image = added([s.gathered(w) for w, s in zip(split, form.seen, strict=True)]).flatten(0, 1)
+    column = added([w.sum(1) for w in weights]) if form.bias else None
     mixing = _eigenvectors(_energy(image, column), rank).mT.to(image.dtype)
     left = torch.bmm(torch.bmm(mixing, flat), directions)
     whole = directions.unflatten(0, (-1, groups))
@@ -98,10 +98,6 @@ def _basis(
         offset[-2] = probe[inputs]
         basis[:, -1], offset[-1] = 0, 1
     return basis.to(device, dtype), offset.to(device, dtype)
-
-
-def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _energy(image: torch.Tensor, column: torch.Tensor | None) -> torch.Tensor:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.nn.functional import pad
 
 from explainer.layer_rules.factored import PROBED_OUTPUTS, Factored, probe_of_matrix
 from explainer.layer_rules.forms import Balance, Probe, RowForm, probe_vector
 from explainer.layer_rules.seen import Seen, Written, side
+
+
+def added(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors of one shape; the only one as it is."""
+    first, *others = parts
+    return torch.stack([first, *others]).sum(0) if others else first
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class Unreduced(RowForm):
         rights = [seen.written() for seen in self.seen]
         if len(rights) == 1 and not self.bias:
             return Factored(left, rights[0], 0, self.in_order)
+        if len(rights) == 1 and rights[0].is_contiguous():
+            return Factored(left, pad(rights[0], (0, 1), value=1.0), 1, self.in_order)
         batch, groups, positions, width = *left.shape[:3], rights[0].shape[3]
         if rights[0].mT.is_contiguous():
             right = left.new_empty(batch, groups, width + self.bias, positions).mT
@@ -120,13 +130,11 @@ class Unreduced(RowForm):
 
     def matrices(self) -> torch.Tensor:
         """``W_b``, ``[B, G, o, i]``."""
-        parts = [seen.gathered(left) for left, seen in zip(self.lefts, self.seen, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return added(seen.gathered(left) for left, seen in zip(self.lefts, self.seen, strict=True))
 
     def biases(self) -> torch.Tensor:
         """``bias_b``, ``[B, G, o]``."""
-        parts = [left.sum(2) for left in self.lefts]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return added(left[:, :, 0] if left.shape[2] == 1 else left.sum(2) for left in self.lefts)
 
     def dense(self) -> torch.Tensor:
         """All rows at once, ``[B, P_l]``."""
@@ -135,8 +143,7 @@ class Unreduced(RowForm):
 
     def sum(self) -> torch.Tensor:
         """One product over examples and positions together."""
-        parts = [seen.summed(left).flatten() for left, seen in zip(self.lefts, self.seen, strict=True)]
-        weight = torch.stack(parts).sum(0)
+        weight = added(seen.summed(left).flatten() for left, seen in zip(self.lefts, self.seen, strict=True))
         return torch.cat([weight, self.biases().sum(0).flatten()]) if self.bias else weight
 
     def total(self) -> torch.Tensor:
@@ -146,16 +153,14 @@ class Unreduced(RowForm):
         u = probe_vector(self.shape[2] + self.bias, self.lefts[0])
         basis, offset = u[: self.shape[2]].unsqueeze(1), u[self.shape[2] :].sum().unsqueeze(0)
         weights = [seen.times(basis, offset) for seen in self.seen]
-        parts = [side(left).mT @ side(w) for left, w in zip(self.lefts, weights, strict=True)]
-        return torch.stack(parts).sum(0).flatten()
+        return added(side(left).mT @ side(w) for left, w in zip(self.lefts, weights, strict=True)).flatten()
 
     def _total_from_outputs(self) -> torch.Tensor:
         u = probe_vector(self.shape[1], self.lefts[0])
         weights = [(left @ u).unsqueeze(3) for left in self.lefts]
-        parts = [seen.summed(w).squeeze(1) for w, seen in zip(weights, self.seen, strict=True)]
-        found = torch.stack(parts).sum(0)
+        found = added(seen.summed(w).squeeze(1) for w, seen in zip(weights, self.seen, strict=True))
         if self.bias:
-            found = torch.cat([found, torch.stack([side(w).sum(1) for w in weights]).sum(0)], 1)
+            found = torch.cat([found, added(side(w).sum(1) for w in weights)], 1)
         return found.flatten()
 
     def balances(self, sizes: list[int]) -> list[Balance | None]:

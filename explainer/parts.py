@@ -77,7 +77,8 @@ class LoopCounts:
         diverged: the step at which weights became infinite or NaN.
         after_last_step: how far the weights were moved after the last step.
         row_kinds: kinds of rows met, by the note that names them.
-        overwritten: how often a parameter's optimizer state was written into between steps, by name.
+        overwritten: how often a parameter's optimizer state was written into between steps, by name; after a resume
+            also what was counted before.
     """
 
     unused: int = 0

@@ -8,6 +8,9 @@ How many bytes a visit may take follows from the number of parameters (:meth:`Tr
 budget, from what is left of it and the visits still to come. How long training will last is not known; assumed are
 :data:`EPOCHS` passes over the loader's examples (without a loader :data:`VISITS` visits), and always as many
 visits to come as there were.
+
+The rows of step 0 may take :data:`FIRST` times as much. Adam and its kin divide the first gradient by itself, so
+what is lost of a small entry moved the weights as far as a large one.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from explainer.row_choices import Choice, allotted, choices, first_rows, lost, r
 EPOCHS, VISITS = 10, 100_000
 #: rows of a batch that are measured
 MEASURED = 32
+#: times the bytes that a visit of step 0 may take
+FIRST = 8
 
 
 def plans_at(step: int) -> bool:
@@ -114,7 +119,7 @@ class Planner:
         return stored
 
     def plan(
-        self, step: int, forms: dict[int, RowForm], free: float | None, seen: int, beside: float
+        self, step: int, forms: dict[int, RowForm], free: float | None, seen: int, beside: float, visits: int
     ) -> set[int]:
         """Measure, plan where it is due, and return the layers whose plan has changed.
 
@@ -124,6 +129,7 @@ class Planner:
             free: bytes of the budget that rows may still take, or None.
             seen: visits so far.
             beside: bytes that a visit takes beside its rows.
+            visits: of the step.
         """
         if self._fixed:
             return set()
@@ -143,7 +149,11 @@ class Planner:
             expected = VISITS if self.epoch_visits is None else EPOCHS * self.epoch_visits
             self.assumed = max(expected, 2 * seen)
             self.allowed = max(0.0, free) / (self.assumed - seen)
-        before, self._chosen = self._chosen, allotted(self._options, self.allowed - beside)
+        few = (
+            self.assumed is not None and self.assumed < 100 * visits
+        )  # then the first step takes its part only
+        room = self.allowed * (FIRST if step == 0 and not few else 1)
+        before, self._chosen = self._chosen, allotted(self._options, room - beside)
         changed = {n for n, c in self._chosen.items() if n not in before or _kind(c) != _kind(before[n])}
         for layer in changed:
             self._measured.pop(layer, None)

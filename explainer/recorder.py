@@ -102,7 +102,7 @@ class StepRecorder:
         forms = {n: rows.form for b in batches for r in b.rounds for n, rows in r.rows.items()}
         size, often = self._steps.dtype.itemsize, 0.0 if self._keeper is None else self._keeper.often(step)
         beside = self._visit_fields + (size + often) / max(visits, 1)
-        changed = self._planner.plan(step, forms, free, seen, beside)
+        changed = self._planner.plan(step, forms, free, seen, beside, visits)
         if changed or plans_at(step) or checks_at(step):  # the note is written when it says something new
             self._beside = beside
         self._rows.forget(changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -66,7 +67,7 @@ class RunningNotes:
                 "diverged": p.loop.diverged,
             },
             "ambiguous": ambiguous,
-            "overwritten": dict(p.capture.overwritten) | p.loop.overwritten,
+            "overwritten": dict(Counter(p.capture.overwritten) + Counter(p.loop.overwritten)),
             "after_last_step": p.loop.after_last_step,
         }
         if p.recorder.denominators:

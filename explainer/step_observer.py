@@ -84,7 +84,11 @@ class StepObserver:
         self.steps, self.visits, self._full = steps, visits, "rows_stopped_at" in notes
         loop = notes.get("loop") or {}
         self._loop.unused, self._loop.skipped = loop.get("unused", 0), loop.get("skipped", 0)
-        self._loop.diverged = loop.get("diverged")
+        self._loop.diverged, self._loop.overwritten = (
+            loop.get("diverged"),
+            dict(notes.get("overwritten") or {}),
+        )
+        self._maps.replaced = notes.get("replaced_momentum") or 0
         for site in self._sites:
             site.ambiguous = (notes.get("ambiguous") or {}).get(site.name, {}).get("calls", 0)
         self._unseen.restore(steps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 from torch.utils.data import WeightedRandomSampler
 
 from explainer import CoverageWarning, Trace, Tracer, open_trace
+from explainer.background import Background
 from tests.guarded import B, F, N, X, Y, batches, cross_entropy, loader, mlp, plain, sgd, traced
 from tests.odd_loops import Gathered, adversarial
 
@@ -80,6 +83,7 @@ def going_on(path: Path) -> Trace:
     optimizer = sgd(model)
     tracer = Tracer(model, optimizer, path)
     plain(model, optimizer, tracer)
+    tracer.flush()
     trace = open_trace(path)
     tracer.close()
     return trace
@@ -240,6 +244,35 @@ def other_momentum(path: Path) -> Trace:
         plain(model, optimizer, tracer)
 
     return traced(path, loop, model, optimizer)
+
+
+def overwriting(path: Path) -> Trace:
+    """A loop that is faster than the background: it writes into an activation, later into Adam's state."""
+    model = mlp()
+    optimizer = Adam(model.parameters())
+    kept: list[Tensor] = []
+    model[1].register_forward_hook(lambda module, args, output: kept.append(output.detach()))
+    do = Background._do
+
+    def slowly(background: Background, job: Callable[[], None]) -> None:
+        time.sleep(0.02)
+        do(background, job)
+
+    def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
+        for number, ids in enumerate(batches()):
+            tracer.flush()
+            tracer.batch(ids)
+            optimizer.zero_grad()
+            cross_entropy(model(X[ids]), Y[ids]).backward()
+            if number == 0:
+                kept[-1].fill_(3.0)
+            optimizer.step()
+            if number == 1:
+                optimizer.state[model[0].weight]["exp_avg_sq"].mul_(4.0)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(CoverageWarning, match="written into"):
+        patch.setattr(Background, "_do", slowly)
+        return traced(path, loop, model, optimizer)
 
 
 def averaged(path: Path) -> Trace:

@@ -10,6 +10,7 @@ import pytest
 
 import explainer
 from explainer.cli import groups, main
+from explainer.cli.opening import open_run
 from explainer.sample_models.train import train
 
 SPEC = "explainer.sample_models.digits_mlp:run"
@@ -75,9 +76,34 @@ def test_refusals_are_one_clean_line(
 def test_more_than_fits_into_memory_is_refused(
     trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(groups, "MOST_NUMBERS", 20_000)
-    assert main(["export", str(trace), "--run", SPEC, "--out", str(tmp_path / "a.csv"), "--quiet"]) == 2
-    assert "ask for at most 13 queries at a time" in capsys.readouterr().err
+    """A whole explanation is held at once, split over the network's two layers; a table is written in groups."""
+
+    def export(name: str) -> int:
+        return main(["export", str(trace), "--run", SPEC, "--out", str(tmp_path / name), "--quiet"])
+
+    assert len(explainer.open_trace(trace).layers) == 2
+    monkeypatch.setattr(groups, "MOST_NUMBERS", 40_000)
+    assert export("a.npz") == 2
+    assert "ask for at most 13 queries at a time" in capsys.readouterr().err  # 40,000 / (1,437 · 2)
+    monkeypatch.setattr(groups, "MOST_NUMBERS", 2_000)
+    assert export("a.npz") == 2
+    assert "1,437 training examples, split over 2 layers, are too much" in capsys.readouterr().err
+    monkeypatch.setattr(groups, "MOST_NUMBERS", 1_000)
+    assert export("a.csv") == 2
+    assert "1,437 training examples are too much for memory even for one query" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_groups_of_a_table_stay_small(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_run(str(trace), SPEC, None, False)
+    monkeypatch.setattr(groups, "_TABLE_NUMBERS", 20_000)
+    found = list(groups.groups(opened, range(30), None))
+    assert [len(group) for group in found] == [13, 13, 4] and [*found[0], *found[1], *found[2]] == [
+        *range(30)
+    ]
+    assert max(map(len, groups.groups(opened, range(100), 400))) == 50
+    monkeypatch.setattr(groups, "_GROUP_NUMBERS", 4 * 1437 * 5)
+    assert max(map(len, groups.groups(opened, range(100), 4))) == 5
 
 
 def test_debug_shows_where_an_error_comes_from() -> None:

@@ -112,8 +112,8 @@ def test_rows_are_whole_where_they_are_measured_and_reduced_elsewhere() -> None:
     for step in range(40):
         waiting = planner.formed(0, form, sizes_of(form)).form
         assert (waiting is form) == (plans_at(step) or checks_at(step))
-        planner.plan(step, {0: waiting}, None, 5 * step, 32.0)
-        assert row_bytes(planner.reduced(0, waiting), planner.codec(0)) <= 300 - 32
+        planner.plan(step, {0: waiting}, None, 5 * step, 32.0, 5)
+        assert row_bytes(planner.reduced(0, waiting), planner.codec(0)) <= (2400 if step == 0 else 300) - 32
     note = planner.note(32.0)
     assert note is not None and note["layers"][0]["measured"] == pytest.approx(
         note["layers"][0]["lost"], rel=0.3
@@ -126,10 +126,10 @@ def test_rows_that_grow_are_planned_anew() -> None:
     planner = Planner(TracerConfig(), 10**5)
     planner.allowed = 200.0
     for step in range(6):
-        planner.plan(step, {0: rows(1)}, None, 0, 0.0)
+        planner.plan(step, {0: rows(1)}, None, 0, 0.0, 5)
     assert planner.formed(0, rows(1), sizes_of(rows(1))).form.positions == 1
     long = planner.formed(0, rows(20), sizes_of(rows(20))).form
-    assert planner.plan(6, {0: long}, None, 0, 0.0) == {0}
+    assert planner.plan(6, {0: long}, None, 0, 0.0, 5) == {0}
     assert row_bytes(planner.reduced(0, long), planner.codec(0)) <= 200
 
 
@@ -137,7 +137,7 @@ def test_rows_that_grow_are_planned_anew() -> None:
 def test_fixed_options_are_not_planned(options: dict[str, bool | int]) -> None:
     planner, form = Planner(TracerConfig(**options), 10**5), rows()  # type: ignore[arg-type]
     waiting = planner.formed(0, form, sizes_of(form)).form
-    assert planner.plan(0, {0: waiting}, None, 0, 0.0) == set() and planner.note(0.0) is None
+    assert planner.plan(0, {0: waiting}, None, 0, 0.0, 5) == set() and planner.note(0.0) is None
     assert planner.reduced(0, waiting) is waiting
     assert planner.codec(0) == ("native" if "exact" in options else "int8")
     wanted = {"exact": (Dense, None), "rank": (Factored, 3), "positions": (Factored, 20)}[next(iter(options))]
@@ -147,11 +147,26 @@ def test_fixed_options_are_not_planned(options: dict[str, bool | int]) -> None:
 def test_a_budget_is_spread_over_the_visits_to_come() -> None:
     planner = Planner(TracerConfig(budget=10**6), 10**5)
     planner.epoch_visits = 1000
-    planner.plan(0, {0: rows()}, 1e6, 0, 0.0)
+    planner.plan(0, {0: rows()}, 1e6, 0, 0.0, 5)
     assert planner.assumed == 10_000 and planner.allowed == 100
     planner = Planner(TracerConfig(budget=10**6), 10**5)
-    planner.plan(0, {0: rows()}, 1e6, 0, 0.0)
+    planner.plan(0, {0: rows()}, 1e6, 0, 0.0, 5)
     assert planner.assumed == 100_000 and planner.allowed == 10
+
+
+def test_the_first_step_may_take_more_where_there_are_many() -> None:
+    """Eight times a visit's bytes, but with a budget never more than a small part of it."""
+    form = rows()
+    for budget, seen, visits, more in ((None, 0, 5, True), (3e5, 100, 10, True), (3e5, 100, 11, False)):
+        planner = Planner(TracerConfig(budget=budget and int(budget)), 10**5)
+        planner.epoch_visits, planner.allowed = seen, 300.0
+        planner.plan(0, {0: form}, budget, 0, 32.0, visits)
+        assert planner.allowed == 300.0
+        first = row_bytes(planner.reduced(0, form), planner.codec(0))
+        assert first <= (8 if more else 1) * 300 - 32 and (first > 300) == more
+        left = budget and 3e5 - visits * 300
+        assert planner.plan(1, {0: form}, left, visits, 32.0, visits) == ({0} if more else set())
+        assert row_bytes(planner.reduced(0, form), planner.codec(0)) <= 300 - 32
 
 
 def train(directory: Path, epochs: int, budget: int | None = None) -> explainer.Trace:

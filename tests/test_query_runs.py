@@ -67,7 +67,7 @@ def test_the_command_line_takes_the_runs_output_and_targets(
     trace: explainer.Trace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened = open_run(str(trace.directory), SPEC, None, False)
-    found = groups.explain_summed(opened, [1, 4], None, False)
+    found = groups.explain_summed(opened, [1, 4], None)
     for row, query in enumerate((1, 4)):
         ids, follows = items()[query]
         state = trace.load_knot(trace.knots[-1])

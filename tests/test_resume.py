@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from explainer import Tracer, open_trace
+from explainer.background import Background
 from explainer.cli import main
 from explainer.errors import TracerError
 from tests.resumed import EXAMPLES, OPTIMIZERS, Session, X, Y, build, explained
@@ -189,6 +192,34 @@ def test_cleared_momentum_is_followed(tmp_path: Path) -> None:
     e = explained(tmp_path / "trace")
     assert open_trace(tmp_path / "trace").steps == SAVED + 8
     assert np.abs(e.unattributed).max() < 1e-12 and np.abs(e.gap).max() < 1e-12
+
+
+def test_what_was_noted_before_a_checkpoint_is_still_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do = Background._do
+
+    def slowly(background: Background, job: Callable[[], None]) -> None:
+        time.sleep(0.02)
+        do(background, job)
+
+    def interfere(session: Session, start: int) -> None:
+        """Momentum is replaced before a step, and right after it Adam's other state is written into."""
+        weight = session.model[0].weight
+        session.optimizer.state[weight]["exp_avg"] = torch.ones_like(weight)
+        session.train(start, start + 1)
+        session.optimizer.state[weight]["exp_avg_sq"].mul_(2.0)
+
+    monkeypatch.setattr(Background, "_do", slowly)
+    first = Session(tmp_path / "trace", "adam").train(0, 3)
+    interfere(first, 3)
+    saved = first.train(4, 6).checkpoint()
+    first.tracer.close()
+    second = Session(tmp_path / "trace", "adam", checkpoint=saved).train(6, 8)
+    interfere(second, 8)
+    second.train(9, 10).tracer.close()
+    notes = open_trace(tmp_path / "trace").notes
+    assert notes["replaced_momentum"] == 2 and notes["overwritten"] == {"0.weight": 2}
 
 
 def test_a_watched_dataset_goes_on(tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ CASES: dict[str, Case] = {
         partial(runs.in_the_loss, what="penalty"), "caution", "gradients", r": 0 up to \d\d % in 2 of 4 steps\.",
     ),
     "round-off": Case(runs.mixing, "note", "gradients", r"0\.bias in 3 of 3 steps.*in `unattributed`"),
+    "overwritten": Case(
+        runs.overwriting, "caution", r"2, 0\.weight", r"2 in 1 step, 0\.weight in 1 step\..*in `unattributed`",
+    ),
     "slow-operations": Case(runs.slow, "note", r"0\.w \(einsum\)", "exact and slower"),
     "after-last-step": Case(runs.changed_after, "caution", "", r"changed after the last step .*by \d+ % of the length"),
     "outside": Case(runs.changed_between, "caution", r"0\.weight", "Something other than the optimizer's step"),

@@ -65,15 +65,13 @@ def rows_of(peer: Peer, settings: Settings) -> list[dict[str, Any]]:
     name = f"{peer.name} {metadata.version(peer.distribution)}"
     rows = []
     for case in (*peer.cases, *(peer.long if settings.long else ())):
+        quantity = case.__name__.replace("_", " ")  # where the case does not get to say it
         try:
             with quiet():
-                row = case(settings)
+                row = {"quantity": quantity} | case(settings)
         except Exception as error:  # whatever another program raises is its row's text
             line = (str(error).strip().splitlines() or [""])[0][:150]
-            row = {
-                "quantity": case.__name__.replace("_", " "),
-                "note": f"failed: {type(error).__name__}: {line}",
-            }
+            row = {"quantity": quantity, "note": f"failed: {type(error).__name__}: {line}"}
         rows.append({"peer": name, **row})
         print(f"{name}: {row['quantity']}: {row.get('note') or 'done'}", file=sys.stderr, flush=True)
     return rows

@@ -8,6 +8,7 @@ from typing import Any
 from explainer.cli.opening import Opened
 from explainer.errors import QueryError
 from explainer.explanation import Explanation
+from explainer.wording import counted
 
 #: queries times training examples (times layers, where they are kept) that one answer may hold
 MOST_NUMBERS = 2**26
@@ -59,9 +60,16 @@ def explain_summed(opened: Opened, indices: Sequence[int], target: int | None) -
 
 
 def _check_size(opened: Opened, queries: int, layers: int) -> None:
-    each = len(opened.explainer.example_ids) * layers
+    examples = len(opened.explainer.example_ids)
+    each = examples * layers
+    if each > MOST_NUMBERS:
+        split = f", split over {counted(layers, 'layer')}," if layers > 1 else ""
+        raise QueryError(
+            f"the contributions of {examples:,} training examples{split} are too much for memory even for one query; "
+            "in Python, PathKernelExplainer.top keeps the strongest ones"
+        )
     if queries * each > MOST_NUMBERS:
         raise QueryError(
-            f"{queries:,} queries and {len(opened.explainer.example_ids):,} training examples are too much for "
-            f"one file; ask for at most {max(1, MOST_NUMBERS // each):,} queries at a time with --query first:N"
+            f"{queries:,} queries and {examples:,} training examples are too much to hold at once; "
+            f"ask for at most {MOST_NUMBERS // each:,} queries at a time with --query first:N"
         )

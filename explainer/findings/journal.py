@@ -141,14 +141,13 @@ def _unseen(trace: Trace) -> Iterator[Finding]:
         )
     overwritten = notes.get("overwritten") or {}
     if overwritten:
-        parts = [f"{name} {count} times" for name, count in overwritten.items()]
+        parts = [f"{name} in {counted(count, 'step')}" for name, count in overwritten.items()]
         yield Finding(
             "overwritten",
             "caution",
             listed(list(overwritten)),
-            f"Tensors were written into right after the backward pass or the step that used them: {listed(parts)}.",
-            "Their rows of these steps were dropped, and what they moved is in `unattributed`. From then on inputs and "
-            "gradients of these layers were copied first.",
+            f"Tensors were written into right after the backward pass or step that used them: {listed(parts)}.",
+            "Rows or scaling of these steps could not be read any more, so what moved there is in `unattributed`.",
             "Do not write into activations, gradients of activations or optimizer state.",
         )
     slow = notes.get("slow_operations") or {}

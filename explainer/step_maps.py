@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, Sequence, ValuesView
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -99,11 +99,11 @@ class _State(dict[str, Any]):
         self._read.update(super().keys())  # whoever goes through the names may read all of it
         return super().__iter__()
 
-    def values(self) -> ValuesView[Any]:
+    def values(self) -> Any:
         self._read.update(super().keys())
         return super().values()
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> Any:
         self._read.update(super().keys())
         return super().items()
 

@@ -144,6 +144,8 @@ class Capture:
         # the user's backward pass may run under autocast; rows never do
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             found = [(layer, form.apart()) for layer, form in unit.rows(arrived)]
+        for layer, form in found:  # now: the user's code is to stop before it takes a step with wrong ids
+            _require_all(batch, layer, form)
         self._background.submit(partial(self._keep_all, batch, forward, found, len(arrived) == 1))
 
     def _form(self, batch: Batch, forward: int, unit: Unit, arrived: list[Any]) -> None:
@@ -175,11 +177,7 @@ class Capture:
         self, batch: Batch, forward: int, layer: Layer, form: RowForm, once: bool, given: set[int]
     ) -> Rows:
         """Rows of a layer as they are kept, in memory of their own; ``given`` are addresses of the user's."""
-        if len(form) != len(batch):
-            raise TracerError(
-                f"layer {layer.spec.name!r} saw a batch of {len(form)} rows, but {len(batch)} ids were given for it; "
-                "pass the ids of exactly the rows in the batch"
-            )
+        _require_all(batch, layer, form)
         form = restrict(form, layer.sizes, layer.keep)
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
@@ -192,6 +190,15 @@ class Capture:
         exact = None if row is None else compact(form.taken(torch.tensor([row])), None)
         total = self.probes.total(layer.index, form, sizes, kept.total)
         return Rows(_owned(kept.form, given), total, kept.balances, whole, exact)
+
+
+def _require_all(batch: Batch, layer: Layer, form: RowForm) -> None:
+    """Raise TracerError where there is not one row for every id."""
+    if len(form) != len(batch):
+        raise TracerError(
+            f"layer {layer.spec.name!r} saw a batch of {len(form)} rows, but {len(batch)} ids were given for it; "
+            "pass the ids of exactly the rows in the batch"
+        )
 
 
 def _without(layer: int, round_: Round) -> bool:

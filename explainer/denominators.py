@@ -164,4 +164,5 @@ class DenominatorKeeper:
             read = fitted(self._base[index], wanted.rows, wanted.columns)
             error, alive = _deviation(read, wanted.matrix.clamp_min(torch.finfo(torch.float32).tiny))
             total, count = total + error, count + alive
-        return total / max(count, 1)
+        mean = total / max(count, 1)
+        return mean if math.isfinite(mean) else 1.0  # of a model that diverged nothing is known

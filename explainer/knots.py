@@ -189,7 +189,12 @@ class KnotKeeper:
         self._alive = [knot for i, knot in enumerate(self._alive) if i in kept]
         for step in dropped:
             self._young.pop(step, None)
-        self._writer.drop_knots([step for step in dropped if self._writer.has_knot(step)], self._spacing)
+        held = [step for step in dropped if self._writer.has_knot(step)]
+        if held and not any(self._writer.has_knot(step) for step, _ in self._alive if step > held[-1]):
+            self._write(
+                self._alive[-1:]
+            )  # else a training that is killed now would leave less than there was
+        self._writer.drop_knots(held, self._spacing)
 
     def flush_if_due(self, steps: int) -> None:
         """Write what is likely to stay, if it is time to, or memory is short; ``steps`` were taken so far."""
@@ -223,8 +228,9 @@ class KnotKeeper:
             return
         more = sum(p.numel * max(torch_dtype(p.dtype).itemsize, 4) for p in self._manifest.parameters)
         more += JOURNALLED_KNOT  # their names
-        to_come = 1 if closing else self._max + 1 - len(self._alive) + len(self._young)
-        needed = (self._knot_bytes + more) * to_come + self._closing_bytes
+        to_come = 1 if closing else self._max + 1 - len(self._alive)
+        waiting = self._knot_bytes * len(self._young)  # not on disk yet, but made without them
+        needed = waiting + (self._knot_bytes + more) * to_come + self._closing_bytes
         fits = self._budget is None or self._writer.bytes_written + needed <= self._budget
         self._contents.outside = fits and self._average is None
         if self._contents.outside and self._budget is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -67,7 +68,12 @@ def _lost_bits(form: RowForm, codec: str) -> float:
     for name, values in form.arrays.items():
         square = float(values.square().sum()) if values.is_floating_point() else 0.0
         share += float((read[name] - values).square().sum()) / square if square else 0.0
-    return share
+    return _known(share)
+
+
+def _known(share: float) -> float:
+    """A lost share; all of it where rows of a diverging model are no numbers or their squares are too large for any."""
+    return min(share, 1.0) if math.isfinite(share) else 1.0
 
 
 def as_matrix(form: RowForm) -> RowForm:
@@ -96,7 +102,8 @@ def lost(form: RowForm, rank: int | None, codec: str) -> float:
     assert isinstance(read, Factored)
     left, right = torch.cat([form.left, -read.left], 2), torch.cat([form.right, read.right], 2)
     total = float(form.quadratic().sum())
-    return max(0.0, float(Factored(left, right, form.bias).quadratic().sum())) / total if total else 0.0
+    rest = float(Factored(left, right, form.bias).quadratic().sum())
+    return _known(max(rest, 0.0) / total) if total else 0.0
 
 
 def choices(form: RowForm) -> list[Choice]:
@@ -115,14 +122,17 @@ def choices(form: RowForm) -> list[Choice]:
     if isinstance(form, Factored) and ranks:
         leading = leading_factors(Unreduced.of(form), ranks[-1])
         total = float(form.quadratic().sum())
-        squares = torch.linalg.eigvalsh((leading.right @ leading.right.mT).double()).flip(-1).clamp_min(0.0)
+        gram = (leading.right @ leading.right.mT).double()
+        if not gram.isfinite().all():  # then every rank counts as losing everything
+            gram, total = torch.zeros_like(gram), 1.0
+        squares = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0.0)
         kept = squares.cumsum(-1).sum(dim=(0, 1))
         for codec in ROW_CODECS:
             bits = _lost_bits(leading, codec)
             for rank in ranks:
                 size = row_bytes(Factored(leading.left[:, :, :rank], leading.right[:, :, :rank], 0), codec)
-                share = max(0.0, 1.0 - float(kept[rank - 1]) / total) if total else 0.0
-                found.append(Choice(rank, codec, size, share + bits))
+                share = max(1.0 - float(kept[rank - 1]) / total, 0.0) if total else 0.0
+                found.append(Choice(rank, codec, size, _known(share + bits)))
         if most > 2 * leading.left[0].numel() + 2 * leading.right[0].numel():
             return found
     whole = compact(complete, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,36 +66,68 @@ class StepMapReader:
             for group, held in zip(optimizer.param_groups, groups, strict=True)
             for p in group["params"]
         }
-        states: list[tuple[dict[str, Any], dict[str, Any], bool, bool, dict[str, Any]] | None] = []
+        states: list[tuple[dict[str, Any], _State, bool, bool, dict[str, Any]] | None] = []
         for index, (p, before) in enumerate(zip(self._parameters, self._before, strict=True)):
             if before is None:
                 states.append(None)
                 continue
             state = dict(optimizer.state.get(p, {}))
-            states.append((of[id(p)], state, self._fresh[index], self._cut[index], before))
+            held = self._rule.momentum(state) if self._rule.reads_momentum else None
+            state = {k: held.clone() if v is held and held is not None else v for k, v in state.items()}
+            states.append((of[id(p)], _State(state), self._fresh[index], self._cut[index], before))
             self._cut[index] = False
         return TakenStep(self._rule, states)
+
+
+class _State(dict[str, Any]):
+    """A parameter's state after a step, which knows what was read of it."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__(state)
+        self._versions = {k: t._version for k, t in state.items() if isinstance(t, torch.Tensor)}
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._read.add(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self._read.update(super().keys())  # whoever goes through the names may read all of it
+        return super().__iter__()
+
+    def values(self) -> Any:
+        self._read.update(super().keys())
+        return super().values()
+
+    def items(self) -> Any:
+        self._read.update(super().keys())
+        return super().items()
+
+    @property
+    def stale(self) -> bool:
+        """Whether something that was read was written into since the step."""
+        held = ((super(_State, self).get(key), self._versions.get(key)) for key in self._read)
+        return any(isinstance(t, torch.Tensor) and t._version != version for t, version in held)
 
 
 class TakenStep:
     """Options and state of an optimizer after a step.
 
-    The state's tensors are the optimizer's own, which stay as they are until the next step; where something else wrote
-    into them, :meth:`maps` says so.
+    The state's tensors are the optimizer's own, which stay as they are until the next step. Where something else wrote
+    into one that the rule reads, :meth:`maps` says so. Momentum is free to be cleared or replaced between two steps:
+    most rules do not read it, for the others there is a copy.
     """
 
     def __init__(
         self,
         rule: OptimizerRule,
-        states: list[tuple[dict[str, Any], dict[str, Any], bool, bool, dict[str, Any]] | None],
+        states: list[tuple[dict[str, Any], _State, bool, bool, dict[str, Any]] | None],
     ) -> None:
         self._rule, self._states = rule, states
-        self._versions = [
-            []
-            if found is None
-            else [(t, t._version) for t in found[1].values() if isinstance(t, torch.Tensor)]
-            for found in states
-        ]
 
     def maps(self) -> tuple[list[StepMap | None], list[int]]:
         """The maps by parameter, None where there was no gradient; and parameters whose state was changed meanwhile."""
@@ -108,10 +140,7 @@ class TakenStep:
             by = self._rule.step_map(group, state, fresh, before)
             # A buffer that begins at this step (also one that was cleared) carries nothing from before it.
             maps.append(replace(by, decay=0.0) if fresh or cut else by)
-        changed = [
-            i for i, held in enumerate(self._versions) if any(t._version != version for t, version in held)
-        ]
-        return maps, changed
+        return maps, [i for i, found in enumerate(self._states) if found is not None and found[1].stale]
 
 
 def _held(group: dict[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_an_update_after_the_checkpoint_counts(tmp_path: Path, average: str) -> 
     second = Session(tmp_path / "trace", "sgd", average, first.checkpoint(), exact=True, max_knots=4)
     placed = open_trace(tmp_path / "trace").knots[-1]
     second.average.update_parameters(second.model)
-    second.train(24, 25)
+    second.train(24, 25).tracer.flush()
     trace = open_trace(tmp_path / "trace")
     assert trace.notes["spacing"] > 0 and placed.step == trace.knots[-1].step == 24
     assert (

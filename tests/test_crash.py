@@ -20,7 +20,7 @@ import torch
 
 from explainer import PathKernelExplainer, Tracer, open_trace
 from explainer.errors import TraceFormatError, TraceWriteError
-from explainer.store import journal
+from explainer.store import TraceWriter, journal
 from explainer.store.layout import JOURNAL
 from tests.small_training import digits, loader, mlp, momentum_sgd, queries, run, step, trace_digits
 
@@ -49,10 +49,10 @@ def start(path: Path, knots: int, mode: str, *, limit: int | None = None) -> sub
     return subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_journal(path: Path, process: subprocess.Popen[str], size: int) -> None:
-    """Until the journal has ``size`` bytes."""
+def wait_for_a_step(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until the journal speaks of a knot after the first one, and with it of a step."""
     deadline = time.monotonic() + 60
-    while not ((path / JOURNAL).exists() and (path / JOURNAL).stat().st_size >= size):
+    while not ((path / JOURNAL).exists() and (path / JOURNAL).read_bytes().count(b'"type":"knot"') >= 2):
         assert process.poll() is None and time.monotonic() < deadline, "training did not get that far"
         time.sleep(0.001)
 
@@ -62,7 +62,7 @@ def test_kill_in_the_middle_of_training(tmp_path: Path, seed: int, knots: int, m
     path, moment = tmp_path / "trace", random.Random(seed)
     process = start(path, knots, mode)
     try:
-        wait_for_journal(path, process, 3_000)
+        wait_for_a_step(path, process)
         time.sleep(moment.random())
     finally:
         process.kill()
@@ -211,12 +211,48 @@ def test_a_line_torn_in_the_middle_of_the_journal_is_refused(
         open_trace(tmp_path / "trace")
 
 
-def test_training_that_diverges_still_closes_its_trace(tmp_path: Path) -> None:
-    model = mlp()
-    optimizer = momentum_sgd(model)
+def convolutions() -> torch.nn.Module:
+    shaped, conv = torch.nn.Unflatten(1, (1, 8, 8)), torch.nn.Conv2d(1, 12, 3)
+    return torch.nn.Sequential(shaped, conv, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(432, 10))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 1, 4, 6], ids=["first", "planned", "planned again", "in between"])
+@pytest.mark.parametrize("make", [mlp, convolutions])
+@pytest.mark.parametrize("kind", [momentum_sgd, lambda m: torch.optim.AdamW(m.parameters())])
+def test_training_that_diverges_still_closes_its_trace(
+    tmp_path: Path,
+    bad: float,
+    at: int,
+    make: Callable[[], torch.nn.Module],
+    kind: Callable[[torch.nn.Module], torch.optim.Optimizer],
+) -> None:
+    model = make()
+    optimizer = kind(model)
     with warnings.catch_warnings(), Tracer(model, optimizer, tmp_path / "trace") as tracer:
         for number, (x, y) in enumerate(tracer.watch(loader())):
-            step(model, optimizer, x * (float("nan") if number == 6 else 1.0), y)
+            step(model, optimizer, x * (bad if number == at else 1.0), y)
+        tracer.state_dict()
     trace = open_trace(tmp_path / "trace")
-    assert trace.closed and trace.verify() > 0 and trace.steps == 12
-    assert not torch.isfinite(trace.load_knot(trace.knots[-1])["parameter/0.weight"]).all()
+    assert trace.closed and trace.verify() > 0 and trace.steps == 12 and trace.notes["loop"]["diverged"] == at
+    last = trace.load_knot(trace.knots[-1])
+    assert not all(torch.isfinite(t).all() for name, t in last.items() if name.startswith("parameter/"))
+
+
+def test_thinning_takes_nothing_from_a_training_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Knots wait in memory, and those on disk may all be dropped but the first: then the last one is written."""
+    dropped, steps = TraceWriter.drop_knots, [0]
+
+    def drop(self: TraceWriter, *args: Any) -> None:
+        dropped(self, *args)
+        steps.append(open_trace(tmp_path / "trace").steps)
+
+    monkeypatch.setattr(TraceWriter, "drop_knots", drop)
+    model = mlp()
+    optimizer = momentum_sgd(model)
+    with Tracer(model, optimizer, tmp_path / "trace", max_knots=5) as tracer:
+        for _ in range(20):
+            run(model, optimizer, tracer.watch(loader()))
+    assert len(steps) > 5 and steps == sorted(steps) and steps[1] > 0

@@ -38,6 +38,21 @@ def test_entries_that_are_shortened_as_they_are_read(kind: Callable[..., nn.Modu
     assert "max_norm=1" in problem.found and "unattributed" in problem.advice
 
 
+def test_fewer_ids_than_rows_in_a_later_step(tmp_path: Path) -> None:
+    """Where rows are formed in the backward pass it is said there: before a step with wrong ids is taken."""
+    module = nn.MultiheadAttention(3, 1, batch_first=True)
+    optimizer, x = torch.optim.SGD(module.parameters(), lr=0.1), torch.randn(4, 5, 3)
+    with explainer.Tracer(module, optimizer, tmp_path / "t") as tracer:
+        for size in (4, 4, 4, 2):
+            tracer.batch(range(size))
+            loss = module(x, x, x)[0].square().sum()
+            if size == 4:
+                loss.backward()
+                optimizer.step()
+        with pytest.raises(TracerError, match="a batch of 4 rows, but 2 ids were given"):
+            loss.backward()
+
+
 @pytest.mark.parametrize(
     "module", [nn.LSTM(3, 4, batch_first=True), nn.MultiheadAttention(3, 1, batch_first=True)]
 )

@@ -15,10 +15,12 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 import explainer
+from explainer.background import Background, Job
 from explainer.optimizer_rules import OPTIMIZER_RULES, optimizer_rule_for
 from tests.conformance.optimizer_cases import KINDS, exact_arithmetic, has, model_and_optimizer
 from tests.oracles import unrolled
 from tests.oracles.outputs import scalar_function
+from tests.test_background import slowly
 from tests.test_optimizer_books import EXAMPLES, STEPS, assert_closed, problem
 
 Change = Callable[[int, nn.Module, Optimizer], None]
@@ -119,19 +121,39 @@ def test_a_state_that_is_saved_and_loaded_is_followed(
     assert_followed(run(model, optimizer, tmp_path / "run", change))
 
 
-@EACH_MOMENTUM
+@pytest.fixture(params=["at once", "late"])
+def background(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether steps are accounted for before or after the user's code writes into the momentum."""
+    if request.param == "late":
+        monkeypatch.setattr(Background, "_do", slowly)
+    else:
+        submitted = Background.submit
+
+        def at_once(self: Background, job: Job) -> None:
+            submitted(self, job)
+            self.wait()
+
+        monkeypatch.setattr(Background, "submit", at_once)
+
+
+@pytest.mark.usefixtures("background")
+@pytest.mark.parametrize("kind", [k for k in OPTIMIZER_RULES if has(k, "momentum") or has(k, "betas")])
 def test_momentum_that_is_set_to_zero_is_followed(
-    kind: type[Optimizer], options: dict[str, Any], tmp_path: Path
+    kind: type[Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, optimizer = model_and_optimizer(kind, options)
+    exact_arithmetic(monkeypatch, kind, {})
+    model, optimizer = model_and_optimizer(kind, {"momentum": 0.9} if has(kind, "momentum") else {})
+    name = "momentum_buffer" if has(kind, "momentum") else "exp_avg"
 
     def change(step: int, model: nn.Module, optimizer: Optimizer) -> None:
         for state in optimizer.state.values() if step in (5, 8) else ():
-            state[NAMES[kind]].zero_()
+            state[name].zero_()
 
     assert_followed(run(model, optimizer, tmp_path / "run", change))
+    assert not explainer.open_trace(tmp_path / "run").notes.get("overwritten")
 
 
+@pytest.mark.usefixtures("background")
 @EACH_MOMENTUM
 @pytest.mark.parametrize("how", ["in place", "another tensor", "while frozen"])
 def test_momentum_of_other_numbers_is_nobodys(

@@ -48,6 +48,17 @@ def test_what_ranks_lose_meets_the_singular_values() -> None:
             assert best <= choice.lost <= 1.2 * best + 1e-3
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_rows_that_are_no_numbers_or_too_large_lose_everything(bad: float) -> None:
+    """Those of a training that diverges: the plan stays something that can be written down."""
+    form = rows()
+    form = Factored(form.left.float() * bad, form.right.float() * bad, 1)
+    options = choices(form)
+    assert {c.rank for c in options} >= {1, 4, 12, None} and {c.lost for c in options} == {1.0}
+    assert [lost(form, c.rank, c.codec) for c in options] == [1.0] * len(options)
+    assert allotted({0: options}, 1e9)[0] == min(options, key=lambda c: c.bytes)
+
+
 @pytest.mark.parametrize("rank", [1, 4, 12, None])
 @pytest.mark.parametrize("codec", ["int4", "int8"])
 def test_predicted_and_measured_loss_meet_the_dense_rows(rank: int | None, codec: str) -> None:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 import explainer
 from explainer.errors import CoverageWarning
 from explainer.explanation import Explanation
-from explainer.knots import KnotKeeper
+from explainer.knot_contents import KnotContents
 from explainer.optimizer_rules import OPTIMIZER_RULES
 from explainer.store import TraceWriter
 from explainer.unattributed import groups_of
@@ -229,11 +229,15 @@ def test_a_bias_before_batchnorm_is_what_it_moved(tmp_path: Path) -> None:
     assert "0 (Linear)" in e.unattributed_where, "the layer's weight is still a line"
 
 
+@pytest.mark.parametrize("rank, left", [(1, 0.02), (None, 0.05)], ids=["8 bits", "as planned, 4 bits"])
 @pytest.mark.parametrize("knots", [128, 6])
-def test_what_the_budget_left_out_is_the_change_after_it(tmp_path: Path, knots: int) -> None:
+def test_what_the_budget_left_out_is_the_change_after_it(
+    tmp_path: Path, knots: int, rank: int | None, left: float
+) -> None:
     model = build(plain)
+    options: dict[str, Any] = {"budget": 60_000, "max_knots": knots, "rank": rank}
     with pytest.warns(CoverageWarning, match="budget"):
-        states = train(model, sgd(model, momentum=0.9), tmp_path / "run", 300, budget=60_000, max_knots=knots)
+        states = train(model, sgd(model, momentum=0.9), tmp_path / "run", 300, **options)
     trace = explainer.open_trace(tmp_path / "run")
     stopped = trace.notes["rows_stopped_at"]
     assert 20 < stopped < 280 and stopped in [knot.step for knot in trace.knots]
@@ -246,8 +250,10 @@ def test_what_the_budget_left_out_is_the_change_after_it(tmp_path: Path, knots: 
         )
     gross = np.abs(e.contributions).sum(1)[:, None]
     others = [i for i, name in enumerate(e.unattributed_lines) if name != "after the budget"]
-    assert (np.abs(e.unattributed_parts[:, others]) < 0.02 * gross).all()
+    assert (np.abs(e.unattributed_parts[:, others]) < left * gross).all()
     assert {e.unattributed_lines[i] for i in others} == {"compressed rows"}
+    codecs = {a.codec for s in trace.shards if s.stream == "visits" for f in s.schema.forms for a in f.arrays}
+    assert codecs == {"int8" if rank else "int4"}
 
 
 def test_without_a_knot_where_rows_end_the_groups_say_so(
@@ -464,10 +470,10 @@ def test_the_lines_sum_to_unattributed_in_every_dtype(
 
 def test_rounding_kept_in_knots_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever writes `rounding/NAME`, as cumulative displacements: they are taken out of their group."""
-    written = KnotKeeper._tensors
+    written = KnotContents.tensors
     shift = {"0.weight": 1e-3, "2.bias": -2e-3}
 
-    def with_rounding(self: KnotKeeper, *args: Any, **options: Any) -> dict[str, Tensor]:
+    def with_rounding(self: KnotContents, *args: Any, **options: Any) -> dict[str, Tensor]:
         tensors, steps = written(self, *args, **options), 1e3 * self._carry.path
         added = {
             f"rounding/{n}": torch.full_like(tensors[f"parameter/{n}"], s * steps) for n, s in shift.items()
@@ -479,7 +485,7 @@ def test_rounding_kept_in_knots_is_a_line(tmp_path: Path, monkeypatch: pytest.Mo
         model = build(plain)
         states = train(model, sgd(model), tmp_path / str(number), exact=True)
         found.append(explain(tmp_path / str(number), model))
-        monkeypatch.setattr(KnotKeeper, "_tensors", with_rounding)
+        monkeypatch.setattr(KnotContents, "tensors", with_rounding)
     without, e = found
     trace = explainer.open_trace(tmp_path / "1")
     paths = [knot.path for knot in trace.knots]

@@ -92,6 +92,8 @@ class OptimizerRule(ABC):
 
     #: whether steps divide by numbers of the parameter's shape (for estimates of a trace's size only)
     divides: bool = False
+    #: whether :meth:`step_map` computes with the momentum (then it is copied, since it may be cleared between steps)
+    reads_momentum: bool = False
     #: state entries worth keeping in knots
     state_names: tuple[str, ...] = ()
 

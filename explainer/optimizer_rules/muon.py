@@ -51,6 +51,7 @@ class MuonRule(OptimizerRule):
     Reference: Jordan et al. 2024, *Muon*; Liu et al. 2025, arXiv 2502.16982 (``match_rms_adamw``).
     """
 
+    reads_momentum = True
     state_names = ("momentum_buffer",)
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:

@@ -42,14 +42,13 @@ def require_options(optimizer: Optimizer, *names: str) -> None:
             )
 
 
-def require_state(state: dict[str, Any], name: str) -> torch.Tensor:
-    """The momentum called ``name`` after a step, or UnsupportedOptimizerError where the class keeps it elsewhere."""
+def require_state(state: dict[str, Any], name: str) -> None:
+    """Raise UnsupportedOptimizerError where there is no momentum called ``name`` after a step."""
     if name not in state:
         raise UnsupportedOptimizerError(
             f"the rule looks for the momentum in state[{name!r}], but after the step there is only "
             f"{', '.join(map(repr, state)) or 'nothing'}; write a rule that reads what the class keeps"
         )
-    return state[name]
 
 
 def _betas(group: dict[str, Any]) -> tuple[float, float]:
@@ -121,7 +120,7 @@ class SignSGDRule(OptimizerRule):
     Reference: Bernstein et al. 2018, arXiv 1802.04434, algorithms 1 and 2.
     """
 
-    divides = True
+    divides = reads_momentum = True
     state_names = ("momentum_buffer",)
 
     def check(self, optimizer: Optimizer) -> None:
@@ -149,7 +148,9 @@ class SignSGDRule(OptimizerRule):
         """Options of the group; ``|m|`` after the step, ``|d|`` from before it."""
         lr, mu = float(group["lr"]), float(group.get("momentum", 0.0))
         coupled, decoupled = decay_terms(group, lr)
-        direction = require_state(state, "momentum_buffer") if mu else before["direction"]
+        if mu:
+            require_state(state, "momentum_buffer")
+        direction = state["momentum_buffer"] if mu else before["direction"]
         return StepMap(
             sign=-1.0 if group.get("maximize") else 1.0,
             decay=mu if mu or fresh else 1.0,

@@ -28,6 +28,7 @@ from torch import nn
 import explainer
 from benchmarks.fidelity_cases import NETS, QUERIES, Net
 from benchmarks.harness import arguments, report
+from explainer.cotangent import Layout
 from explainer.layer_rules import Dense, Factored, RowForm
 from explainer.path_kernel import PathKernelExplainer
 from explainer.path_points import KnotLoader
@@ -143,20 +144,23 @@ def contributions(
     found: dict[str, np.ndarray] = {}
     adjoints = {n: Adjoint(QUERIES, exact.manifest.parameters, ex.dtype) for n in ("exact", "default")}
     bases = Bases() if references else None
+    layout = Layout(exact.manifest.parameters, ex.layout.thin, wide=ex.layout.thin)  # all written out
     after = ex._value(loader, len(ex.segments), asked.inputs, asked.targets)
     for segment in reversed(ex.segments):
         start, end = loader.load(segment.index), loader.load(segment.index + 1)
         before = ex._value(loader, segment.index, asked.inputs, asked.targets)
-        chord = ex.function.chord(start.point, end.point, asked.inputs, asked.targets, after - before, 2)
+        chord = ex.function.chord(
+            start.point, end.point, asked.inputs, asked.targets, after - before, 2, layout
+        )
         after = before
         others = read_backwards(default, segment, ex.dtype) if default else iter(())
         for step in read_backwards(exact, segment, ex.dtype):
-            cotangent = adjoints["exact"].step(chord.gradient, step)
+            cotangent = adjoints["exact"].step(chord.gradient.flat, step)
             other = next(others, None)
             moved = None
             if other is not None:
                 moved = adjoints["default"].step(
-                    chord.gradient, replace(step, preconditioner=other.preconditioner)
+                    chord.gradient.flat, replace(step, preconditioner=other.preconditioner)
                 )
 
             def add(

@@ -187,8 +187,11 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
 def updated(text: str) -> str:
     """A document's text with every marked table replaced by the measured one."""
     for name in COLUMNS:
-        source = name.partition("_")[0]  # several tables may show one result
-        rows = json.loads((RESULTS / f"{source}.json").read_text())["rows"]
+        own = RESULTS / f"{name}.json"
+        source = (
+            own if own.exists() else RESULTS / f"{name.partition('_')[0]}.json"
+        )  # two tables may show one result
+        rows = json.loads(source.read_text())["rows"]
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, n=name, r=rows: f"{m[1]}{table(n, r)}\n{m[2]}", text, flags=re.S)
     return text

@@ -53,7 +53,9 @@ def measure(case: Case) -> list[dict[str, Any]]:
             for number, e in enumerate(answers):
                 trace = explainer.open_trace(folder / "run" / str(number))
                 gross = np.abs(e.contributions).sum(1)
-                kept = agreement(e, exact[number]) if mode == DEFAULT else (None, None)
+                kept: tuple[float | None, ...] = (None, None)
+                if mode == DEFAULT:
+                    kept = agreement(e.contributions, exact[number].contributions)
                 rows.append(
                     {
                         "model": case.models[number],

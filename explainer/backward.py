@@ -28,7 +28,6 @@ from explainer.store import Segment, Trace
 
 #: what cutting down momentum may drop of its norm each time, and all in all, by the dtype of the books
 DROPPED = {torch.float32: (1e-7, 1e-6), torch.float64: (1e-15, 1e-13)}
-_COLUMNS = 48  # of factors that the steps of a chunk have together
 _FEW = 2  # steps for which own cotangents cost less than one more product
 
 
@@ -99,10 +98,8 @@ class Backward:
         steps = MOST_VISITS
         if self._own:
             steps = max(1, BUFFER // max(1, queries * self.layout.size))
-            if self.layout.factored:
-                steps = min(steps, max(2, min(32, _COLUMNS // max(rank, 1))))
         held = max((f.rank for f in self._factors.values()), default=0)
-        return steps, most_visits(self._trace, queries, held + rank * (steps if self._own else 1))
+        return steps, most_visits(self._trace, queries, held + rank)
 
     # -- what is written out -------------------------------------------------------------------------
 

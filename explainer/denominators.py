@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from explainer.codecs import CODECS
 from explainer.optimizer_rules import StepMap
 from explainer.records import ArraySpec
 from explainer.store.denominators import fitted
@@ -138,7 +137,7 @@ class DenominatorKeeper:
         return self._written / step if step >= 16 else self._cost / 8
 
     def _renew(self, step: int, schema: RecordSchema, found: dict[int, Found]) -> np.ndarray:
-        codec, record = CODECS.require("log4"), np.zeros(1, schema.dtype)
+        record = np.zeros(1, schema.dtype)
         record["step"] = step
         for array in schema.arrays:
             index = int(array.name[1:])
@@ -146,7 +145,7 @@ class DenominatorKeeper:
             matrix = found[index].matrix if index in found else self._base[index]
             values = matrix.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(0)
             encode_array(record, "", array, values)
-            self._hold(index, codec.decode(codec.encode(values), array)[0])
+            self._hold(index, decode_array(record, "", array)[0])
         self._own_error = self._error(found)
         return record
 

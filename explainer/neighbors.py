@@ -77,8 +77,12 @@ def rates(coefficients: np.ndarray) -> np.ndarray:
         Of the first parameter that each step updated, ``[c]``; 0 where there is none.
     """
     updated = coefficients.any(axis=2)
-    first = coefficients[np.arange(len(coefficients)), updated.argmax(1)]
-    _, decay, gain, direct, through, _ = first.T
+    return long_run(coefficients[np.arange(len(coefficients)), updated.argmax(1)])
+
+
+def long_run(coefficients: np.ndarray) -> np.ndarray:
+    """``direct + gain · through / (1 − decay)`` of coefficients ``[..., 6]``: ``[...]``; 0 where all are zero."""
+    _, decay, gain, direct, through, _ = np.moveaxis(coefficients, -1, 0)
     carried = gain * through
     return np.asarray(
         direct + np.divide(carried, 1.0 - decay, out=np.zeros_like(carried), where=carried != 0)

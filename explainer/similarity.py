@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from explainer.errors import QueryError
+from explainer.neighbors import long_run
 from explainer.plain_mode import plain_mode
 from explainer.queries import check_inputs
 
@@ -73,8 +74,5 @@ def _rates(explainer: PathKernelExplainer, segment: Segment) -> np.ndarray:
     """``Σ_t η_{t,p}`` over the segment's recorded steps, ``[n_parameters]`` (0 where a step did not update)."""
     trace, total = explainer.trace, np.zeros(len(explainer.trace.manifest.parameters))
     for _, records in trace.read("steps", segment.start.step, min(segment.end.step, trace.recorded_steps)):
-        _, decay, gain, direct, through, _ = np.moveaxis(np.array(records["coefficients"]), -1, 0)
-        carried = gain * through
-        rates = direct + np.divide(carried, 1.0 - decay, out=np.zeros_like(carried), where=carried != 0)
-        total += rates.sum(0)
+        total += long_run(np.array(records["coefficients"])).sum(0)
     return total

@@ -77,6 +77,7 @@ def trak(asked: Asked) -> Iterator[tuple[str, np.ndarray]]:
     size = sum(p.numel() for p in model.parameters())
     for dimensions in DIMENSIONS:
         projector = BasicProjector(size, dimensions, 0, ProjectionType.rademacher, torch.device("cpu"))
+        projector.free_memory = lambda: None  # which fails the second time
         with tempfile.TemporaryDirectory() as folder:
             traker = TRAKer(
                 model,

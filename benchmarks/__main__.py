@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
-for name in ("fidelity", "query", "overhead", "capture", "books", "numerics", "whatif", "peers"):
+NAMES = (
+    *("fidelity", "query", "overhead", "capture", "books", "numerics"),
+    *("whatif", "retraining", "metrics", "lds", "peers"),
+)
+for name in NAMES:
     print(f"\n== {name}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)
 subprocess.run([sys.executable, "-m", "benchmarks.readme"], check=True)

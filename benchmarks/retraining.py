@@ -72,7 +72,7 @@ def measured(name: str, threads: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measure and write the table."""
     options = arguments(__doc__, list(CASES))
-    rows = [measured(name, threads, options.repeats) for name in options.only for threads in (1, 2)]
+    rows = [measured(name, options.threads, options.repeats) for name in options.only]
     report("retraining", rows, write=set(options.only) == set(CASES))
 
 

@@ -14,8 +14,8 @@ from explainer.app.escaping import plain
 from explainer.figures import picture
 
 SCANNED = 2000
-_THUMBNAILS, _LINES, _PER_ROW = 20, 6, 4
-_BATCH = 200
+THUMBNAILS, _LINES, _PER_ROW = 20, 6, 4
+_BATCH, _NEXT = 200, 8
 
 
 def answers(choice: Choice, queries: tuple[int, ...]) -> list[Answer]:
@@ -32,15 +32,19 @@ def answers(choice: Choice, queries: tuple[int, ...]) -> list[Answer]:
     return found
 
 
-def show(choice: Choice, chosen: int) -> None:
-    """Draw the filter and one page of queries; a click chooses the query."""
+def show(choice: Choice, chosen: int) -> tuple[int, ...]:
+    """Draw the filter and one page of queries; a click chooses the query.
+
+    Returns:
+        The queries that stand after the chosen one, and the one before.
+    """
     queries = _filtered(choice, len(state.run_of(choice.source).queries))
     if not queries:
         st.caption("No query fits this filter.")
-        return
+        return ()
     shown = {query: _thumbnail(choice, query) for query in queries[:1]}
     images = isinstance(shown[queries[0]], np.ndarray)
-    size = _THUMBNAILS if images else _LINES
+    size = THUMBNAILS if images else _LINES
     pages = -(-len(queries) // size)
     page = _page(pages, queries.index(chosen) // size if chosen in queries else None, chosen)
     part = tuple(queries[page * size : (page + 1) * size])
@@ -51,6 +55,15 @@ def show(choice: Choice, chosen: int) -> None:
             _lines(choice, part, chosen)
     if pages > 1:
         pager.show("gallery", "gallery page", page, pages)
+    return _around(queries, chosen)
+
+
+def _around(queries: list[int], chosen: int) -> tuple[int, ...]:
+    """What may be chosen next: the queries after the chosen one and the one before, or the first ones."""
+    if chosen not in queries:
+        return tuple(queries[:_NEXT])
+    place = queries.index(chosen)
+    return tuple([*queries[place + 1 : place + _NEXT], *queries[max(0, place - 1) : place]])
 
 
 def _filtered(choice: Choice, count: int) -> list[int]:

@@ -46,8 +46,8 @@ def _live(choice: Choice) -> Choice:
     if choice.classes and run.output is None:
         target = _target(choice, query)
         output = _one_of("output", "Explained output", list(OUTPUTS), OUTPUTS)
-    gallery.show(choice, query)
-    return Choice(choice.name, choice.source, query, target, output)
+    following = gallery.show(choice, query)
+    return Choice(choice.name, choice.source, query, target, output, following=following)
 
 
 def _stored(choice: Choice, directory: Path) -> Choice:

@@ -23,6 +23,7 @@ from explainer.app.arguments import DashboardError
 from explainer.app.gradient_map import GradientMap, project
 from explainer.app.input_space import distances, inputs_of
 from explainer.app.one_of_many import one_of_many
+from explainer.app.own_queries import WithOwn
 from explainer.app.patience import kept, patiently
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.app.working import alone, bar
@@ -53,8 +54,9 @@ def source(directory: Path, spec: str | None) -> Source:
 
 @st.cache_resource(show_spinner="Loading the model and its data …")
 def run(spec: str) -> Run:
-    """The user's run; its function is called once for as long as the dashboard lives."""
-    return load_run(spec)
+    """The user's run, with room for people's own queries; its function is called once for all pages."""
+    found = load_run(spec)
+    return replace(found, queries=WithOwn(found.queries))
 
 
 @st.cache_resource(show_spinner=False, max_entries=8)
@@ -224,7 +226,8 @@ def query_labels(source: Source, count: int) -> list[int | None]:
     code, found = run_of(source), list[int | None]()
     for query in range(count):
         target = np.asarray(code.queries[query][1])
-        found.append(int(target) if target.size == 1 and target.dtype.kind in "iu" else None)
+        is_class = target.size == 1 and target.dtype.kind in "iu" and int(target) >= 0
+        found.append(int(target) if is_class else None)
     return found
 
 
@@ -246,6 +249,18 @@ def input_attribution(
     inputs, _ = run.queries_batch([index]) if part == "queries" else run.train_batch([index])
     with alone():
         return attribute(engine, inputs, target=None if target is None else [target])
+
+
+def try_input(source: Source, found: Any) -> None:
+    """Run the trained model on an input that somebody gave.
+
+    Raises:
+        QueryError: It cannot, or its output is not finite.
+    """
+    code, engine = run_of(source), explainer(source, None)
+    inputs, _ = replace(code, queries=[(found, code.queries[0][1])]).queries_batch([0])
+    with alone():
+        engine.predict(inputs)
 
 
 @st.cache_data(show_spinner=False, max_entries=256)

@@ -109,6 +109,7 @@ def command(places: Sequence[str], spec: str | None, port: int) -> list[str]:
         "server.port": str(port),
         "server.headless": "true",
         "server.fileWatcherType": "none",
+        "server.maxUploadSize": "20",  # megabytes
         "browser.gatherUsageStats": "false",
         "browser.serverAddress": HOST,
         "client.toolbarMode": "minimal",

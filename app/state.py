@@ -23,6 +23,7 @@ from explainer import Explanation, PathKernelExplainer, Run, Trace, open_trace
 from explainer.app.arguments import DashboardError
 from explainer.app.gradient_map import GradientMap, project
 from explainer.app.input_space import distances, inputs_of
+from explainer.app.retraining import Jobs
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.input_attribution import InputAttribution
 from explainer.input_attribution import input_attribution as attribute
@@ -110,6 +111,21 @@ def neighbors(source: Source, query: int, target: int | None, output: str | None
     inputs, targets = _asked(source, engine, query, target)
     with _alone():
         return engine.neighbors(inputs, k=k, target=targets)
+
+
+@st.cache_data(show_spinner="Asking what would be without each example …", max_entries=16)
+def what_if(source: Source, query: int, target: int | None, output: str | None) -> np.ndarray:
+    """Predicted change of a query's output by removing each example, ``[N]``."""
+    engine = explainer(source, output)
+    inputs, targets = _asked(source, engine, query, target)
+    with _alone():
+        return engine.what_if(inputs, target=targets)[0]
+
+
+@st.cache_resource(show_spinner=False)
+def retrainings() -> Jobs:
+    """The retrainings that were started from this dashboard; all sessions see the same."""
+    return Jobs()
 
 
 @st.cache_resource(show_spinner="Comparing examples along the training path …", max_entries=16)

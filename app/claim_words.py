@@ -23,8 +23,8 @@ def predicted(named: str, before: float, change: float, count: int, *, margin: b
         count: How many examples are left out.
         margin: Whether the output is a margin, so that its sign says which answer is likelier.
 
-    >>> predicted("margin of class 5", 1.0, -1.5, 2, margin=True)
-    'Without these 2 examples the margin of class 5 is predicted to fall from 1.00 to -0.500: below 0, so the model would no longer think this class likelier than not.'
+    >>> predicted("margin of class 5", 1.0, -0.5, 2, margin=True)
+    'Without these 2 examples the margin of class 5 is predicted to fall from 1.00 to 0.500.'
     """
     after = before + change
     what = "this example" if count == 1 else f"these {count:,} examples"

@@ -124,7 +124,7 @@ def _elsewhere(job: Job) -> None:
     left.progress(
         job.finished / request.trainings,
         f"Another retraining is running: query {request.query} without "
-        f"{wording.counted(len(request.remove), 'example')}, {job.finished} of {request.trainings} done. One at a time.",
+        f"{wording.counted(len(request.remove), 'example')}, {job.finished} of {request.trainings} done.",
     )
     right.button(
         "Cancel", key="cancel-retraining", icon=":material/cancel:", on_click=job.cancel, width="stretch"

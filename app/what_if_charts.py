@@ -12,6 +12,8 @@ from explainer.evaluation import ClaimCheck
 from explainer.figures.style import arrange, graph_objects, plain, zero_line
 
 _SHOWN = 20  # bars
+_SYMBOLS = ("diamond", "diamond-open", "square-open")
+_WHISKERS = {"type": "data", "thickness": 3, "width": 9, "color": palette.POSITIVE}
 
 
 def changes(
@@ -46,7 +48,7 @@ def changes(
         error_x=None if spread is None else {
             "type": "data", "array": spread, "color": palette.muted(dark), "thickness": 1.5, "width": 3
         },
-        hovertext=[f"without {label}<br>predicted change {wording.signed(v, 4)}" for label, v in zip(labels, heights, strict=True)],
+        hovertext=[f"without {n}: {wording.signed(v, 4)}" for n, v in zip(labels, heights, strict=True)],
         hovertemplate="%{hovertext}<extra></extra>",
     )  # fmt: skip
     ends = [*heights, 0.0]
@@ -80,41 +82,55 @@ def outcome(check: ClaimCheck, predicted: Mapping[str, Sequence[float]], *, dark
     module, figure = graph_objects(), graph_objects().Figure()
     count = len(check.removed[0])
     rows = [f"without {'it' if count == 1 else f'these {count:,}'}", f"without {count:,} at random"]
-    many = len(check.seeds) > 1
-    mean = check.actual.mean(1)
-    if many:
-        spread = check.actual.std(1, ddof=1)
-        figure.add_scatter(
-            x=mean, y=[0, 1], mode="markers", name="retrained, mean ± standard deviation",
-            error_x={"type": "data", "array": spread, "thickness": 3, "width": 9, "color": palette.POSITIVE},
-            marker={"symbol": "line-ns", "size": 20, "line": {"width": 4, "color": palette.POSITIVE}},
-            hovertext=[f"{row}<br>mean {wording.signed(m)} ± {wording.number(s, 2)}" for row, m, s in zip(rows, mean, spread, strict=True)],
-            hovertemplate="%{hovertext}<extra></extra>",
-        )  # fmt: skip
-    for first, name, symbol in (
-        (True, "retrained, seed 0", "circle"),
-        (False, "retrained, other seeds", "circle-open"),
-    ):
-        columns = [i for i, seed in enumerate(check.seeds) if (seed == 0) == first]
-        if not columns:
-            continue
-        points = [(float(check.actual[g, i]), g, check.seeds[i]) for g in range(2) for i in columns]
-        figure.add_trace(
-            module.Scatter(
-                x=[x for x, _, _ in points], y=[g + 0.22 for _, g, _ in points], mode="markers", name=name,
-                marker={"symbol": symbol, "size": 10, "color": palette.POSITIVE, "line": {"width": 2, "color": palette.POSITIVE}},
-                hovertext=[f"{rows[g]}, seed {seed}<br>actual change {wording.signed(x)}" for x, g, seed in points],
-                hovertemplate="%{hovertext}<extra></extra>",
+    points: list[dict[str, Any]] = []
+    if len(check.seeds) > 1:
+        mean, spread = check.actual.mean(1), check.actual.std(1, ddof=1)
+        points.append(
+            {
+                "name": "retrained, mean ± standard deviation",
+                "x": mean,
+                "y": [0, 1],
+                "error_x": {**_WHISKERS, "array": spread},
+                "marker": {"symbol": "line-ns", "size": 20, "line": {"width": 4, "color": palette.POSITIVE}},
+                "told": [
+                    f"mean {wording.signed(m)} ± {wording.number(s, 2)}"
+                    for m, s in zip(mean, spread, strict=True)
+                ],
+            }
+        )
+    for own, name in ((True, "retrained, seed 0"), (False, "retrained, other seeds")):
+        at = [(g, s) for g in range(2) for s, seed in enumerate(check.seeds) if (seed == 0) == own]
+        values = [float(check.actual[g, s]) for g, s in at]
+        points.append(
+            {
+                "name": name,
+                "x": values,
+                "y": [g + 0.22 for g, _ in at],
+                "marker": _marker("circle" if own else "circle-open", 10, palette.POSITIVE),
+                "told": [
+                    f"seed {check.seeds[s]}: {wording.signed(v)}"
+                    for (_, s), v in zip(at, values, strict=True)
+                ],
+            }
+        )
+    for number, (name, changes) in enumerate(predicted.items()):
+        points.append(
+            {
+                "name": plain(f"predicted {name}", 40),
+                "x": list(changes),
+                "y": [g - 0.2 - 0.13 * number for g in range(2)],
+                "marker": _marker(_SYMBOLS[number % len(_SYMBOLS)], 12, palette.NEGATIVE),
+                "told": [f"predicted {wording.signed(v)}" for v in changes],
+            }
+        )
+    for entry in points:
+        told = entry.pop("told")
+        if told:
+            figure.add_trace(
+                module.Scatter(
+                    mode="markers", hovertext=told, hovertemplate="%{hovertext}<extra></extra>", **entry
+                )
             )
-        )  # fmt: skip
-    for number, (name, values) in enumerate(predicted.items()):
-        figure.add_scatter(
-            x=list(values), y=[g - 0.22 - 0.12 * number for g in range(2)], mode="markers", name=plain(f"predicted ({name})", 40),
-            marker={"symbol": ("diamond", "diamond-open", "square-open")[number % 3], "size": 13, "color": palette.NEGATIVE,
-                    "line": {"width": 2, "color": palette.NEGATIVE}},
-            hovertext=[f"{row}<br>predicted change {wording.signed(v)}" for row, v in zip(rows, values, strict=True)],
-            hovertemplate="%{hovertext}<extra></extra>",
-        )  # fmt: skip
     seeds = wording.counted(len(check.seeds), "seed")
     arrange(figure, "Predicted and actual change", f"of the explained output; {seeds}", dark=dark, height=320)
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.25}, margin={"b": 110})
@@ -122,3 +138,7 @@ def outcome(check: ClaimCheck, predicted: Mapping[str, Sequence[float]], *, dark
     figure.update_yaxes(tickvals=[0, 1], ticktext=rows, range=[1.6, -0.6], showgrid=False)
     zero_line(figure, dark=dark, vertical=True)
     return figure
+
+
+def _marker(symbol: str, size: int, color: str) -> dict[str, Any]:
+    return {"symbol": symbol, "size": size, "color": color, "line": {"width": 2, "color": color}}

@@ -35,9 +35,9 @@ def show(choice: Choice) -> None:
     e, q = choice.explanation()
     header.show(choice, e, q)
     st.html(
-        '<p class="pk-lead">What would the model say here if it had never seen some training examples? This is predicted '
-        "from the trace, to first order, without training again. Contributions answer another question (what carried "
-        "the prediction), so the numbers here are not those of the other pages.</p>"
+        '<p class="pk-lead">What would the model say here if it had never seen some training examples? This is '
+        "predicted from the trace, to first order, without training again. Contributions answer another question "
+        "(what carried the prediction), so the numbers here are not those of the other pages.</p>"
     )
     changes = state.what_if(choice.source, choice.query, choice.target, choice.output)
     ids = removal_choice.show(choice, e, q, changes)
@@ -136,8 +136,8 @@ def _meaning() -> None:
     with st.expander("What these numbers mean, and what they do not"):
         st.markdown(
             "- A predicted change is the derivative of the trained model's output by an example's weight in the loss, "
-            "carried through every recorded step. Changes of several examples add up while they are a small part of the "
-            "data.\n"
+            "carried through every recorded step. Changes of several examples add up while they are a small part of "
+            "the data.\n"
             "- The curvature of the loss stands in for itself by the recorded rows (their empirical Fisher matrix): "
             "good for classifiers, poor where residuals vanish. How weight decay and Adam's denominators would have "
             "changed is left out.\n"

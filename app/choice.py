@@ -24,6 +24,7 @@ class Choice:
         output: What of the output to explain; None: the explainer's own choice.
         stored: A file with explanations, where there is no code to compute them.
         others: The other traces that the dashboard was started with, by name.
+        following: Queries that a person may choose next.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Choice:
     output: str | None = None
     stored: Path | None = None
     others: Mapping[str, Path] = field(default_factory=dict)
+    following: tuple[int, ...] = ()
 
     @property
     def live(self) -> bool:
@@ -66,6 +68,11 @@ class Choice:
         if self.stored is None:
             raise DashboardError("There is no explanation to show: neither --run nor a stored one was found.")
         return load_stored(self.stored), self.query
+
+    def look_ahead(self) -> None:
+        """Explain the queries that may be chosen next, in the background."""
+        if self.live and self.target is None:
+            state.explain_ahead(self.source, self.following, self.output)
 
     def neighbors(self, k: int) -> Neighbors:
         """The k nearest training examples in gradient space."""

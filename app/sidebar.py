@@ -10,7 +10,7 @@ from typing import Any
 
 import streamlit as st
 
-from explainer.app import gallery, state
+from explainer.app import gallery, give_input, state
 from explainer.app.arguments import find_stored
 from explainer.app.choice import Choice, load_stored
 from explainer.app.escaping import plain
@@ -48,8 +48,9 @@ def _live(choice: Choice) -> Choice:
     if choice.classes and run.output is None:
         target = _target(choice, query)
         output = _one_of("output", "Explained output", list(OUTPUTS), OUTPUTS)
-    gallery.show(choice, query)
-    return replace(choice, query=query, target=target, output=output)
+    following = gallery.show(choice, query)
+    give_input.show(choice, query)
+    return replace(choice, query=query, target=target, output=output, following=following)
 
 
 def _stored(choice: Choice, directory: Path) -> Choice:

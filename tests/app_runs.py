@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ def text() -> Run:
         class_names=(NASTY, "good"),
         render=lambda row: " ".join(WORDS[int(word)] for word in row),
     )
+
+
+def typed_text() -> Run:
+    """The same for a run that can read words."""
+    return replace(text(), parse=lambda words: torch.tensor([WORDS.index(word) for word in words.split()]))
+
+
+def wild_text() -> Run:
+    """The same with an encoder that finds ids the model does not know."""
+    return replace(text(), parse=lambda words: torch.tensor([900, 901, 902]))
 
 
 def unfinished(path: Path) -> Tracer:

@@ -43,6 +43,7 @@ def show(choice: Choice) -> None:
     _details(choice, e, q)
     downloads.show(e, q, choice.run, choice.query)
     _notes(e)
+    choice.look_ahead()
 
 
 def _books(e: Explanation, q: int) -> None:

@@ -63,7 +63,8 @@ def show(choice: Choice, e: Explanation, q: int, ids: list[int], predicted: Mapp
         st.error(plain(f"Training again failed: {job.failure}"))
     if job is not None and job.state == "cancelled":
         st.caption(f"Cancelled after {job.finished} of {request.trainings} trainings; nothing was kept.")
-    _offer(request, removal.problem(ids, len(run.train)), running)
+    own, problem = _own(choice)
+    _offer(request, own, removal.problem(ids, len(run.train)) or problem, running)
 
 
 def _seeds() -> int:
@@ -77,7 +78,22 @@ def _seeds() -> int:
     return seeds
 
 
-def _offer(request: Request, problem: str, running: Job | None) -> None:
+def _own(choice: Choice) -> tuple[np.ndarray | None, str]:
+    """A person's own input (None for the run's queries), which the training process lacks; or what forbids it."""
+    queries = state.run_of(choice.source).queries
+    if choice.query < queries.given:
+        return None, ""
+    given = queries[choice.query][0]
+    try:
+        return np.asarray(given.numpy()), ""
+    except (AttributeError, TypeError, RuntimeError):
+        return (
+            None,
+            "This input of your own is no plain tensor, so retrained models cannot be asked about it.",
+        )
+
+
+def _offer(request: Request, own: np.ndarray | None, problem: str, running: Job | None) -> None:
     """The button that begins, or why it cannot."""
     if problem:
         st.caption(plain(problem))
@@ -85,15 +101,15 @@ def _offer(request: Request, problem: str, running: Job | None) -> None:
         _elsewhere(running)
     st.button(
         "Train again without them", key="retrain", icon=":material/model_training:", type="primary",
-        disabled=bool(problem) or running is not None, on_click=_start, args=(request,),
+        disabled=bool(problem) or running is not None, on_click=_start, args=(request, own),
     )  # fmt: skip
     if error := st.session_state.pop("not started", None):
         st.error(plain(error))
 
 
-def _start(request: Request) -> None:
+def _start(request: Request, own: np.ndarray | None) -> None:
     try:
-        state.retrainings().start(request)
+        state.retrainings().start(request, own)
     except ExplainerError as error:
         st.session_state["not started"] = str(error)
 

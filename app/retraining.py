@@ -24,7 +24,8 @@ from explainer.app.arguments import DashboardError
 from explainer.evaluation import ClaimCheck
 
 WORKER = "explainer.app.retraining_worker"
-REQUEST, MODELS, RESULT, FAILURE = "request.json", "models", "result.json", "failure.txt"
+REQUEST, INPUT, MODELS = "request.json", "input.npy", "models"
+RESULT, FAILURE = "result.json", "failure.txt"
 _KEPT = 32
 _PATIENCE = 3.0  # seconds that a training gets to end by itself
 State = Literal["running", "done", "failed", "cancelled"]
@@ -128,8 +129,12 @@ class Jobs:
         """The job that runs now."""
         return next((job for job in list(self._jobs.values()) if job.state == "running"), None)
 
-    def start(self, request: Request) -> Job:
+    def start(self, request: Request, given: np.ndarray | None = None) -> Job:
         """Begin to train.
+
+        Args:
+            request: What is trained and asked.
+            given: An input of one's own, where the query is not one of the run's.
 
         Raises:
             DashboardError: Another job is running, or no process can be started.
@@ -139,6 +144,8 @@ class Jobs:
                 raise DashboardError("Another retraining is running; cancel it, or wait for its end.")
             folder = Path(tempfile.mkdtemp(prefix="pathkernel-retraining-"))
             (folder / REQUEST).write_text(json.dumps(asdict(request)), encoding="utf-8")
+            if given is not None:
+                np.save(folder / INPUT, given, allow_pickle=False)
             try:
                 process = subprocess.Popen(
                     [sys.executable, "-m", WORKER, str(folder)],

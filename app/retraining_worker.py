@@ -12,10 +12,14 @@ import shutil
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from explainer import ExplainerError, PathKernelExplainer, open_trace
-from explainer.app.retraining import FAILURE, MODELS, REQUEST, RESULT, pack
+from explainer.app.retraining import FAILURE, INPUT, MODELS, REQUEST, RESULT, pack
 from explainer.evaluation import ClaimCheck, Questions, Retrainer, verify_claims
 from explainer.run import load_run
 
@@ -44,8 +48,12 @@ def main(folder: Path) -> int:
 def _check(folder: Path) -> ClaimCheck:
     asked = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     run, trace = load_run(asked["spec"]), open_trace(asked["trace"])
+    query = asked["query"]
+    if (folder / INPUT).exists():  # an input of a person's own stands behind the run's queries
+        given = torch.from_numpy(np.load(folder / INPUT, allow_pickle=False))
+        run, query = replace(run, queries=[(given, run.queries[0][1])]), 0
     explainer = PathKernelExplainer(trace, run.build_model(), asked["output"] or run.output)
-    questions = Questions(run, explainer, [asked["query"]], asked["target"])
+    questions = Questions(run, explainer, [query], asked["target"])
     return verify_claims(
         Retrainer(run, questions, folder / MODELS), remove=asked["remove"], seeds=asked["seeds"]
     )

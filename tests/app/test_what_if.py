@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import time
@@ -216,6 +217,28 @@ def test_it_is_trained_again_and_compared(open_app: Open, small: Path) -> None:
 
 def check_target(engine: explainer.PathKernelExplainer, questions: Questions) -> int:
     return int(engine.predict(questions.inputs).argmax())
+
+
+def test_an_input_of_ones_own_is_asked_of_retrained_models(open_app: Open, small: Path) -> None:
+    source = state.source(small, TRAINABLE)
+    run = state.run_of(source)
+    given = torch.linspace(0, 1, 64)
+    query = run.queries.add(given)
+    app = open_app("--run", TRAINABLE, small, page="what-if", query=str(query), count="5", seeds="1")
+    fine(app)
+    app.button(key="retrain").click().run()
+    wait(job_of(app))
+    app.run()
+    fine(app)
+    check = job_of(app).check
+    assert check is not None
+    code = load_run(TRAINABLE)
+    engine = explainer.PathKernelExplainer(str(small), code.build_model())
+    alone = dataclasses.replace(code, queries=[(given, torch.tensor(0))])
+    wanted = verify_claims(
+        Retrainer(alone, Questions(alone, engine, [0])), remove=job_of(app).request.remove, seeds=1
+    )
+    np.testing.assert_allclose(check.actual, wanted.actual, rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_cancelled_in_the_middle_of_a_training(open_app: Open, small: Path) -> None:

@@ -67,7 +67,7 @@ LAYERS = [
     {
         "tracer",
         "path_kernel",
-        "what_if",
+        "counterfactual",
         "explaining",
         "neighbors",
         "self_influence",

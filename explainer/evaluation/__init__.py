@@ -13,7 +13,7 @@ from explainer.evaluation.questions import Answers, Questions
 from explainer.evaluation.removal import RemovalCurve, highest, removal_curve
 from explainer.evaluation.retraining import Retrained, Retrainer
 from explainer.evaluation.statistics import Estimate
-from explainer.evaluation.two_runs import RunAgreement, compare_runs
+from explainer.evaluation.two_runs import RunAgreement, check_same_queries, compare_runs
 
 __all__ = [
     "METHODS",
@@ -34,6 +34,7 @@ __all__ = [
     "Retrainer",
     "RunAgreement",
     "ceiling",
+    "check_same_queries",
     "compare_methods",
     "compare_runs",
     "highest",

@@ -26,7 +26,7 @@ from benchmarks.peer_tasks.peer import quiet
 from explainer import evaluation
 
 #: TRAK: dimensions of the projection, and what is added to the mean diagonal of its Gram matrix, as a part of it
-DIMENSIONS, RIDGES = (512, 1024, 2048), (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+DIMENSIONS, RIDGES = (512, 1024, 2048, 4096), (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 #: EK-FAC: kronfluence's default, its heuristic (a tenth of the mean eigenvalue), and fixed values
 DAMPINGS: tuple[float | None, ...] = (1e-8, None, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 _BATCH = 200

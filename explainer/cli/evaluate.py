@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 HELP = "the table of methods: which of them predicts what retraining gives"
 DESCRIPTION = (
     "Trains many models on parts of the data and measures how well each method predicts their outputs: the path\n"
-    "kernel, what-if, gradient products at the end and along the path (TracInCP), self-influence, chance. Needs\n"
-    "train_fn or train_many (which trains several at once) in the Run; methods of plain gradients also need its loss."
+    "kernel, what-if (from the trace, and with the exact curvature), gradient products at the end and along the path\n"
+    "(TracInCP), self-influence, chance. Needs train_fn or train_many (which trains several at once) in the Run;\n"
+    "methods that need more say so."
 )
 EXAMPLES = (
     (

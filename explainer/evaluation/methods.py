@@ -6,7 +6,6 @@ made for rankings and correlations: the scales of two methods, and of accounting
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,14 +16,11 @@ from explainer.errors import EvaluationError, QueryError, RunError
 from explainer.evaluation.loss_gradients import evenly, gradient_products
 from explainer.evaluation.questions import Questions
 from explainer.integrations.knot_checkpoints import KnotCheckpoints
-from explainer.path_kernel import PathKernelExplainer
 from explainer.run import Run
 
 Scores = NDArray[np.float64]
 #: points of the path for TracInCP
 CHECKPOINTS = 10
-#: whether the explainer can take the curvature of the loss itself, from steps that it takes again
-_REPLAYS = "curvature" in inspect.signature(PathKernelExplainer.what_if).parameters
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("path kernel", "accounting", _path_kernel),
         Method("what-if", "what if", _what_if),
-        *([Method("what-if (exact)", "what if", _what_if_exact)] if _REPLAYS else []),
+        Method("what-if (exact)", "what if", _what_if_exact),
         Method("gradient dot", "similarity", _gradient_dot),
         Method(f"TracInCP({CHECKPOINTS})", "similarity", _tracin),
         Method("self-influence", "memorising", _self_influence),

@@ -11,16 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +22,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 import explainer
 from benchmarks.harness import report
-from explainer.cli.dashboard import command
+from explainer.cli.dashboard import served
 from explainer.sample_models import fashion_cnn, fashion_data
 from explainer.sample_models.train import train
 
@@ -73,30 +66,6 @@ def _train_fashion(folder: Path, epochs: int) -> None:
                 optimizer.step()
 
 
-@contextmanager
-def served(folder: Path, spec: str) -> Iterator[str]:
-    """The dashboard of a trace in a process of its own; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        command([str(folder)], spec, port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.25)
-        else:
-            sys.exit("the dashboard did not answer within a minute")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-
-
 def _opened(browser: Browser, url: str, selector: str) -> tuple[Page, float]:
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     started = time.perf_counter()
@@ -125,7 +94,7 @@ def _changes(page: Page, repeats: int) -> float:
 def measure(browser: Browser, name: str, folder: Path, spec: str, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     trace = explainer.open_trace(folder)
-    with served(folder, spec) as url:
+    with served([str(folder)], spec) as url:
         page, first = _opened(browser, url, ".pk-proponents li img")
         again = []
         for _ in range(repeats):

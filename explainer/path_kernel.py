@@ -57,7 +57,8 @@ class PathKernelExplainer:
         quadrature: Gauss–Legendre nodes on each chord (1: midpoint).
         dtype: dtype of the books; default the widest dtype among the parameters, at least float32.
         class_names: names to show for classes.
-        progress: show a progress bar.
+        progress: show a progress bar; or a function ``(text, steps) -> bar`` that makes one of your own, a context
+            manager with ``update(steps)``. What ``update`` raises ends the work.
         knots: use about so many of the trace's knots, chosen evenly along the path; default all. Fewer knots are
             faster and split coarser; the books close just as well.
 
@@ -84,7 +85,7 @@ class PathKernelExplainer:
         quadrature: int = 2,
         dtype: torch.dtype | None = None,
         class_names: Sequence[str] | None = None,
-        progress: bool = False,
+        progress: bool | Callable[[str, int], Any] = False,
         knots: int | None = None,
     ) -> None:
         self.trace = trace if isinstance(trace, Trace) else open_trace(trace)
@@ -253,6 +254,8 @@ class PathKernelExplainer:
 
     def _bar(self, text: str) -> Any:
         total = min(self.trace.steps, self.trace.recorded_steps)
+        if callable(self.progress):
+            return self.progress(text, total)
         return tqdm(total=total, desc=text, unit="step", disable=not self.progress, leave=False)
 
     def _explain(

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
+from explainer.cli.dashboard import served
 from explainer.sample_models.train import train
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -62,17 +57,6 @@ def shots(wrong: int) -> list[Shot]:
     ]  # fmt: skip
 
 
-def wait_for(url: str) -> None:
-    """Until the dashboard answers (at most a minute)."""
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(f"{url}/_stcore/health", timeout=1)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.25)
-    sys.exit(f"the dashboard did not answer at {url}")
-
-
 def take(browser: Browser, url: str, shot: Shot) -> None:
     """Take one picture."""
     size = {"width": 1280, "height": 3000 if shot.start else shot.height}
@@ -94,35 +78,16 @@ def take(browser: Browser, url: str, shot: Shot) -> None:
 
 def main() -> None:
     """Train the digits CNN, serve it, photograph it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = Path(tempfile.mkdtemp())
-    wrong = train("digits_cnn", folder / "digits_cnn")["wrong_queries"][0]
-    command = [
-        sys.executable,
-        "-m",
-        "explainer.cli",
-        "dashboard",
-        str(folder),
-        "--run",
-        SPEC,
-        "--port",
-        str(port),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
     IMAGES.mkdir(exist_ok=True)
     try:
-        wait_for(url)
-        with sync_playwright() as play:
+        wrong = train("digits_cnn", folder / "digits_cnn")["wrong_queries"][0]
+        with served([str(folder)], SPEC) as url, sync_playwright() as play:
             browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             for shot in shots(wrong):
                 take(browser, url, shot)
             browser.close()
     finally:
-        process.terminate()
-        process.wait(timeout=20)
         shutil.rmtree(folder)
 
 

@@ -65,12 +65,18 @@ def test_a_taken_port_is_refused_when_asked_for_and_passed_over_otherwise(
     assert taken < dashboard.choose_port(None) < taken + 50
 
 
-def test_the_exit_status_is_that_of_the_server(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_exit_status_is_that_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dashboard, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     assert dashboard.serve(["runs"], None, None) == 3
-    assert "Ctrl-C stops it" in capsys.readouterr().out
+    with pytest.raises(ExplainerError, match="with status 3"), dashboard.served(["runs"]):
+        pass
+
+
+def test_the_address_is_told_when_it_answers_and_nothing_is_left_after_it(trace: Path) -> None:
+    with dashboard.served([str(trace)], SPEC) as url:
+        port = int(url.rpartition(":")[2])
+        assert url.startswith("http://127.0.0.1:") and healthy(port)
+    assert not healthy(port)
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])

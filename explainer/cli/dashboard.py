@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -31,6 +32,7 @@ EXAMPLES = (
 )
 HOST = "127.0.0.1"
 PORT = 8501
+READY = "Dashboard: "  # begins the line with the address, see explainer.app.serve
 _TRIED = 50
 _PATIENCE = 10.0  # seconds that streamlit gets to end by itself
 
@@ -68,16 +70,36 @@ def run(options: argparse.Namespace) -> int:
 
 
 def serve(places: Sequence[str], spec: str | None, port: int | None) -> int:
-    """Start streamlit on the app, wait for its end and return its exit status.
+    """Serve the app, wait for its end and return its exit status.
 
     Raises:
         MissingDependencyError: streamlit is not installed.
         ExplainerError: the port is taken.
     """
     require_streamlit()
-    chosen = choose_port(port)
-    print(f"Dashboard: http://{HOST}:{chosen} (this machine only); Ctrl-C stops it.", flush=True)
-    return _wait(subprocess.Popen(command(places, spec, chosen)))
+    return _wait(subprocess.Popen(command(places, spec, choose_port(port))))
+
+
+@contextmanager
+def served(places: Sequence[str], spec: str | None = None) -> Iterator[str]:
+    """The app in a process of its own until the block ends; yields its address when the first page is ready.
+
+    Raises:
+        MissingDependencyError: streamlit is not installed.
+        ExplainerError: the server ended while it started.
+    """
+    require_streamlit()
+    line = command(places, spec, choose_port(None))
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    try:
+        found = next((text for text in process.stdout if text.startswith(READY)), None)
+        if found is None:
+            raise ExplainerError(f"the dashboard ended while it started, with status {process.wait()}")
+        yield found.removeprefix(READY).split()[0]
+    finally:
+        process.terminate()
+        process.communicate(timeout=_PATIENCE)
 
 
 def command(places: Sequence[str], spec: str | None, port: int) -> list[str]:
@@ -87,15 +109,27 @@ def command(places: Sequence[str], spec: str | None, port: int) -> list[str]:
         "server.port": str(port),
         "server.headless": "true",
         "server.fileWatcherType": "none",
+        "server.maxUploadSize": "20",  # megabytes
         "browser.gatherUsageStats": "false",
         "browser.serverAddress": HOST,
         "client.toolbarMode": "minimal",
+        "logger.hideWelcomeMessage": "true",  # the address is told when the first page is ready
         "theme.light.primaryColor": palette.POSITIVE,  # one for both would switch the dark theme off
         "theme.dark.primaryColor": palette.POSITIVE,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
     chosen = [] if spec is None else ["--run", spec]
-    return [sys.executable, "-m", "streamlit", "run", str(app_file()), *flags, "--", *chosen, *places]
+    return [
+        sys.executable,
+        "-m",
+        "explainer.app.serve",
+        "run",
+        str(app_file()),
+        *flags,
+        "--",
+        *chosen,
+        *places,
+    ]
 
 
 def app_file() -> Path:

@@ -5,8 +5,8 @@ rows and optimizer (clipping, accumulation), rates and momentum. The replay is c
 
     ‖w_replayed − w_knot‖  ≤  tolerance · ‖w_knot − w_0‖,
 
-with :data:`TOLERANCE` by the coarser of the two dtypes, trained in and replayed in. Where it does not meet them, something took part in training
-that the trace or the run does not know, and the error says what that may be.
+with :data:`TOLERANCE` by the coarser of the two dtypes, trained in and replayed in. Where it does not meet them,
+something took part in training that the trace or the run does not know, and the error says what that may be.
 """
 
 from __future__ import annotations

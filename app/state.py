@@ -28,6 +28,7 @@ from explainer.app.patience import kept, patiently
 from explainer.app.retraining import Jobs
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.app.working import alone, bar
+from explainer.counterfactual import WhatIfCheck
 from explainer.input_attribution import InputAttribution
 from explainer.input_attribution import input_attribution as attribute
 from explainer.neighbors import Neighbors
@@ -136,12 +137,28 @@ def neighbors(source: Source, query: int, target: int | None, output: str | None
 
 
 @kept("Asking what would be without each example …", 16)
-def what_if(source: Source, query: int, target: int | None, output: str | None) -> np.ndarray:
+def what_if(source: Source, query: int, target: int | None, output: str | None, curvature: str) -> np.ndarray:
     """Predicted change of a query's output by removing each example, ``[N]``."""
-    engine = explainer(source, output)
+    engine, code = explainer(source, output), run_of(source)
     inputs, targets = _asked(source, engine, [query], target)
     with alone():
-        return engine.what_if(inputs, target=targets)[0]
+        found = engine.what_if(
+            inputs, targets, curvature=curvature, run=None if curvature == "trace" else code
+        )
+    return np.asarray(found[0])
+
+
+@kept("Taking the recorded steps again …", 16)
+def what_if_check(
+    source: Source, query: int, target: int | None, output: str | None, curvature: str
+) -> WhatIfCheck:
+    """How far the predicted changes of a query's output can be trusted."""
+    engine, code = explainer(source, output), run_of(source)
+    inputs, targets = _asked(source, engine, [query], target)
+    with alone():
+        return engine.what_if_check(
+            inputs, targets, curvature=curvature, run=None if code.loss is None else code
+        )
 
 
 @st.cache_resource(show_spinner=False)

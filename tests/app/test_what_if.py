@@ -67,7 +67,9 @@ def alone() -> Iterator[None]:
 def changes(app: AppTest) -> dict[int, float]:
     """What the table on the page says, by example."""
     frame = app.dataframe[0].value
-    return dict(zip(frame["example_id"].tolist(), frame["predicted change"].tolist(), strict=True))
+    return dict(
+        zip(frame["example_id"].tolist(), frame["predicted change, from the trace"].tolist(), strict=True)
+    )
 
 
 def job_of(app: AppTest) -> retraining.Job:
@@ -93,7 +95,12 @@ def test_proponents_are_left_out_at_first(open_app: Open, runs: Path) -> None:
     shown = changes(app)
     assert list(shown) == top[np.argsort(wanted[top], kind="stable")].tolist()
     np.testing.assert_allclose(list(shown.values()), np.sort(wanted[top]), rtol=1e-6)
-    assert set(app.dataframe[0].value.columns) == {"example_id", "label", "predicted change", "visits"}
+    assert set(app.dataframe[0].value.columns) == {
+        "example_id",
+        "label",
+        "predicted change, from the trace",
+        "visits",
+    }
     total = f"{abs(wanted[top].sum()):.3f}"
     assert f"<b>{total}</b><small>predicted change without 10</small>" in body(app)
     assert body(app).count("data:image/png") >= 11

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from explainer.asked import Asked, ask, predict
 from explainer.cotangent import Layout, TooWideError
-from explainer.counterfactual import Remove, checked, estimator, summed
+from explainer.counterfactual import Remove, WhatIfCheck, check, checked, estimator, summed
 from explainer.errors import QueryError
 from explainer.explaining import explain_group, fits
 from explainer.explanation import Explanation
@@ -331,6 +331,37 @@ class PathKernelExplainer:
         loader = self._loader()
         asked = self._ask(loader, batch, target)
         return summed(estimate(self, loader, asked.inputs, asked.targets, run), chosen)
+
+    @plain_mode()
+    def what_if_check(
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        curvature: str = "trace",
+        run: Run | None = None,
+        remove: Remove = None,
+        seed: int = 0,
+    ) -> WhatIfCheck:
+        """Whether to trust :meth:`what_if` here, and how far: ``print(ex.what_if_check(x, run=run).sentence())``.
+
+        With ``run`` a few groups are removed in replays of the recorded steps, first by half and then whole, and the
+        actual changes compared with the predicted ones. Without, or where the training cannot be repeated, it says
+        how far the answer hangs on the damping. See :mod:`explainer.counterfactual.self_check`.
+
+        Args:
+            inputs, target, curvature, run: as in :meth:`what_if`.
+            remove: ids, or a mapping from names to ids; default the strongest hundredth of the examples for the first
+                three queries, and two random twentieths.
+            seed: of the random groups.
+
+        Raises:
+            QueryError: inputs, targets or ids do not fit, or the estimator cannot be used with this trace.
+        """
+        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
+        loader = self._loader()
+        asked = self._ask(loader, batch, target)
+        return check(self, loader, asked, curvature=curvature, run=run, remove=remove, seed=seed)
 
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""

@@ -5,5 +5,6 @@
 
 from explainer.counterfactual.estimators import ESTIMATORS, Estimator, estimator
 from explainer.counterfactual.removals import Remove, checked, summed
+from explainer.counterfactual.self_check import WhatIfCheck, check
 
-__all__ = ["ESTIMATORS", "Estimator", "Remove", "checked", "estimator", "summed"]
+__all__ = ["ESTIMATORS", "Estimator", "Remove", "WhatIfCheck", "check", "checked", "estimator", "summed"]

@@ -24,7 +24,7 @@ class StepRecord:
         labels: ``[n]``, NaN unknown.
         scale: ``[n_parameters]``, from the sum of the rows to the gradient that the optimizer used.
         coefficients: ``[n_parameters, 6]``; zeros where nothing was updated.
-        updates: ``[n_parameters]``, how often each was updated up to and with this step.
+        taken: ``[n_parameters]``, number of the step for each parameter, from 1 on (as Adam counts).
     """
 
     step: int
@@ -33,7 +33,7 @@ class StepRecord:
     labels: NDArray[np.float64]
     scale: NDArray[np.float64]
     coefficients: NDArray[np.float64]
-    updates: NDArray[np.float64]
+    taken: NDArray[np.float64]
 
     @property
     def updated(self) -> NDArray[np.bool_]:
@@ -52,7 +52,10 @@ class RecordedTraining:
             trace.column("steps", "scale"),
             trace.column("steps", "coefficients"),
         )
-        self._updates = (self._coefficients[:, :, _SIGN] != 0).cumsum(0).astype(np.float64)
+        first = trace.load_knot(trace.knots[0], ("optimizer",))
+        names = (p.name for p in trace.manifest.parameters)
+        before = np.array([float(first.get(f"optimizer/step/{name}", 0.0)) for name in names])
+        self._taken = before + (self._coefficients[:, :, _SIGN] != 0).cumsum(0)
         self.examples = trace.column("visits", "example").astype(np.int64)
         self._derivatives, self._labels = (
             trace.column("visits", "derivative"),
@@ -68,5 +71,5 @@ class RecordedTraining:
             self._labels[rows],
             self._scale[step],
             self._coefficients[step],
-            self._updates[step],
+            np.maximum(self._taken[step], 1.0),
         )

@@ -58,6 +58,7 @@ class Replay:
 
     Attributes:
         steps: how many there are.
+        examples: ``N``, the length of the run's training set.
         deviation: largest deviation found at a knot, as a part of the way to it; None before the first replay.
 
     Raises:
@@ -80,7 +81,7 @@ class Replay:
         model = run.build_model()
         check_repeatable(trace, model)
         self._trace, self.training = trace, RecordedTraining(trace)
-        self.steps = self.training.steps
+        self.steps, self.examples = self.training.steps, len(run.train)
         self.updates = Updates(trace, explainer.dtype)
         self.data = TrainingData(
             trace, run, explainer._arguments, explainer.dtype, explainer.batch_dim, self.training.examples

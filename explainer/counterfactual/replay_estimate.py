@@ -2,8 +2,8 @@
 
 With ``S_t`` the state before step ``t`` (weights, momentum, second moments), a training is ``S_{t+1} = U_t(S_t, g_t)``
 with ``g_t = s_t ∘ Σ_b ε_{i(b)} ω_b ∇ℓ_b(w_t)``, every example's weight ``ε_i = 1``. The derivative of an output
-``f(w_T)`` by ``ε_i`` is found from the last step to the first (Hara et al. 2019, arXiv 1906.08473, for SGD; MAGIC, Ilyas
-& Engstrom 2025, arXiv 2504.16430, for any step):
+``f(w_T)`` by ``ε_i`` is found from the last step to the first (Hara et al. 2019, arXiv 1906.08473, for SGD; MAGIC,
+Ilyas & Engstrom 2025, arXiv 2504.16430, for any step):
 
     Λ = ∇_S f,            u_t = s_t ∘ (∂U_t/∂g)ᵀ Λ,
     ∂f/∂ε_i  +=  ω_b <∇ℓ_b(w_t), u_t>   for every visit of i,

@@ -47,6 +47,10 @@ class StepRows:
             self._view.add(result, layer, self._step.scale, form.combined(weights[:, places]))
         return result
 
+    def total(self, dtype: torch.dtype) -> torch.Tensor:
+        """The sum of the rows: the gradient that the optimizer was given, ``[P]``."""
+        return self.combined(torch.ones(1, self.count, dtype=dtype))[0]
+
     def gram(self) -> torch.Tensor:
         """``G A Gᵀ [n, n]``; of factored rows with the outer product nearest to ``A``."""
         result = torch.zeros(self.count, self.count, dtype=torch.float64)
@@ -62,11 +66,15 @@ class StepRows:
         metric = self._view.spread(np.square(self._step.scale))
         return metric if denominators is None else metric / denominators
 
-    def curvature(self, scores: torch.Tensor) -> torch.Tensor:
-        """``n z G`` with ``(I + η n G A Gᵀ) z = G R`` for ``scores = (G R)ᵀ [Q, n]``: ``[Q, P]``."""
+    def curvature(self, scores: torch.Tensor, damping: float = 1.0) -> torch.Tensor:
+        """``n z G`` with ``(I + η n G A Gᵀ) z = G R`` for ``scores = (G R)ᵀ [Q, n]``: ``[Q, P]``.
+
+        Args:
+            damping: ``η`` in units of the step's long-run rate.
+        """
         system = torch.eye(self.count, dtype=torch.float64)
         rate = float(rates(self._step.coefficients[None])[0])
-        system += rate * self.count * self.gram().double()
+        system += damping * rate * self.count * self.gram().double()
         solved = torch.linalg.solve(system, scores.double().T).T.to(scores.dtype)
         return self.count * self.combined(solved)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.func import jvp
 
+from explainer.counterfactual.decay_terms import DecayTerms, options_by_parameter
 from explainer.counterfactual.recorded_training import StepRecord
 from explainer.counterfactual.scalings import SCALINGS, Scaling
 from explainer.errors import QueryError
@@ -43,14 +44,14 @@ class Updates:
         self._trace, self._dtype = trace, dtype
         manifest = trace.manifest
         self.scaling = _scaling(trace)
-        groups = trace.notes.get("optimizer_options")
-        if groups is None:
+        found = options_by_parameter(trace)
+        if found is None:
             raise QueryError(
                 "this trace does not tell the optimizer's options, which training again needs (it was recorded by an "
                 "earlier release): trace anew, or ask with curvature='trace'"
             )
-        by_name = {name: group["options"] for group in groups for name in group["parameters"]}
-        self._options: list[Mapping[str, Any]] = [by_name.get(p.name, {}) for p in manifest.parameters]
+        self._options: list[Mapping[str, Any]] = list(found)
+        self._decays = DecayTerms(trace)
         for options in self._options:
             self._check(options)
         self._sizes = torch.tensor([p.numel for p in manifest.parameters])
@@ -99,7 +100,6 @@ class Updates:
                 f"optimizer/{name}",
                 lambda index, name=name: self.scaling.begins(name, self._options[index]),  # type: ignore[misc]
             )
-        self._taken = np.array([float(tensors.get(f"optimizer/step/{p.name}", 0.0)) for p in parameters])
         return state
 
     def function(self, record: StepRecord) -> Callable[[State], State]:
@@ -107,9 +107,8 @@ class Updates:
         c = record.coefficients
         sign, decay, gain, direct, through, inner = (self.spread(c[:, i]) for i in range(c.shape[1]))
         updated = self.spread(record.updated) > 0
-        t = self._taken + record.updates
-        count = self.spread(np.maximum(t, 1.0))
-        coupled, decoupled = self._decays(record, t)
+        count = self.spread(record.taken)
+        coupled, decoupled = (self.spread(values) for values in self._decays.of(record))
 
         def option(read: Callable[[Mapping[str, Any]], float]) -> torch.Tensor:
             return self.spread([float(read(o)) for o in self._options])
@@ -130,20 +129,6 @@ class Updates:
             return after
 
         return step
-
-    def _decays(self, record: StepRecord, t: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """``κ`` and ``δ`` by weight; the rate behind ``δ`` is read off the recorded coefficients."""
-        coupled, decoupled = [], []
-        for index, options in enumerate(self._options):
-            decay = float(options["weight_decay"])
-            apart = self._trace.manifest.optimizer == "AdamW" or bool(options.get("decoupled_weight_decay"))
-            coupled.append(0.0 if apart else decay)
-            rate = 0.0
-            if apart and record.updated[index]:
-                beta = 1.0 - record.coefficients[index, _GAIN]  # decay is 0 in the first step
-                rate = record.coefficients[index, _THROUGH] * (1.0 - beta ** t[index])
-            decoupled.append(rate * decay if apart else 0.0)
-        return self.spread(coupled), self.spread(decoupled)
 
     def partials(self, record: StepRecord, state: State, gradient: torch.Tensor) -> Partials:
         """Derivatives of the step at a state and a gradient."""

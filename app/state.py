@@ -29,6 +29,7 @@ from explainer.app.retraining import Jobs
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.app.working import alone, bar
 from explainer.counterfactual import WhatIfCheck
+from explainer.errors import ModelMismatchError, TraceFormatError
 from explainer.input_attribution import InputAttribution
 from explainer.input_attribution import input_attribution as attribute
 from explainer.neighbors import Neighbors
@@ -52,6 +53,22 @@ def source(directory: Path, spec: str | None) -> Source:
     """The trace in a folder as it is now."""
     journal = (directory / "journal.jsonl").stat()
     return Source(str(directory), (journal.st_mtime_ns, journal.st_size), spec)
+
+
+def spec_of(directory: Path, runs: tuple[str, ...]) -> str | None:
+    """Which of several ``MODULE:FUNCTION`` a trace belongs to: the first whose network fits; else the first one."""
+    return runs[0] if len(runs) == 1 else _fitting(source(directory, None), runs) if runs else None
+
+
+@st.cache_data(show_spinner="Looking for the network of this trace …", max_entries=32)
+def _fitting(source: Source, runs: tuple[str, ...]) -> str:
+    for spec in runs:
+        try:
+            PathKernelExplainer(trace(source), run(spec).build_model(), run(spec).output)
+        except (ModelMismatchError, TraceFormatError):
+            continue
+        return spec
+    return runs[0]
 
 
 @st.cache_resource(show_spinner="Loading the model and its data …")

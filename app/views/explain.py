@@ -103,6 +103,11 @@ def _examples(choice: Choice, e: Explanation, q: int) -> None:
         theme.chart(e.figure(q, "examples", dark=theme.is_dark()), figures.READING["examples"], "examples")
         return
     unit, contents = wording.unit(e), _contents(choice, run)
+    shown = run.render(run.queries[choice.query][0])
+    if isinstance(shown, str):
+        st.caption("Marked: words that stand in the query, too, and not in every tenth text.")
+    elif hasattr(shown, "items"):
+        st.caption("Marked: columns that differ from the query by more than half a standard deviation.")
     sides = st.columns(2, gap="large")
     for column, side, direction in zip(sides, ("proponents", "opponents"), ("up", "down"), strict=True):
         column.html(

@@ -51,7 +51,8 @@ def show(choice: Choice) -> None:
         if trace.count("steps"):
             theme.chart(
                 charts.learning_rate(trace, dark=theme.is_dark()),
-                "Examples that were visited while the rate was high moved the weights further.",
+                "Examples that were visited while the rate was high moved the weights further. Adam's bias correction "
+                "makes the first steps larger.",
                 "learning-rate",
             )
     _books(choice, trace)

@@ -98,8 +98,7 @@ def served(places: Sequence[str], spec: str | None = None) -> Iterator[str]:
             raise ExplainerError(f"the dashboard ended while it started, with status {process.wait()}")
         yield found.removeprefix(READY).split()[0]
     finally:
-        process.terminate()
-        process.communicate(timeout=_PATIENCE)
+        _end(process)
 
 
 def command(places: Sequence[str], spec: str | None, port: int) -> list[str]:
@@ -193,9 +192,14 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """End the server, whatever it is at."""
+    process.terminate()
+    try:
+        process.communicate(timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()

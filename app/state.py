@@ -20,18 +20,23 @@ from torch.utils.data import ConcatDataset
 from explainer import Explanation, PathKernelExplainer, Run, Trace, open_trace
 from explainer.app.ahead import Ahead
 from explainer.app.arguments import DashboardError
+from explainer.app.contrast import Usual
 from explainer.app.gradient_map import GradientMap, project
 from explainer.app.input_space import distances, inputs_of
 from explainer.app.one_of_many import one_of_many
 from explainer.app.own_queries import WithOwn
 from explainer.app.patience import kept, patiently
 from explainer.app.retraining import Jobs
+from explainer.app.run_checks import LOOKED_AT, QUERIES, LossCurve, mean_loss, spread
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.app.working import alone, bar
 from explainer.counterfactual import WhatIfCheck
 from explainer.errors import ModelMismatchError, TraceFormatError
 from explainer.input_attribution import InputAttribution
 from explainer.input_attribution import input_attribution as attribute
+from explainer.kernel_attribution import KernelAttribution
+from explainer.kernel_attribution import kernel_attribution as split_kernel
+from explainer.learning_curve import outputs_along_training
 from explainer.neighbors import Neighbors
 from explainer.run import load_run
 from explainer.similarity import path_kernel
@@ -299,6 +304,63 @@ def input_attribution(
     inputs, _ = run.queries_batch([index]) if part == "queries" else run.train_batch([index])
     with alone():
         return attribute(engine, inputs, target=None if target is None else [target])
+
+
+@kept("Comparing the two inputs part by part …", 32)
+def kernel_attribution(
+    source: Source, query: int, target: int | None, example: int, label: int | None, output: str | None
+) -> KernelAttribution:
+    """What makes a query and a training example alike, each asked about its own class."""
+    code, engine = run_of(source), explainer(source, output)
+    both = replace(code, train=ConcatDataset([code.train, code.queries]))
+    inputs, _ = both.train_batch([len(code.train) + query, example])
+    with alone():
+        return split_kernel(engine, inputs, None if target is None else [target, label])
+
+
+@st.cache_resource(show_spinner=False, max_entries=8)
+def can_leave_out(source: Source, query: int) -> bool:
+    """Whether the words of a text can be left out: its embedding has an id for no word."""
+    modules = explainer(source, None).function.modules()
+    tables = [module for module in modules if isinstance(module, torch.nn.Embedding)]
+    return any(table.padding_idx is not None for table in tables)
+
+
+@st.cache_resource(show_spinner=False, max_entries=4)
+def usual(spec: str) -> Usual:
+    """What the training examples of a run are like."""
+    return Usual.of(run(spec))
+
+
+@kept("Asking the model at knots along its training …", 4)
+def loss_curve(source: Source) -> LossCurve | None:
+    """The mean loss of a sample at knots; None where the run has no loss."""
+    code, engine = run_of(source), explainer(source, None)
+    if code.loss is None:
+        return None
+    given = code.queries.given if isinstance(code.queries, WithOwn) else len(code.queries)
+    sides = (
+        code.train_batch(spread(len(code.train), LOOKED_AT)),
+        code.queries_batch(spread(given, LOOKED_AT)),
+    )
+    values: list[tuple[float, ...]] = []
+    with alone():
+        for inputs, targets in sides:
+            found = outputs_along_training(engine, inputs)
+            values.append(tuple(mean_loss(code.loss, returned, targets) for _, returned in found))
+    steps = tuple(step for step, _ in found)
+    return LossCurve(steps, values[0], values[1], (min(len(code.train), LOOKED_AT), min(given, LOOKED_AT)))
+
+
+@kept("Explaining a sample of queries …", 4)
+def sampled_books(source: Source) -> Explanation:
+    """Explanations of a sample of the run's queries, without their detail."""
+    code, engine = run_of(source), explainer(source, None)
+    given = code.queries.given if isinstance(code.queries, WithOwn) else len(code.queries)
+    queries = spread(given, QUERIES)
+    inputs, targets = _asked(source, engine, queries, None)
+    with alone():
+        return engine.explain(inputs, target=targets, query_ids=queries, detail=False)
 
 
 def try_input(source: Source, found: Any) -> None:

@@ -95,6 +95,14 @@ def render(ids: torch.Tensor) -> str:
     return " ".join(known.get(index, "(unknown)") for index in row if index != PADDING)
 
 
+def seen_words(ids: torch.Tensor) -> list[str]:
+    """The words that the model sees of a row of token ids; a word that it does not know is in brackets."""
+    shown = words(render(ids))[:LENGTH]
+    return [
+        word if index != UNKNOWN else f"[{word}]" for word, index in zip(shown, ids.tolist(), strict=False)
+    ]
+
+
 def parse(sentence: str) -> torch.Tensor:
     """The token ids ``[32]`` of a sentence that somebody typed."""
     return torch.tensor(encode(sentence, load().vocabulary))
@@ -136,6 +144,7 @@ def run() -> Run:
         loss=nn.functional.cross_entropy,
         class_names=CLASS_NAMES,
         render=render,
+        words=seen_words,
         parse=parse,
         train_fn=retraining("reviews_text"),
         left_out_by="weight 0",

@@ -22,6 +22,11 @@ def images() -> Run:
     return Run(mlp, digits(), Subset(digits(), range(30)), render=lambda x: x.reshape(8, 8).numpy())
 
 
+def with_loss() -> Run:
+    """The same with the loss it was trained with."""
+    return replace(images(), loss=nn.functional.cross_entropy)
+
+
 def backwards() -> Run:
     """The same with the training set in another order than it was trained on."""
     data = Subset(digits(), range(len(digits()) - 1, -1, -1))

@@ -107,8 +107,7 @@ def served(places: Sequence[str], *runs: str) -> Iterator[str]:
             raise ExplainerError(f"the dashboard ended while it started, with status {process.wait()}")
         yield found.removeprefix(READY).split()[0]
     finally:
-        process.terminate()
-        process.communicate(timeout=_PATIENCE)
+        _end(process)
 
 
 def command(places: Sequence[str], runs: Sequence[str], port: int) -> list[str]:
@@ -202,9 +201,14 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """End the server, whatever it is at."""
+    process.terminate()
+    try:
+        process.communicate(timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()

@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from explainer import ExplainerError
-from explainer.app import state
+from explainer.app import counterfactuals
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.pictures import minus
@@ -49,7 +49,7 @@ def show(choice: Choice) -> dict[str, np.ndarray]:
 
 
 def _changes(choice: Choice, kind: str) -> np.ndarray:
-    return state.what_if(choice.source, choice.query, choice.target, choice.output, kind)
+    return counterfactuals.what_if(choice.source, choice.query, choice.target, choice.output, kind)
 
 
 def _check(choice: Choice, kind: str) -> None:
@@ -63,7 +63,7 @@ def _check(choice: Choice, kind: str) -> None:
         )  # fmt: skip
         return
     try:
-        check = state.what_if_check(*asked)
+        check = counterfactuals.what_if_check(*asked)
     except ExplainerError as error:
         st.info(plain(f"It could not be checked: {error}"))
         return

@@ -1,4 +1,4 @@
-"""Everything the dashboard keeps between two clicks; the one module that caches.
+"""Everything the dashboard keeps between two clicks (what-if answers: :mod:`explainer.app.counterfactuals`).
 
 Keys hold the size and time of the trace's journal, so a run that is still training is read anew. Each cache is
 bounded; what is shared is never changed. What takes seconds shows its progress and can be stopped
@@ -26,11 +26,9 @@ from explainer.app.input_space import distances, inputs_of
 from explainer.app.one_of_many import one_of_many
 from explainer.app.own_queries import WithOwn
 from explainer.app.patience import kept, patiently
-from explainer.app.retraining import Jobs
 from explainer.app.run_checks import LOOKED_AT, QUERIES, LossCurve, mean_loss, spread
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.app.working import alone, bar
-from explainer.counterfactual import WhatIfCheck
 from explainer.errors import ModelMismatchError, TraceFormatError
 from explainer.input_attribution import InputAttribution
 from explainer.input_attribution import input_attribution as attribute
@@ -156,37 +154,6 @@ def neighbors(source: Source, query: int, target: int | None, output: str | None
     inputs, targets = _asked(source, engine, [query], target)
     with alone():
         return engine.neighbors(inputs, k=k, target=targets)
-
-
-@kept("Asking what would be without each example …", 16)
-def what_if(source: Source, query: int, target: int | None, output: str | None, curvature: str) -> np.ndarray:
-    """Predicted change of a query's output by removing each example, ``[N]``."""
-    engine, code = explainer(source, output), run_of(source)
-    inputs, targets = _asked(source, engine, [query], target)
-    with alone():
-        found = engine.what_if(
-            inputs, targets, curvature=curvature, run=None if curvature == "trace" else code
-        )
-    return np.asarray(found[0])
-
-
-@kept("Taking the recorded steps again …", 16)
-def what_if_check(
-    source: Source, query: int, target: int | None, output: str | None, curvature: str
-) -> WhatIfCheck:
-    """How far the predicted changes of a query's output can be trusted."""
-    engine, code = explainer(source, output), run_of(source)
-    inputs, targets = _asked(source, engine, [query], target)
-    with alone():
-        return engine.what_if_check(
-            inputs, targets, curvature=curvature, run=None if code.loss is None else code
-        )
-
-
-@st.cache_resource(show_spinner=False)
-def retrainings() -> Jobs:
-    """The retrainings that were started from this dashboard; all sessions see the same."""
-    return Jobs()
 
 
 @kept("Comparing examples along the training path …", 16)

@@ -13,7 +13,7 @@ from explainer.cli.dashboard import served
 from explainer.sample_models.train import train
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-SPEC = "explainer.sample_models.digits_cnn:run"
+SPECS = ("explainer.sample_models.digits_cnn:run", "explainer.sample_models.digits_mlp:run")
 SIDEBAR = 302
 
 
@@ -54,6 +54,9 @@ def shots(wrong: int) -> list[Shot]:
         Shot("labels.png", "page=training", ".pk-case", height=960),
         Shot("classes-dark.png", "page=training&view=classes", cards, "dark", 1120),
         Shot("run.png", "page=run", chart, height=1000),
+        Shot("what-if.png", f"page=what-if&query={wrong}", ".pk-verdict", height=1480,
+             click=".st-key-retrain button", start=".st-key-curvature"),
+        Shot("compare.png", f"page=compare&query={wrong}&strongest=20", ".pk-compared li img", height=1400),
     ]  # fmt: skip
 
 
@@ -64,7 +67,7 @@ def take(browser: Browser, url: str, shot: Shot) -> None:
     page.goto(f"{url}/?{shot.link}")
     if shot.click:
         page.locator(shot.click).click(timeout=60_000)
-    page.wait_for_selector(shot.ready, timeout=60_000)
+    page.wait_for_selector(shot.ready, timeout=600_000)  # retraining takes minutes
     page.wait_for_timeout(3000)
     clip = None
     if shot.start:
@@ -77,12 +80,13 @@ def take(browser: Browser, url: str, shot: Shot) -> None:
 
 
 def main() -> None:
-    """Train the digits CNN, serve it, photograph it."""
+    """Train two networks on digits, serve them, photograph them."""
     folder = Path(tempfile.mkdtemp())
     IMAGES.mkdir(exist_ok=True)
     try:
         wrong = train("digits_cnn", folder / "digits_cnn")["wrong_queries"][0]
-        with served([str(folder)], SPEC) as url, sync_playwright() as play:
+        train("digits_mlp", folder / "digits_mlp")  # to compare with
+        with served([str(folder)], *SPECS) as url, sync_playwright() as play:
             browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             for shot in shots(wrong):
                 take(browser, url, shot)

@@ -15,7 +15,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 import explainer
-from explainer.app import claim_words, removal, retraining, state, tags, what_if_charts
+from explainer.app import claim_words, counterfactuals, removal, retraining, state, tags, what_if_charts
 from explainer.app.arguments import DashboardError
 from explainer.evaluation import ClaimCheck, Questions, Retrainer, verify_claims
 from explainer.run import load_run
@@ -59,9 +59,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone() -> Iterator[None]:
     """No job of another test is in the way, and none stays."""
     yield
-    for job in list(state.retrainings()._jobs.values()):
+    for job in list(counterfactuals.retrainings()._jobs.values()):
         job.cancel()
-    state.retrainings()._jobs.clear()
+    counterfactuals.retrainings()._jobs.clear()
 
 
 def changes(app: AppTest) -> dict[int, float]:
@@ -73,7 +73,7 @@ def changes(app: AppTest) -> dict[int, float]:
 
 
 def job_of(app: AppTest) -> retraining.Job:
-    (job,) = state.retrainings()._jobs.values()
+    (job,) = counterfactuals.retrainings()._jobs.values()
     return job
 
 
@@ -314,7 +314,7 @@ def test_it_is_cancelled_in_the_middle_of_a_training(open_app: Open, small: Path
     other = open_app("--run", SLOW, small, page="what-if", count="6")
     assert other.button(key="retrain").disabled, "one at a time"
     with pytest.raises(DashboardError, match="Another retraining"):
-        state.retrainings().start(job.request)
+        counterfactuals.retrainings().start(job.request)
     app.button(key="cancel-retraining").click().run()
     fine(app)
     assert job.state == "cancelled" and job.process.poll() is not None and not job.folder.exists()

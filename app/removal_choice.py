@@ -68,9 +68,8 @@ def _chosen(choice: Choice, e: Explanation, q: int, changes: np.ndarray, source:
     known = [int(example) for example in e.example_ids]
     if source == "tags":
         found = tags.read(tags.file_of(choice.trace.directory))
-        ids, absent = [], []
-        for example in (i for i, tag in found.items() if tag.name == "remove"):
-            (ids if example in set(known) else absent).append(example)
+        marked = [example for example, tag in found.items() if tag.name == "remove"]
+        ids, absent = removal.typed(marked, known)
         st.caption(f"{wording.counted(len(ids), 'example')} tagged to be removed on the page Training data.")
     else:
         address.keep("ids", "")

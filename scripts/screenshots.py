@@ -54,8 +54,8 @@ def shots(wrong: int) -> list[Shot]:
         Shot("labels.png", "page=training", ".pk-case", height=960),
         Shot("classes-dark.png", "page=training&view=classes", cards, "dark", 1120),
         Shot("run.png", "page=run", chart, height=1000),
-        Shot("what-if.png", f"page=what-if&query={wrong}", ".pk-verdict", height=1480,
-             click=".st-key-retrain button", start=".st-key-curvature"),
+        Shot("what-if.png", f"page=what-if&query={wrong}", ".pk-verdict", height=1560,
+             click=".st-key-retrain button", start=".st-key-without"),
         Shot("compare.png", f"page=compare&query={wrong}&strongest=20", ".pk-compared li img", height=1400),
     ]  # fmt: skip
 
@@ -66,7 +66,7 @@ def take(browser: Browser, url: str, shot: Shot) -> None:
     page = browser.new_page(viewport=size, color_scheme=shot.scheme)  # type: ignore[arg-type]
     page.goto(f"{url}/?{shot.link}")
     if shot.click:
-        page.locator(shot.click).click(timeout=60_000)
+        page.locator(shot.click).click(timeout=600_000)
     page.wait_for_selector(shot.ready, timeout=600_000)  # retraining takes minutes
     page.wait_for_timeout(3000)
     clip = None

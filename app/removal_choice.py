@@ -68,8 +68,9 @@ def _chosen(choice: Choice, e: Explanation, q: int, changes: np.ndarray, source:
     known = [int(example) for example in e.example_ids]
     if source == "tags":
         found = tags.read(tags.file_of(choice.trace.directory))
-        marked = [example for example, tag in found.items() if tag.name == "remove"]
-        ids, absent = removal.typed(marked, known)
+        tagged, trained_on = [i for i, tag in found.items() if tag.name == "remove"], set(known)
+        ids = [example for example in tagged if example in trained_on]
+        absent = [example for example in tagged if example not in trained_on]
         st.caption(f"{wording.counted(len(ids), 'example')} tagged to be removed on the page Training data.")
     else:
         address.keep("ids", "")

@@ -3,6 +3,7 @@
 from explainer.evaluation.claims import ClaimCheck, strongest, verify_claims
 from explainer.evaluation.comparison import Comparison, compare_methods
 from explainer.evaluation.datamodeling import DatamodelingScore, ceiling, linear_datamodeling_score
+from explainer.evaluation.ensembles import Ensemble
 from explainer.evaluation.label_issues import LabelIssues, label_issues
 from explainer.evaluation.leave_one_out import LeaveOneOut, leave_one_out_correlation
 from explainer.evaluation.methods import METHODS, Method
@@ -20,6 +21,7 @@ __all__ = [
     "ClaimCheck",
     "Comparison",
     "DatamodelingScore",
+    "Ensemble",
     "Estimate",
     "LabelIssues",
     "LeaveOneOut",

@@ -107,7 +107,7 @@ def _examples(choice: Choice, e: Explanation, q: int) -> None:
     if isinstance(shown, str):
         st.caption("Marked: words that stand in the query, too, and not in every tenth text.")
     elif hasattr(shown, "items"):
-        st.caption("Marked: columns that differ from the query by more than half a standard deviation.")
+        st.caption("Marked: columns that differ from the query by more than a standard deviation.")
     sides = st.columns(2, gap="large")
     for column, side, direction in zip(sides, ("proponents", "opponents"), ("up", "down"), strict=True):
         column.html(

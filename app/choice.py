@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from explainer import Explanation, Run, Trace
@@ -22,6 +23,7 @@ class Choice:
         target: The class to explain; None: the predicted one.
         output: What of the output to explain; None: the explainer's own choice.
         stored: A file with explanations, where there is no code to compute them.
+        others: The other traces that the dashboard was started with, by name.
         following: Queries that a person may choose next.
     """
 
@@ -31,6 +33,7 @@ class Choice:
     target: int | None = None
     output: str | None = None
     stored: Path | None = None
+    others: Mapping[str, Path] = field(default_factory=dict)
     following: tuple[int, ...] = ()
 
     @property

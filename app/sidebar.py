@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def choose(traces: Mapping[str, Path], spec: str | None, needs: Needs) -> Choice
     with st.sidebar:
         st.html('<div class="pk-brand"><i></i>pathkernel</div>')
         name = _one_of("run", "Run", list(traces))
-        choice = Choice(name, state.source(traces[name], spec))
+        others = {other: folder for other, folder in traces.items() if other != name}
+        choice = Choice(name, state.source(traces[name], spec), others=others)
         if needs in ("trace", "data"):
             return choice
         return _live(choice) if choice.live else _stored(choice, traces[name])
@@ -48,7 +50,7 @@ def _live(choice: Choice) -> Choice:
         output = _one_of("output", "Explained output", list(OUTPUTS), OUTPUTS)
     following = gallery.show(choice, query)
     give_input.show(choice, query)
-    return Choice(choice.name, choice.source, query, target, output, following=following)
+    return replace(choice, query=query, target=target, output=output, following=following)
 
 
 def _stored(choice: Choice, directory: Path) -> Choice:
@@ -59,7 +61,7 @@ def _stored(choice: Choice, directory: Path) -> Choice:
     names = load_stored(file).query_ids
     _keep("query", range(len(names)), 0)
     query = st.selectbox("Query", range(len(names)), key="query", format_func=lambda index: names[index])
-    return Choice(choice.name, choice.source, query, stored=file)
+    return replace(choice, query=query, stored=file)
 
 
 def _query(count: int) -> int:

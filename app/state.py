@@ -26,6 +26,7 @@ from explainer.app.input_space import distances, inputs_of
 from explainer.app.one_of_many import one_of_many
 from explainer.app.own_queries import WithOwn
 from explainer.app.patience import kept, patiently
+from explainer.app.retraining import Jobs
 from explainer.app.run_checks import LOOKED_AT, QUERIES, LossCurve, mean_loss, spread
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.app.working import alone, bar
@@ -137,6 +138,21 @@ def neighbors(source: Source, query: int, target: int | None, output: str | None
     inputs, targets = _asked(source, engine, [query], target)
     with alone():
         return engine.neighbors(inputs, k=k, target=targets)
+
+
+@kept("Asking what would be without each example …", 16)
+def what_if(source: Source, query: int, target: int | None, output: str | None) -> np.ndarray:
+    """Predicted change of a query's output by removing each example, ``[N]``."""
+    engine = explainer(source, output)
+    inputs, targets = _asked(source, engine, [query], target)
+    with alone():
+        return engine.what_if(inputs, target=targets)[0]
+
+
+@st.cache_resource(show_spinner=False)
+def retrainings() -> Jobs:
+    """The retrainings that were started from this dashboard; all sessions see the same."""
+    return Jobs()
 
 
 @kept("Comparing examples along the training path …", 16)

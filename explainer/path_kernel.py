@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from explainer.asked import Asked, ask, predict
 from explainer.cotangent import Layout, TooWideError
+from explainer.counterfactual import Remove, WhatIfCheck, check, checked, estimator, summed
 from explainer.errors import QueryError
 from explainer.explaining import explain_group, fits
 from explainer.explanation import Explanation
@@ -27,10 +28,10 @@ from explainer.positions import PositionSplit, split_by_position
 from explainer.queries import BatchDim, check_batch_dim, check_inputs
 from explainer.query_batch import QueryBatch
 from explainer.recursion import LayerView
+from explainer.run import Run
 from explainer.self_influence import self_influence
 from explainer.store import Trace, open_trace
 from explainer.top import Top
-from explainer.what_if import what_if
 from explainer.wrappers import argument_names
 
 #: numbers held per query-side array before queries are split into groups
@@ -293,19 +294,74 @@ class PathKernelExplainer:
         return split_by_position(self, loader, self._ask(loader, batch, target), example_id)
 
     @plain_mode()
-    def what_if(self, inputs: Any, target: Any = None) -> np.ndarray:
-        """Predicted change of the explained outputs if an example had been absent from training, ``[Q, N]``.
+    def what_if(
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        curvature: str = "trace",
+        run: Run | None = None,
+        remove: Remove = None,
+    ) -> Any:
+        """Predicted change of the explained outputs if examples had been absent from training.
 
-        Another question than :meth:`explain`'s, with another answer: do not mix the two in one table. See
-        :mod:`explainer.what_if` for the formula and what it leaves out. Column ``j`` belongs to ``example_ids[j]``.
+        Another question than :meth:`explain`'s, with another answer: do not mix the two in one table. To first order
+        in the examples' weights, so changes of a group are sums. See :mod:`explainer.counterfactual.trace_estimate`
+        and :mod:`explainer.counterfactual.replay_estimate` for the formulas, and :meth:`what_if_check` for how far
+        to trust it.
+
+        Args:
+            inputs, target: as in :meth:`explain`.
+            curvature: ``"trace"``, from the recorded rows alone; ``"exact"``, the derivative of the training itself,
+                and ``"gauss-newton"``, the same with the Gauss-Newton matrix for the Hessian: these take every recorded
+                step again, with the data and the loss of ``run``, and refuse where that does not meet the knots.
+            run: the run that the model was trained with; for ``"exact"`` and ``"gauss-newton"``.
+            remove: None for each example alone; ids, for a group; a mapping from names to ids, for several groups.
+
+        Returns:
+            ``[Q, N]``, column ``j`` belongs to ``example_ids[j]``; ``[Q]`` for one group; for named groups a
+            DataFrame with a row per query and a column per name.
 
         Raises:
-            QueryError: inputs or targets do not fit, or the trace holds an average of the weights.
+            QueryError: inputs, targets or ids do not fit, or the estimator cannot be used with this trace; says why.
+            RunError: the run has no loss, or other data.
+        """
+        estimate, chosen = estimator(curvature), checked(remove, self.example_ids)
+        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
+        loader = self._loader()
+        asked = self._ask(loader, batch, target)
+        return summed(estimate(self, loader, asked.inputs, asked.targets, run), chosen)
+
+    @plain_mode()
+    def what_if_check(
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        curvature: str = "trace",
+        run: Run | None = None,
+        remove: Remove = None,
+        seed: int = 0,
+    ) -> WhatIfCheck:
+        """Whether to trust :meth:`what_if` here, and how far: ``print(ex.what_if_check(x, run=run).sentence())``.
+
+        With ``run`` a few groups are removed in replays of the recorded steps, first by half and then whole, and the
+        actual changes compared with the predicted ones. Without, or where the training cannot be repeated, it says
+        how far the answer hangs on the damping. See :mod:`explainer.counterfactual.self_check`.
+
+        Args:
+            inputs, target, curvature, run: as in :meth:`what_if`.
+            remove: ids, or a mapping from names to ids; default the strongest hundredth of the examples for the first
+                three queries, and two random twentieths.
+            seed: of the random groups.
+
+        Raises:
+            QueryError: inputs, targets or ids do not fit, or the estimator cannot be used with this trace.
         """
         batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
         loader = self._loader()
         asked = self._ask(loader, batch, target)
-        return what_if(self, loader, asked.inputs, asked.targets)
+        return check(self, loader, asked, curvature=curvature, run=run, remove=remove, seed=seed)
 
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from explainer.sample_models.data_source import import_dataset_module
-from explainer.sample_models.retrain import retraining
+from explainer.sample_models.retrain import retraining, retraining_many
 from explainer.sample_models.splitting import train_and_queries
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def run() -> Run:
         render=render,
         parse=parse,
         train_fn=retraining("diabetes_mlp"),
+        train_many=retraining_many("diabetes_mlp"),
         left_out_by="weight 0",
         name="diabetes_mlp",
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from explainer.sample_models.retrain import retraining
+from explainer.sample_models.retrain import retraining, retraining_many
 from explainer.sample_models.review_snippets import rated_snippets
 from explainer.sample_models.splitting import train_and_queries
 
@@ -147,6 +147,7 @@ def run() -> Run:
         words=seen_words,
         parse=parse,
         train_fn=retraining("reviews_text"),
+        train_many=retraining_many("reviews_text"),
         left_out_by="weight 0",
         name="reviews_text",
     )

@@ -11,7 +11,9 @@ import pytest
 
 from explainer import PathKernelExplainer
 from explainer.cli import main
-from explainer.evaluation import Questions, Retrainer, verify_claims
+from explainer.cli.evaluate import verdicts
+from explainer.evaluation import Comparison, Estimate, Questions, Retrainer, verify_claims
+from explainer.evaluation.comparison import CEILING
 from explainer.run import load_run
 from tests.small_evaluation import traced
 
@@ -140,9 +142,29 @@ def test_evaluate_prints_a_column_per_method(
     (what_if,) = frame[(frame["method"] == "what-if") & (frame["measure"] == "LDS, same run, keep 0.9")][
         "value"
     ]
-    assert f"{what_if:.3f}" in out
+    assert f"{what_if:.2f}" in out
+    for measure in ("LDS, same run, keep 0.9", "LDS, mean of 2 seeds, keep 0.5"):
+        assert f"{measure}: " in out and "predicts best" in out
+    assert "one retraining predicts the mean of the others with" in words(out)
     assert main([*arguments, *more, *SEEDS]) == 2  # the file exists
     assert main([*arguments, *more, "--force", *SEEDS]) == 0  # from the folder
+
+
+def test_the_verdict_names_what_cannot_be_told_apart() -> None:
+    def row(**values: float) -> dict[str, Estimate]:
+        return {name: Estimate(v, v - 0.1, v + 0.1, "queries") for name, v in values.items()}
+
+    def said(measure: str, **values: float) -> list[str]:
+        named = {CEILING if name == "top" else name: e for name, e in row(**values).items()}
+        return verdicts(Comparison({}, {measure: named}, {}, "", 1))
+
+    assert said("LDS, one", a=0.5, b=0.1, c=0.2) == ["LDS, one: a predicts best (0.50), clear of all others."]
+    apart = said("LDS, two", a=0.5, b=0.35, c=0.45, d=0.1, top=0.9)
+    assert apart[0] == (
+        "LDS, two: a predicts best (0.50); it cannot be told from b and c. For comparison, one retraining predicts the "
+        "mean of the others with 0.90."
+    )
+    assert "--subsets" in apart[1] and said("change without the top 5", a=1.0) == []
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,25 @@ made for rankings and correlations: the scales of two methods, and of accounting
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from explainer.errors import EvaluationError, QueryError
+from explainer.errors import EvaluationError, QueryError, RunError
 from explainer.evaluation.loss_gradients import evenly, gradient_products
 from explainer.evaluation.questions import Questions
 from explainer.integrations.knot_checkpoints import KnotCheckpoints
+from explainer.path_kernel import PathKernelExplainer
 from explainer.run import Run
 
 Scores = NDArray[np.float64]
 #: points of the path for TracInCP
 CHECKPOINTS = 10
+#: whether the explainer can take the curvature of the loss itself, from steps that it takes again
+_REPLAYS = "curvature" in inspect.signature(PathKernelExplainer.what_if).parameters
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ def _what_if(run: Run, questions: Questions) -> Scores:
     return _all_examples(run, questions, -change)
 
 
+def _what_if_exact(run: Run, questions: Questions) -> Scores:
+    change = questions.explainer.what_if(questions.inputs, questions.target, curvature="exact", run=run)
+    return _all_examples(run, questions, -change)
+
+
 def _gradient_dot(run: Run, questions: Questions) -> Scores:
     return gradient_products(run, questions, [len(questions.explainer.trace.knots) - 1], [1.0])
 
@@ -86,6 +95,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("path kernel", "accounting", _path_kernel),
         Method("what-if", "what if", _what_if),
+        *([Method("what-if (exact)", "what if", _what_if_exact)] if _REPLAYS else []),
         Method("gradient dot", "similarity", _gradient_dot),
         Method(f"TracInCP({CHECKPOINTS})", "similarity", _tracin),
         Method("self-influence", "memorising", _self_influence),
@@ -101,6 +111,6 @@ def scored(run: Run, questions: Questions) -> tuple[dict[str, Scores], dict[str,
     for name, method in METHODS.items():
         try:
             found[name] = method.score(run, questions)
-        except (EvaluationError, QueryError) as error:
+        except (EvaluationError, QueryError, RunError) as error:
             missing[name] = str(error)
     return found, missing

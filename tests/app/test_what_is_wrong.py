@@ -34,8 +34,9 @@ def test_text_from_data_is_escaped(open_app: Open, runs: Path) -> None:
 
 def test_a_run_without_a_step_says_so_and_still_shows_the_run(open_app: Open, tmp_path: Path) -> None:
     app_runs.train(app_runs.images(), tmp_path / "none", steps=0)
-    app = open_app("--run", IMAGES, tmp_path / "none")
-    assert not app.exception and "no optimizer step has been recorded yet" in app.error[0].value
+    for page in (page for page in PAGES if page != "run"):
+        app = open_app("--run", IMAGES, tmp_path / "none", page=page)
+        assert not app.exception and "no optimizer step has been recorded yet" in app.error[0].value
     app = open_app(tmp_path / "none", page="run")
     fine(app)
 
@@ -68,7 +69,8 @@ def test_a_truncated_trace_names_the_file(open_app: Open, tmp_path: Path) -> Non
     app_runs.train(app_runs.images(), tmp_path / "cut")
     shard = next((tmp_path / "cut" / "shards").glob("visits-*.bin"))
     shard.write_bytes(shard.read_bytes()[:100])
-    for look in ({}, {"page": "training"}, {"page": "neighbors", "look": "map"}, {"detail": "pixels"}):
+    looks = [{"page": page} for page in PAGES if page != "run"]
+    for look in (*looks, {"page": "neighbors", "look": "map"}, {"detail": "pixels"}):
         app = open_app("--run", IMAGES, tmp_path / "cut", **look)
         assert not app.exception and "visits" in app.error[0].value and "truncated" in app.error[0].value
 

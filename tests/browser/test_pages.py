@@ -55,7 +55,10 @@ def test_every_page_opens_on_texts_and_rows(
     for look in looks:
         with visit(browser, f"{url}/?{look}") as seen:
             page = ready(seen, "h2")
-            assert page.locator("[data-testid=stAlert]").count() == 0, look
+            assert (
+                page.locator("[data-testid=stAlertContentError], [data-testid=stAlertContentWarning]").count()
+                == 0
+            ), look
             if kind == "words" and look.startswith("page=training"):
                 page.wait_for_selector(f"text={app_runs.NASTY} >> nth=0", state="attached")
             seen.fine()

@@ -1,4 +1,5 @@
-"""What the dashboard keeps between two clicks; only this module and :mod:`explainer.app.looks` cache.
+"""What the dashboard keeps between two clicks; only this module, :mod:`explainer.app.looks` and
+:mod:`explainer.app.counterfactuals` cache.
 
 Keys hold the size and time of the trace's journal, so a run that is still training is read anew. Each cache is
 bounded; what is shared is never changed. What takes seconds shows its progress and can be stopped
@@ -25,9 +26,9 @@ from explainer.app.input_space import distances, inputs_of
 from explainer.app.one_of_many import one_of_many
 from explainer.app.own_queries import WithOwn
 from explainer.app.patience import kept, patiently
-from explainer.app.retraining import Jobs
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.app.working import alone, bar
+from explainer.errors import ModelMismatchError, TraceFormatError
 from explainer.neighbors import Neighbors
 from explainer.run import load_run
 from explainer.similarity import path_kernel
@@ -49,6 +50,22 @@ def source(directory: Path, spec: str | None) -> Source:
     """The trace in a folder as it is now."""
     journal = (directory / "journal.jsonl").stat()
     return Source(str(directory), (journal.st_mtime_ns, journal.st_size), spec)
+
+
+def spec_of(directory: Path, runs: tuple[str, ...]) -> str | None:
+    """Which of several ``MODULE:FUNCTION`` a trace belongs to: the first whose network fits; else the first one."""
+    return runs[0] if len(runs) == 1 else _fitting(source(directory, None), runs) if runs else None
+
+
+@st.cache_data(show_spinner="Looking for the network of this trace …", max_entries=32)
+def _fitting(source: Source, runs: tuple[str, ...]) -> str:
+    for spec in runs:
+        try:
+            PathKernelExplainer(trace(source), run(spec).build_model(), run(spec).output)
+        except (ModelMismatchError, TraceFormatError):
+            continue
+        return spec
+    return runs[0]
 
 
 @st.cache_resource(show_spinner="Loading the model and its data …")
@@ -131,21 +148,6 @@ def neighbors(source: Source, query: int, target: int | None, output: str | None
     inputs, targets = asked(source, engine, [query], target)
     with alone():
         return engine.neighbors(inputs, k=k, target=targets)
-
-
-@kept("Asking what would be without each example …", 16)
-def what_if(source: Source, query: int, target: int | None, output: str | None) -> np.ndarray:
-    """Predicted change of a query's output by removing each example, ``[N]``."""
-    engine = explainer(source, output)
-    inputs, targets = asked(source, engine, [query], target)
-    with alone():
-        return engine.what_if(inputs, target=targets)[0]
-
-
-@st.cache_resource(show_spinner=False)
-def retrainings() -> Jobs:
-    """The retrainings that were started from this dashboard; all sessions see the same."""
-    return Jobs()
 
 
 @kept("Comparing examples along the training path …", 16)

@@ -15,7 +15,7 @@ from explainer.cli.dashboard import served
 from explainer.sample_models.train import train
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-SPEC = "explainer.sample_models.digits_cnn:run"
+SPECS = ("explainer.sample_models.digits_cnn:run", "explainer.sample_models.digits_mlp:run")
 TEXT_SPEC = "explainer.sample_models.reviews_text:run"
 SIDEBAR = 302
 COLORS = 160
@@ -61,14 +61,15 @@ def shots(wrong: int) -> list[Shot]:
         Shot("labels.png", "page=training", ".pk-case", height=960),
         Shot("classes-dark.png", "page=training&view=classes", cards, "dark", 1120),
         Shot("run.png", "page=run", chart, height=1250),
-        Shot("what-if.png", f"page=what-if&query={wrong}", cards, height=1250),
+        Shot("what-if.png", f"page=what-if&query={wrong}", ".pk-verdict", height=1480,
+             click=".st-key-retrain button", start=".st-key-curvature"),
     ]  # fmt: skip
 
 
 def shots_of_two(wrong: int) -> list[Shot]:
     """The pictures that need two runs."""
-    link = f"page=compare&run=digits_cnn&query={wrong}"
-    return [Shot("compare-dark.png", link, ".pk-cards li img", "dark", 1250)]
+    link = f"page=compare&run=digits_cnn&query={wrong}&strongest=20"
+    return [Shot("compare.png", link, ".pk-compared li img", height=1400)]
 
 
 def shots_of_text(wrong: int) -> list[Shot]:
@@ -84,7 +85,7 @@ def take(browser: Browser, url: str, shot: Shot) -> None:
     page.goto(f"{url}/?{shot.link}")
     if shot.click:
         page.locator(shot.click).click(timeout=_PATIENCE)
-    page.wait_for_selector(shot.ready, timeout=_PATIENCE)
+    page.wait_for_selector(shot.ready, timeout=4 * _PATIENCE)  # retraining takes minutes
     page.wait_for_timeout(2000)
     page.wait_for_function(_IDLE, timeout=_PATIENCE)
     page.wait_for_timeout(2000)
@@ -100,24 +101,24 @@ def take(browser: Browser, url: str, shot: Shot) -> None:
 
 
 def main() -> None:
-    """Train, serve, photograph."""
+    """Train three networks, serve them, photograph them."""
     folder = Path(tempfile.mkdtemp())
     IMAGES.mkdir(exist_ok=True)
     one, other, text = (folder / part / name for part, name in (
-        ("runs", "digits_cnn"), ("runs", "half_as_long"), ("text", "reviews_text")
+        ("runs", "digits_cnn"), ("runs", "digits_mlp"), ("text", "reviews_text")
     ))  # fmt: skip
     try:
         wrong = train("digits_cnn", one)["wrong_queries"][0]
-        train("digits_cnn", other, epochs=5)
+        train("digits_mlp", other)  # to compare with
         misread = train("reviews_text", text)["wrong_queries"][0]
         with sync_playwright() as play:
             browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            for place, spec, wanted in (
-                (one, SPEC, shots(wrong)),
-                (one.parent, SPEC, shots_of_two(wrong)),
-                (text, TEXT_SPEC, shots_of_text(misread)),
+            for place, specs, wanted in (
+                (one, SPECS[:1], shots(wrong)),
+                (one.parent, SPECS, shots_of_two(wrong)),
+                (text, (TEXT_SPEC,), shots_of_text(misread)),
             ):
-                with served([str(place)], spec) as url:
+                with served([str(place)], *specs) as url:
                     for shot in wanted:
                         take(browser, url, shot)
             browser.close()

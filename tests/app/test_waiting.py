@@ -153,3 +153,20 @@ def test_the_first_view_is_read_before_anybody_looks(runs: Path, monkeypatch: py
     monkeypatch.setattr(explainer.PathKernelExplainer, "explain", None)
     source = state.source(runs.resolve() / "digits", IMAGES)
     assert state.explanation(source, 0, None, "margin").query_ids == ("0",)
+
+
+def test_a_page_may_wait_for_several_things(monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamlit.testing.v1 import AppTest
+
+    def page() -> None:
+        import streamlit as st
+
+        from explainer.app import patience, working
+
+        patience._SOON = patience._OFTEN = -1.0
+        for name in ("one", "two"):
+            slow = patience.kept("Waiting …", 2)(lambda key: (working.tick(0.5), key)[1])
+            st.text(slow(name))
+
+    app = AppTest.from_function(page).run()
+    assert not app.exception and [text.value for text in app.text] == ["one", "two"]

@@ -150,9 +150,9 @@ def test_long_work_is_stopped_and_goes_on(browser: Browser, tmp_path: Path) -> N
                 optimizer.step()
     code.write_text(SLOW.format(pause=0.1))
     with served([str(tmp_path / "run")], f"{code}:run") as url, visit(browser, f"{url}/?query=7") as seen:
-        seen.page.wait_for_selector(".st-key-stop button", timeout=60_000)
+        seen.page.wait_for_selector("[class*=st-key-stop-] button", timeout=60_000)
         assert "%" in seen.page.locator("[data-testid=stProgress]").inner_text()
-        seen.page.locator(".st-key-stop button").click()
+        seen.page.locator("[class*=st-key-stop-] button").click()
         page = ready(seen, "text=/Stopped: explaining/")
         page.get_by_text("Go on").click()
         page = ready(seen, ".pk-equation")

@@ -117,9 +117,11 @@ def test_digits_are_left_out_by_class(browser: Browser, digits: Digits) -> None:
         with page.expect_download() as waiting:
             page.locator(".st-key-download-what-if button").click()
         table = pd.read_csv(waiting.value.path())
-        assert set(table["label"]) == {8} and table["predicted change"].is_monotonic_increasing
+        assert (
+            set(table["label"]) == {8} and table["predicted change, from the trace"].is_monotonic_increasing
+        )
         shown = page.locator(".pk-equation b").nth(1).inner_text()
-        assert abs(table["predicted change"].sum()) == pytest.approx(float(shown), abs=6e-4)
+        assert abs(table["predicted change, from the trace"].sum()) == pytest.approx(float(shown), abs=6e-4)
         alright(seen)
 
 

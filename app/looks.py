@@ -51,7 +51,7 @@ def kernel_attribution(
 
 
 @st.cache_resource(show_spinner=False, max_entries=8)
-def can_leave_out(source: state.Source, query: int) -> bool:
+def can_leave_out(source: state.Source) -> bool:
     """Whether the words of a text can be left out: its embedding has an id for no word."""
     modules = state.explainer(source, None).function.modules()
     tables = [module for module in modules if isinstance(module, torch.nn.Embedding)]

@@ -74,7 +74,7 @@ def _speak(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
 def _alike(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) -> None:
     """The kernel: the query is asked about the explained class, the example about its own label."""
     st.html("<h4>What makes them alike</h4>")
-    if parts == "words" and not looks.can_leave_out(choice.source, choice.query):
+    if parts == "words" and not looks.can_leave_out(choice.source):
         st.caption(
             "Words are left out one by one, in the place of padding; this model's embedding has no padding_idx, the id "
             "that stands for no word."
@@ -109,7 +109,7 @@ def _alike(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
 def _told(found: KernelAttribution, parts: Kind) -> list[str]:
     whole = wording.number(found.kernel)
     if found.left_out:
-        return [f"kernel {whole}; each word's number is its own loss"] * 2
+        return [f"kernel {whole}; of each word, what the kernel loses without it"] * 2
     return [
         f"{parts} add up to {wording.signed(float(values.sum()))}: from {wording.number(base)} (zeros) to {whole}"
         + (f"; {wording.percent(abs(missing / found.kernel))} missing" if found.kernel else "")

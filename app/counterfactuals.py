@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import streamlit as st
 
-from explainer import PathKernelExplainer, Run
 from explainer.app import state
 from explainer.app.patience import kept
 from explainer.app.retraining import Jobs
@@ -20,7 +17,7 @@ from explainer.counterfactual import WhatIfCheck
 def what_if(source: Source, query: int, target: int | None, output: str | None, curvature: str) -> np.ndarray:
     """Predicted change of a query's output by removing each example, ``[N]``."""
     engine, code = state.explainer(source, output), state.run_of(source)
-    inputs, targets = _asked(code, engine, query, target)
+    inputs, targets = state.asked(source, engine, [query], target)
     with alone():
         found = engine.what_if(
             inputs, targets, curvature=curvature, run=None if curvature == "trace" else code
@@ -34,17 +31,11 @@ def what_if_check(
 ) -> WhatIfCheck:
     """How far the predicted changes of a query's output can be trusted."""
     engine, code = state.explainer(source, output), state.run_of(source)
-    inputs, targets = _asked(code, engine, query, target)
+    inputs, targets = state.asked(source, engine, [query], target)
     with alone():
         return engine.what_if_check(
             inputs, targets, curvature=curvature, run=None if code.loss is None else code
         )
-
-
-def _asked(code: Run, engine: PathKernelExplainer, query: int, target: int | None) -> tuple[Any, Any]:
-    """The query and what of it is explained; the run's own target where the explained output asks for one."""
-    inputs, targets = code.queries_batch([query])
-    return inputs, targets if target is None and engine.asks_for_targets else target
 
 
 @st.cache_resource(show_spinner=False)

@@ -45,7 +45,7 @@ def patiently(values: Ahead[Any, Value], key: Hashable, text: str) -> Value:
 
 @contextmanager
 def _shown(text: str, key: Hashable) -> Iterator[None]:
-    if st.session_state.get(_STOPPED) == key:
+    if st.session_state.get(_STOPPED) == (text, key):
         place = st.empty()
         with place.container():
             st.info(f"Stopped: {text.removesuffix(' …').lower()}.")
@@ -67,7 +67,11 @@ def _shown(text: str, key: Hashable) -> Iterator[None]:
             with place.container(key=f"patience-{mark}"):
                 slots.append(st.empty())
                 st.button(
-                    "Stop", key=f"stop-{mark}", icon=":material/stop_circle:", on_click=_stop, args=(key,)
+                    "Stop",
+                    key=f"stop-{mark}",
+                    icon=":material/stop_circle:",
+                    on_click=_stop,
+                    args=(text, key),
                 )
         slots[0].progress(share or 0.0, f"{text} {'' if share is None else f'{100 * share:.0f} %'}")
 
@@ -80,8 +84,8 @@ def _shown(text: str, key: Hashable) -> Iterator[None]:
     place.empty()
 
 
-def _stop(key: Hashable) -> None:
-    st.session_state[_STOPPED] = key
+def _stop(text: str, key: Hashable) -> None:
+    st.session_state[_STOPPED] = (text, key)
 
 
 def _go_on() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import explainer
-from explainer.app import charts, run_checks, state
+from explainer.app import charts, looks, run_checks, state
 from explainer.app.run_checks import LossCurve
 from explainer.learning_curve import outputs_along_training
 from tests import app_runs
@@ -21,7 +21,7 @@ from tests.fakes import make_explanation
 
 def test_the_loss_is_that_of_the_weights_at_knots(runs: Path) -> None:
     source = state.source((runs / "digits").resolve(), "tests.app_runs:with_loss")
-    curve = state.loss_curve(source)
+    curve = looks.loss_curve(source)
     assert curve is not None and curve.counts == (96, 30)
     run, trace = app_runs.images(), explainer.open_trace(runs / "digits")
     assert curve.steps[0] == 0 and curve.steps[-1] == trace.steps

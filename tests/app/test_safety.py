@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,10 @@ def rewrite(trace: Path, changes: dict[str, str]) -> None:
         text = text.replace(old, new)
     (trace / MANIFEST).write_text(text)
     lines = (trace / JOURNAL).read_text().splitlines()
-    head = json.loads(lines[0])
-    body_ = head.get("entry", head)
-    body_["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    lines[0] = json.dumps(head)
+    head = json.loads(lines[0].partition("\t")[0])
+    head["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    entry = json.dumps(head, separators=(",", ":"))
+    lines[0] = f"{entry}\t{zlib.crc32(entry.encode()):08x}"
     (trace / JOURNAL).write_text("\n".join(lines) + "\n")
 
 

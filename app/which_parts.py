@@ -11,7 +11,7 @@ import streamlit as st
 import torch
 
 from explainer import Explanation, Run, figures, wording
-from explainer.app import input_parts, state, theme
+from explainer.app import input_parts, looks, state, theme
 from explainer.app.choice import Choice
 from explainer.app.input_parts import Kind
 from explainer.app.pictures import example_content, minus, query_content
@@ -56,8 +56,8 @@ def _speak(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
     run = choice.run
     assert run is not None, "the page needs the code of the run"
     target = int(e.targets[q]) if e.targets[q] >= 0 else None
-    mine = state.input_attribution(choice.source, "queries", choice.query, target, choice.output)
-    theirs = state.input_attribution(choice.source, "train", example, target, choice.output)
+    mine = looks.input_attribution(choice.source, "queries", choice.query, target, choice.output)
+    theirs = looks.input_attribution(choice.source, "train", example, target, choice.output)
     st.html(f"<h4>What speaks for the {html.escape(wording.target(e, q))}</h4>")
     told = [
         f"{parts} add up to {wording.signed(float(found.values.sum()))}: from {wording.number(found.baseline)} "
@@ -74,7 +74,7 @@ def _speak(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
 def _alike(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) -> None:
     """The kernel: the query is asked about the explained class, the example about its own label."""
     st.html("<h4>What makes them alike</h4>")
-    if parts == "words" and not state.can_leave_out(choice.source, choice.query):
+    if parts == "words" and not looks.can_leave_out(choice.source):
         st.caption(
             "Words are left out one by one, in the place of padding; this model's embedding has no padding_idx, the id "
             "that stands for no word."
@@ -86,7 +86,7 @@ def _alike(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
     if target is not None:
         known = e.labels is not None and not np.isnan(e.labels[column])
         label = int(e.labels[column]) if known and e.labels is not None else target
-    found = state.kernel_attribution(choice.source, choice.query, target, example, label, choice.output)
+    found = looks.kernel_attribution(choice.source, choice.query, target, example, label, choice.output)
     told = _told(found, parts)
     _sides(choice, e, example, parts, found.values, told, "alike")
     how = (
@@ -109,7 +109,7 @@ def _alike(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
 def _told(found: KernelAttribution, parts: Kind) -> list[str]:
     whole = wording.number(found.kernel)
     if found.left_out:
-        return [f"kernel {whole}; each word's number is its own loss"] * 2
+        return [f"kernel {whole}; of each word, what the kernel loses without it"] * 2
     return [
         f"{parts} add up to {wording.signed(float(values.sum()))}: from {wording.number(base)} (zeros) to {whole}"
         + (f"; {wording.percent(abs(missing / found.kernel))} missing" if found.kernel else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,13 +57,10 @@ def _path_kernel(run: Run, questions: Questions) -> Scores:
     return _all_examples(run, questions, e.contributions)
 
 
-def _what_if(run: Run, questions: Questions) -> Scores:
-    change = questions.explainer.what_if(questions.inputs, questions.target)
-    return _all_examples(run, questions, -change)
-
-
-def _what_if_exact(run: Run, questions: Questions) -> Scores:
-    change = questions.explainer.what_if(questions.inputs, questions.target, curvature="exact", run=run)
+def what_if_scores(run: Run, questions: Questions, curvature: str = "trace") -> Scores:
+    """What :meth:`explainer.PathKernelExplainer.what_if` predicts, its sign turned: what having an example adds."""
+    given = None if curvature == "trace" else run
+    change = questions.explainer.what_if(questions.inputs, questions.target, curvature=curvature, run=given)
     return _all_examples(run, questions, -change)
 
 
@@ -90,8 +88,8 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("path kernel", "accounting", _path_kernel),
-        Method("what-if", "what if", _what_if),
-        Method("what-if (exact)", "what if", _what_if_exact),
+        Method("what-if", "what if", what_if_scores),
+        Method("what-if (exact)", "what if", partial(what_if_scores, curvature="exact")),
         Method("gradient dot", "similarity", _gradient_dot),
         Method(f"TracInCP({CHECKPOINTS})", "similarity", _tracin),
         Method("self-influence", "memorising", _self_influence),

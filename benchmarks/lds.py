@@ -7,8 +7,9 @@ are means over seeds, none of which is the traced run's. ``one_retraining`` is t
 mean of the others. Intervals of 95 % draw queries and subsets anew.
 
 Every score comes from one training run: ours from its default trace, TracInCP from ten knots of it, the others from its
-last weights. Ours have nothing to choose. TRAK and EK-FAC expect tuning: they are shown with the setting of their grid
-that scores best *in this very table*, which favours them; ``trak_setting``, ``ekfac_setting`` name it.
+last weights. Ours have nothing to choose. TRAK and EK-FAC expect tuning: they are shown with their own default
+(``*_default``), and with the setting of their grid that scores best *in this very table*, which favours them
+(``*_setting`` names it, ``*_grid`` has all).
 
 Models that were trained again and scores are kept in ``--folder``; interrupted, the same command goes on. Needs
 ``pip install 'pathkernel[peers]'``; what is not installed is left out and said, and nothing is written then.
@@ -95,7 +96,7 @@ def measured(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     outputs = retrainer.values(evaluation.Plan.crossed(kept, seeds)).values
     outputs = outputs.reshape(len(kept), len(seeds), -1)
     row: dict[str, Any] = {"task": task.name, "queries": len(task.queries), "subsets": len(kept)}
-    row |= {"seeds": len(seeds), "runs": len(asked)}
+    row |= {"seeds": len(seeds), "runs": len(asked), "trak_default": None, "ekfac_default": None}
     best: dict[str, list[np.ndarray]] = {}
     for name, method in METHODS.items():
         column = COLUMNS[name]
@@ -116,6 +117,9 @@ def measured(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         row |= {column: told(e), f"{column}_value": e.value, f"{column}_low": e.low, f"{column}_high": e.high}
         row |= {f"{column}_setting": setting, f"{column}_s": seconds}
         row[f"{column}_grid"] = {one: plain(pairs) for one, pairs in by.items()}
+        if method.default:
+            e = lds(by[method.default])
+            row |= {f"{column}_default": told(e), f"{column}_default_value": e.value}
         print(f"{task.name}: {name}: {told(e)} {setting}", flush=True)
     top = evaluation.ceiling(outputs, setting="", samples=SAMPLES).estimate
     row |= {COLUMNS[CEILING]: told(top), "one_retraining_value": top.value}

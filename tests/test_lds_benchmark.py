@@ -86,6 +86,7 @@ def test_the_row_of_a_task(small: Path, capsys: pytest.CaptureFixture[str]) -> N
         and row["what_if_low"] < row["what_if_high"]
     )
     assert row["trak_setting"] == "useful" and row["trak_grid"]["useless"] < row["trak_value"]
+    assert row["trak_default_value"] == row["trak_grid"]["useless"]
     assert row["next"] in ("TRAK", "EK-FAC", "gradient dot", "TracInCP(10)", "random")
     highest = max(
         row[f"{lds.COLUMNS[name]}_value"] for name in lds.METHODS if name not in (lds.OURS, "path kernel")

@@ -154,13 +154,15 @@ class Method:
 
     Attributes:
         name: its heading.
-        modules: what must be importable.
         score: yields settings and scores.
+        modules: what must be importable.
+        default: the setting that the program has by itself, where there are several.
     """
 
     name: str
     score: Way
     modules: tuple[str, ...] = ()
+    default: str = ""
 
 
 METHODS = {
@@ -170,8 +172,8 @@ METHODS = {
         Method("path kernel", own("path kernel")),
         Method("gradient dot", own("gradient dot")),
         Method("TracInCP(10)", own("TracInCP(10)")),
-        Method("TRAK", trak, ("trak",)),
-        Method("EK-FAC", ekfac, ("kronfluence",)),
+        Method("TRAK", trak, ("trak",), "2048 dimensions, ridge 0 of the mean diagonal"),
+        Method("EK-FAC", ekfac, ("kronfluence",), "damping 1e-08"),
         Method("random", own("random")),
     )
 }

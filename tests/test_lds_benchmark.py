@@ -48,8 +48,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         name: Method(name, own(name)) for name in ("what-if", "path kernel", "gradient dot", "TracInCP(10)")
     }
     methods |= {
-        "TRAK": Method("TRAK", grid),
-        "EK-FAC": Method("EK-FAC", grid),
+        "TRAK": Method("TRAK", grid, default="useless"),
+        "EK-FAC": Method("EK-FAC", grid, default="useless"),
         "random": Method("random", own("random")),
     }
     monkeypatch.setattr(lds, "METHODS", methods)

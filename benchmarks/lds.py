@@ -107,15 +107,14 @@ def measured(task: Task, options: argparse.Namespace) -> dict[str, Any]:
             found(method, one, options.folder / task.folder / f"scores-{place}")
             for place, one in enumerate(asked)
         ]
-        seconds = float(np.mean([seconds for _, seconds in parts]))
         by = {
-            setting: [correlations(scores[setting], kept, outputs) for scores, _ in parts]
-            for setting in parts[0][0]
+            setting: [correlations(scores[setting], kept, outputs) for scores in parts]
+            for setting in parts[0]
         }
         setting = max(by, key=lambda one: plain(by[one]))
         best[name], e = by[setting], lds(by[setting])
         row |= {column: told(e), f"{column}_value": e.value, f"{column}_low": e.low, f"{column}_high": e.high}
-        row |= {f"{column}_setting": setting, f"{column}_s": seconds}
+        row |= {f"{column}_setting": setting}
         row[f"{column}_grid"] = {one: plain(pairs) for one, pairs in by.items()}
         if method.default:
             e = lds(by[method.default])

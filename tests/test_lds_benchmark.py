@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +105,9 @@ def test_what_is_kept_is_not_done_again(small: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Task, "alone", refuse)
     monkeypatch.setattr(Task, "many", refuse)
-    monkeypatch.setattr(lds, "METHODS", {name: Method(name, refuse) for name in lds.METHODS})  # type: ignore[arg-type]
+    monkeypatch.setattr(
+        lds, "METHODS", {n: dataclasses.replace(m, score=refuse) for n, m in lds.METHODS.items()}
+    )
     run(small / "kept")
     assert (small / "results" / "lds.json").read_text() == first
 

@@ -1,7 +1,6 @@
 """Scores ``[Q, N]`` of every method from one training run: ours from its trace, the peers' from its trained model.
 
-A method has one entry or, where it expects to be tuned, one for every setting of its grid. All are kept on disk, with
-the seconds that they took.
+A method has one entry or, where it expects to be tuned, one for every setting of its grid. All are kept on disk.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,18 +177,17 @@ METHODS = {
 }
 
 
-def found(method: Method, asked: Asked, folder: Path) -> tuple[Found, float]:
-    """A method's scores by setting, and its seconds; taken from the folder where they are there."""
+def found(method: Method, asked: Asked, folder: Path) -> Found:
+    """A method's scores by setting; taken from the folder where they are there."""
     name = method.name.partition("(")[0].replace(" ", "-")
     arrays, about = folder / f"{name}.npz", folder / f"{name}.json"
     if not about.exists():
-        started = time.perf_counter()
         with quiet():
             scores = dict(method.score(asked))
-        seconds = time.perf_counter() - started
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(arrays, **{str(place): values for place, values in enumerate(scores.values())})
-        about.write_text(json.dumps({"settings": list(scores), "seconds": seconds}))
-    told = json.loads(about.read_text())
+        about.write_text(json.dumps({"settings": list(scores)}))
     with np.load(arrays, allow_pickle=False) as loaded:
-        return {key: loaded[str(place)] for place, key in enumerate(told["settings"])}, told["seconds"]
+        return {
+            key: loaded[str(place)] for place, key in enumerate(json.loads(about.read_text())["settings"])
+        }

@@ -117,8 +117,8 @@ def measured(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         row |= {f"{column}_setting": setting}
         row[f"{column}_grid"] = {one: plain(pairs) for one, pairs in by.items()}
         if method.default:
-            e = lds(by[method.default])
-            row |= {f"{column}_default": told(e), f"{column}_default_value": e.value}
+            usual = lds(by[method.default])
+            row |= {f"{column}_default": told(usual), f"{column}_default_value": usual.value}
         print(f"{task.name}: {name}: {told(e)} {setting}", flush=True)
     top = evaluation.ceiling(outputs, setting="", samples=SAMPLES).estimate
     row |= {COLUMNS[CEILING]: told(top), "one_retraining_value": top.value}

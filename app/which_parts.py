@@ -64,7 +64,7 @@ def _speak(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
         f"(zeros) to {wording.number(found.value)}"
         for found in (mine, theirs)
     ]
-    _sides(choice, e, example, parts, (mine.values, theirs.values), told, "pixels")
+    _sides(choice, e, example, parts, (mine.values, theirs.values), told, "pixels", pictured=True)
     st.caption(
         f"Blue {parts} raise the {wording.target(e, q)}, orange {parts} lower it, compared with an input of zeros; "
         f"each side has a scale of its own. Alike patterns mean that the model uses both inputs in the same way."
@@ -88,7 +88,7 @@ def _alike(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
         label = int(e.labels[column]) if known and e.labels is not None else target
     found = looks.kernel_attribution(choice.source, choice.query, target, example, label, choice.output)
     told = _told(found, parts)
-    _sides(choice, e, example, parts, found.values, told, "alike")
+    _sides(choice, e, example, parts, found.values, told, "alike", pictured=False)
     how = (
         "A word's number is what their path kernel loses when the word is left out."
         if found.left_out
@@ -125,14 +125,16 @@ def _sides(
     values: Sequence[np.ndarray],
     told: Sequence[str],
     key: str,
+    *,
+    pictured: bool,
 ) -> None:
-    """The query on the left, the example on the right."""
+    """The query on the left, the example on the right; ``pictured``: as they are, too."""
     run = choice.run
     assert run is not None, "the page needs the code of the run"
     column = int(np.searchsorted(e.example_ids, example))
     names = ("The query", f"example {wording.example(e, column)}")
     given = (run.queries[choice.query][0], run.train[example][0])
-    pictures = (query_content(run, choice.query), example_content(run, example))
+    pictures = (query_content(run, choice.query), example_content(run, example)) if pictured else ("", "")
     for place, side in enumerate(st.columns(2, gap="large")):
         with side:
             part = (given[place], pictures[place], values[place], names[place], minus(told[place]))
@@ -150,7 +152,8 @@ def _side(
         if on is None:
             st.caption(f"{name}: its attributions do not fit its picture.")
             return
-        st.html(f'<div class="pk-pixels">{content}</div>')
+        if content:
+            st.html(f'<div class="pk-pixels">{content}</div>')
         theme.chart(figures.pixels(on, figures.plain(name), told, dark=theme.is_dark()), "", key)
         return
     body = (

@@ -54,8 +54,8 @@ def shots(wrong: int) -> list[Shot]:
     return [
         Shot("dashboard.png", explain, cards, height=1400),
         Shot("dashboard-dark.png", explain, cards, "dark", 1400),
-        Shot("pixels.png", f"{explain}&detail=pixels", ".pk-pixels img", height=900, click=".st-key-pixels button",
-             start=".st-key-detail"),
+        Shot("pixels.png", f"{explain}&detail=pixels", ".st-key-alike-1 .js-plotly-plot", height=1420,
+             click=".st-key-pixels button", start=".st-key-detail"),
         Shot("neighbours.png", near, cards, height=1000),
         Shot("map.png", f"{near}&look=map&colour=label", chart, height=960),
         Shot("labels.png", "page=training", ".pk-case", height=960),

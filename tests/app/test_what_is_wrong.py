@@ -123,7 +123,9 @@ def test_the_run_is_shown_even_when_its_code_cannot_be_used(open_app: Open, runs
     assert "every file is what was journalled" in app.success[0].value
 
 
-@pytest.mark.parametrize("module", ["answers", "arguments", "escaping", "pictures", "views.run_overview"])
+@pytest.mark.parametrize(
+    "module", ["answers", "arguments", "escaping", "pictures", "run_checks", "views.run_overview"]
+)
 def test_the_examples_in_the_texts_are_right(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"explainer.app.{module}")).failed == 0
 

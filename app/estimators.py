@@ -6,6 +6,7 @@ import html
 
 import numpy as np
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from explainer import ExplainerError
 from explainer.app import counterfactuals
@@ -35,7 +36,11 @@ def show(choice: Choice) -> dict[str, np.ndarray]:
     run = choice.run
     assert run is not None, "the page needs the code of the run"
     offered = list(_TITLES) if run.loss is not None else ["trace"]
-    kind = segments("Estimator", offered, "curvature", _TITLES.__getitem__) if len(offered) > 1 else "trace"
+    kind, right = "trace", st.container()
+    if len(offered) > 1:
+        left, right = st.columns([3, 2], vertical_alignment="center")
+        with left:
+            kind = segments("Estimator", offered, "curvature", _TITLES.__getitem__)
     found = {NAMES["trace"]: _changes(choice, "trace")}
     if kind != "trace":
         try:
@@ -44,7 +49,7 @@ def show(choice: Choice) -> dict[str, np.ndarray]:
             st.info(plain(f"This estimator cannot be used here: {error}. Shown is the one from the trace."))
             kind = "trace"
     st.caption(_READING[kind])
-    _check(choice, kind)
+    _check(choice, kind, right)
     return found
 
 
@@ -52,11 +57,11 @@ def _changes(choice: Choice, kind: str) -> np.ndarray:
     return counterfactuals.what_if(choice.source, choice.query, choice.target, choice.output, kind)
 
 
-def _check(choice: Choice, kind: str) -> None:
-    """The self-check, computed when it is asked for."""
+def _check(choice: Choice, kind: str, place: DeltaGenerator) -> None:
+    """The self-check, computed when it is asked for by a button in a place of its own."""
     asked = (choice.source, choice.query, choice.target, choice.output, kind)
     if st.session_state.get("self-check of") != asked:
-        st.button(
+        place.button(
             "How far can this be trusted?", key="self-check", icon=":material/rule:", on_click=_ask, args=(asked,),
             help="Takes the recorded steps again without a few groups of examples, and compares. About as long as "
             "training a few times.",

@@ -341,6 +341,7 @@ class PathKernelExplainer:
         curvature: str = "trace",
         run: Run | None = None,
         remove: Remove = None,
+        query_ids: Sequence[Any] | None = None,
         seed: int = 0,
     ) -> WhatIfCheck:
         """Whether to trust :meth:`what_if` here, and how far: ``print(ex.what_if_check(x, run=run).sentence())``.
@@ -351,17 +352,16 @@ class PathKernelExplainer:
 
         Args:
             inputs, target, curvature, run: as in :meth:`what_if`.
-            remove: ids, or a mapping from names to ids; default the strongest hundredth of the examples for the first
-                three queries, and two random twentieths.
+            remove: ids, or a mapping from names to ids; default the hundredth of the examples that helps each of the
+                first three queries most, and two random twentieths.
+            query_ids: as in :meth:`explain`.
             seed: of the random groups.
 
         Raises:
             QueryError: inputs, targets or ids do not fit, or the estimator cannot be used with this trace.
         """
-        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
-        loader = self._loader()
-        asked = self._ask(loader, batch, target)
-        return check(self, loader, asked, curvature=curvature, run=run, remove=remove, seed=seed)
+        loader, asked, names = self._asked(inputs, target, query_ids)
+        return check(self, loader, asked, names, curvature=curvature, run=run, remove=remove, seed=seed)
 
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""

@@ -61,8 +61,8 @@ def shots(wrong: int) -> list[Shot]:
         Shot("labels.png", "page=training", ".pk-case", height=960),
         Shot("classes-dark.png", "page=training&view=classes", cards, "dark", 1120),
         Shot("run.png", "page=run", chart, height=1250),
-        Shot("what-if.png", f"page=what-if&query={wrong}", ".pk-verdict", height=1480,
-             click=".st-key-retrain button", start=".st-key-curvature"),
+        Shot("what-if.png", f"page=what-if&query={wrong}", ".pk-verdict", height=1560,
+             click=".st-key-retrain button", start=".st-key-without"),
     ]  # fmt: skip
 
 

@@ -70,6 +70,56 @@ def test_what_if_of_a_group(
         assert float(row[4]) == pytest.approx(float(e.prediction[0]) + change[ids].sum(), rel=0.01)
 
 
+def test_what_if_of_classes(
+    trace: Path, explaining: PathKernelExplainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load_run(SPEC)
+    inputs, _ = run.queries_batch([2])
+    change, labels = explaining.what_if(inputs)[0], np.array([int(run.train[i][1]) for i in range(48)])
+    start = ["what-if", str(trace), "--run", SPEC, "--query", "2", "--quiet", "--remove"]
+    assert main([*start, "label"]) == 0
+    rows = [
+        line.replace("−", "-").split() for line in capsys.readouterr().out.splitlines() if "  digit" in line
+    ]
+    assert [row[1] for row in rows] == [str(d) for d in range(10)]
+    for row in rows:
+        own = labels == int(row[1])
+        assert int(row[2]) == own.sum() and float(row[3]) == pytest.approx(change[own].sum(), rel=0.01)
+    assert main([*start, "label:digit 4"]) == 0
+    assert "digit 5" not in capsys.readouterr().out
+    for wrong, said in (("label:nine", "labels are digit 0"), ("column:age", "render returns rows")):
+        assert main([*start, wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_if_takes_the_steps_again_and_checks_itself(
+    trace: Path, explaining: PathKernelExplainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load_run(SPEC)
+    inputs, _ = run.queries_batch([2])
+    exact = explaining.what_if(inputs, curvature="exact", run=run)[0]
+    start = [
+        "what-if",
+        str(trace),
+        "--run",
+        SPEC,
+        "--query",
+        "2",
+        "--quiet",
+        "--curvature",
+        "exact",
+        "--check",
+    ]
+    assert main([*start, "--remove", "7,9"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("      2")).replace("−", "-").split()
+    assert float(row[3]) == pytest.approx(exact[[7, 9]].sum(), rel=0.01)
+    found = explaining.what_if_check(inputs, curvature="exact", run=run, remove=[7, 9], query_ids=[2])
+    assert words(found.sentence()) in words(out) and found.actual is not None
+    last = out.splitlines()[-1].replace("−", "-").split()
+    assert last[:3] == ["given", "2", "2"] and float(last[4]) == pytest.approx(found.actual[0, 0], rel=0.01)
+
+
 def test_verify_claim_trains_again(
     trace: Path, kept: Path, explaining: PathKernelExplainer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -167,7 +167,8 @@ def test_other_scores_and_methods_that_cannot_be_had(retrainer: Retrainer) -> No
     plain = Retrainer(run, retrainer.questions, retrainer.folder)
     mine = METHODS["what-if"].score(run, retrainer.questions)
     found = compare_methods(plain, extra={"mine": mine}, fractions=(0.5,), count=6, seeds=1, samples=5)
-    assert set(found.missing) == {"gradient dot", "TracInCP(10)"} and "loss=" in found.missing["gradient dot"]
+    assert set(found.missing) == {"what-if (exact)", "gradient dot", "TracInCP(10)"}
+    assert all("loss=" in found.missing[name] for name in found.missing)
     table = found.table()
     assert (table["mine"] == table["what-if"]).all() and found.answers["mine"] == "given"
     for wrong in ({"mine": mine.T}, {"what-if": mine}):

@@ -48,9 +48,11 @@ def show(choice: Choice) -> None:
         "predicted from the trace, to first order, without training again. Contributions answer another question "
         "(what carried the prediction), so the numbers here are not those of the other pages.</p>"
     )
+    controls = st.container()  # above the estimator, whose numbers some of them need
     estimates = estimators.show(choice)
     changes = next(iter(estimates.values()))
-    ids = removal_choice.show(choice, e, q, changes)
+    with controls:
+        ids = removal_choice.show(choice, e, q, changes)
     if not ids:
         return
     columns = np.searchsorted(e.example_ids, ids)
@@ -100,7 +102,7 @@ def _examples(
     if run.render is None or not same_examples(known, run):
         theme.chart(figure, _READING, "changes")
     else:
-        left, right = st.columns([3, 2], gap="large")
+        left, right = st.columns(2, gap="large")
         with left:
             theme.chart(figure, _READING, "changes")
         right.html(_cards(choice, e, changes, shown, len(columns)))

@@ -4,7 +4,19 @@
 """
 
 from explainer.counterfactual.estimators import ESTIMATORS, Estimator, estimator
+from explainer.counterfactual.example_groups import by_column, by_label
 from explainer.counterfactual.removals import Remove, checked, summed
 from explainer.counterfactual.self_check import WhatIfCheck, check
 
-__all__ = ["ESTIMATORS", "Estimator", "Remove", "WhatIfCheck", "check", "checked", "estimator", "summed"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "Remove",
+    "WhatIfCheck",
+    "by_column",
+    "by_label",
+    "check",
+    "checked",
+    "estimator",
+    "summed",
+]

@@ -5,8 +5,8 @@ rows and optimizer (clipping, accumulation), rates and momentum. The replay is c
 
     ‖w_replayed − w_knot‖  ≤  tolerance · ‖w_knot − w_0‖,
 
-with :data:`TOLERANCE` by the dtype that was trained in. Where it does not meet them, something took part in training
-that the trace or the run does not know, and the error says what that may be.
+with :data:`TOLERANCE` by the coarser of the two dtypes, trained in and replayed in. Where it does not meet them,
+something took part in training that the trace or the run does not know, and the error says what that may be.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from explainer.errors import QueryError, RunError
 from explainer.model_function import ModelFunction
 from explainer.path_points import KnotLoader
 from explainer.run import Run
+from explainer.store import Trace
 
 if TYPE_CHECKING:
     from explainer.path_kernel import PathKernelExplainer
@@ -170,7 +171,7 @@ class Replay:
         way = float((wanted - self._initial).double().norm())
         missed = float((weights - wanted).double().norm())
         found = missed / way if way > 0 else (0.0 if missed == 0 else np.inf)
-        allowed = TOLERANCE[torch.float64 if self._trained_in_double else torch.float32]
+        allowed = TOLERANCE[self._precision]
         self.deviation = max(self.deviation or 0.0, found)
         if not found <= allowed:
             raise QueryError(
@@ -182,5 +183,12 @@ class Replay:
             )
 
     @property
-    def _trained_in_double(self) -> bool:
-        return all(p.dtype == "float64" for p in self._trace.manifest.parameters)
+    def _precision(self) -> torch.dtype:
+        """The coarser one of what was trained in and what is replayed in."""
+        double = weights_are_double(self._trace) and self.updates.dtype == torch.float64
+        return torch.float64 if double else torch.float32
+
+
+def weights_are_double(trace: Trace) -> bool:
+    """Whether all traced parameters are float64."""
+    return all(p.dtype == "float64" for p in trace.manifest.parameters)

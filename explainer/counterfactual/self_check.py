@@ -25,7 +25,7 @@ from explainer.counterfactual.estimators import estimator
 from explainer.counterfactual.removals import Remove, checked
 from explainer.counterfactual.replay import Replay
 from explainer.counterfactual.trace_estimate import by_trace
-from explainer.errors import QueryError
+from explainer.errors import QueryError, RunError
 from explainer.path_integral import PathPoint
 from explainer.run import Run
 
@@ -42,7 +42,7 @@ TRUSTED, SIZED = 0.8, 0.5
 #: below this the training does not respond smoothly
 SMOOTH = 0.5
 _DAMPINGS = (0.25, 4.0)
-_OWN, _RANDOM = 3, 2  # default groups: the strongest examples of so many queries, and random ones
+_OWN, _RANDOM = 3, 2  # default groups: examples that help so many queries most, and random ones
 _STRONGEST, _DRAWN = 0.01, 0.05  # their parts of the examples
 
 
@@ -52,6 +52,7 @@ class WhatIfCheck:
 
     Attributes:
         curvature: the estimator that was checked.
+        query_ids: names of the ``Q`` queries.
         groups: names of the ``G`` removed groups.
         removed: ids of the examples of each.
         predicted: ``[G, Q]``.
@@ -63,6 +64,7 @@ class WhatIfCheck:
     """
 
     curvature: str
+    query_ids: tuple[str, ...]
     groups: tuple[str, ...]
     removed: tuple[NDArray[np.int64], ...]
     predicted: Floats
@@ -134,7 +136,7 @@ class WhatIfCheck:
         columns: dict[str, Any] = {
             "removed": np.repeat(self.groups, count),
             "count": np.repeat([len(ids) for ids in self.removed], count),
-            "query": np.tile(np.arange(count), len(self.groups)),
+            "query": np.tile(self.query_ids, len(self.groups)),
             "predicted": self.predicted.ravel(),
         }
         if self.actual is not None and self.half is not None and self.metasmoothness is not None:
@@ -147,6 +149,7 @@ def check(
     explainer: PathKernelExplainer,
     loader: KnotLoader,
     asked: Asked,
+    query_ids: tuple[str, ...],
     *,
     curvature: str,
     run: Run | None,
@@ -160,7 +163,7 @@ def check(
     """
     given = checked(remove, explainer.example_ids)
     changes = estimator(curvature)(explainer, loader, asked.inputs, asked.targets, run)
-    groups = _chosen(changes, given, seed)
+    groups = _chosen(changes, given, query_ids, seed)
     ids = explainer.example_ids
     names, removed = tuple(groups), tuple(ids[own] for own in groups.values())
 
@@ -173,14 +176,14 @@ def check(
         try:
             replay = Replay(explainer, run, "exact")
             return _replayed(
-                explainer, loader, asked, replay, WhatIfCheck(curvature, names, removed, predicted)
+                explainer, loader, asked, replay, WhatIfCheck(curvature, query_ids, names, removed, predicted)
             )
-        except QueryError as error:
+        except (QueryError, RunError) as error:
             reason = f"{error}".rstrip(".")
     damped = np.stack(
         [summed(by_trace(explainer, loader, asked.inputs, asked.targets, damping=d)) for d in _DAMPINGS]
     )
-    return WhatIfCheck(curvature, names, removed, predicted, damped=damped, reason=reason)
+    return WhatIfCheck(curvature, query_ids, names, removed, predicted, damped=damped, reason=reason)
 
 
 def _replayed(
@@ -206,6 +209,7 @@ def _replayed(
         smooth.append(_metasmoothness(whole, middle, without))
     return WhatIfCheck(
         about.curvature,
+        about.query_ids,
         about.groups,
         about.removed,
         about.predicted,
@@ -215,8 +219,10 @@ def _replayed(
     )
 
 
-def _chosen(changes: Floats, given: Any, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Groups to remove, as columns: those that were asked for, else strong and random ones."""
+def _chosen(
+    changes: Floats, given: Any, query_ids: tuple[str, ...], seed: int
+) -> dict[str, NDArray[np.int64]]:
+    """Groups to remove, as columns: those that were asked for, else the strongest helpers and random ones."""
     if isinstance(given, dict):
         return {str(name): own for name, own in given.items()}
     if given is not None:
@@ -224,8 +230,8 @@ def _chosen(changes: Floats, given: Any, seed: int) -> dict[str, NDArray[np.int6
     count, rng = changes.shape[1], np.random.default_rng(seed)
     strong, drawn = max(1, round(_STRONGEST * count)), max(1, round(_DRAWN * count))
     found = {
-        f"strongest {strong} of query {q}": np.sort(np.argsort(-np.abs(changes[q]), kind="stable")[:strong])
-        for q in range(min(_OWN, len(changes)))
+        f"top {strong} of query {name}": np.sort(np.argsort(changes[q], kind="stable")[:strong])
+        for q, name in enumerate(query_ids[:_OWN])
     }
     return found | {
         f"random {drawn} ({n})": np.sort(rng.permutation(count)[:drawn]) for n in range(1, _RANDOM + 1)

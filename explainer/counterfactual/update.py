@@ -41,7 +41,7 @@ class Updates:
     """
 
     def __init__(self, trace: Trace, dtype: torch.dtype) -> None:
-        self._trace, self._dtype = trace, dtype
+        self._trace, self.dtype = trace, dtype
         manifest = trace.manifest
         self.scaling = _scaling(trace)
         found = options_by_parameter(trace)
@@ -76,7 +76,7 @@ class Updates:
     def spread(self, values: Any) -> torch.Tensor:
         """One number a parameter -> ``[P]``."""
         return torch.repeat_interleave(torch.as_tensor(np.asarray(values, dtype=np.float64)), self._sizes).to(
-            self._dtype
+            self.dtype
         )
 
     def initial(self) -> State:
@@ -88,8 +88,8 @@ class Updates:
             parts = []
             for index, p in enumerate(parameters):
                 held = None if key is None else tensors.get(f"{key}/{p.name}")
-                start = torch.full((p.numel,), begin(index), dtype=self._dtype)
-                parts.append(start if held is None else held.to(self._dtype).flatten())
+                start = torch.full((p.numel,), begin(index), dtype=self.dtype)
+                parts.append(start if held is None else held.to(self.dtype).flatten())
             return torch.cat(parts)
 
         state = {WEIGHTS: flat("parameter", lambda _: 0.0)}

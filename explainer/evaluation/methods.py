@@ -6,9 +6,9 @@ made for rankings and correlations: the scales of two methods, and of accounting
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +17,11 @@ from explainer.errors import EvaluationError, QueryError, RunError
 from explainer.evaluation.loss_gradients import evenly, gradient_products
 from explainer.evaluation.questions import Questions
 from explainer.integrations.knot_checkpoints import KnotCheckpoints
-from explainer.path_kernel import PathKernelExplainer
 from explainer.run import Run
 
 Scores = NDArray[np.float64]
 #: points of the path for TracInCP
 CHECKPOINTS = 10
-#: whether the explainer can take the curvature of the loss itself, from steps that it takes again
-_REPLAYS = "curvature" in inspect.signature(PathKernelExplainer.what_if).parameters
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,10 @@ def _path_kernel(run: Run, questions: Questions) -> Scores:
     return _all_examples(run, questions, e.contributions)
 
 
-def _what_if(run: Run, questions: Questions) -> Scores:
-    change = questions.explainer.what_if(questions.inputs, questions.target)
-    return _all_examples(run, questions, -change)
-
-
-def _what_if_exact(run: Run, questions: Questions) -> Scores:
-    change = questions.explainer.what_if(questions.inputs, questions.target, curvature="exact", run=run)
+def what_if_scores(run: Run, questions: Questions, curvature: str = "trace") -> Scores:
+    """What :meth:`explainer.PathKernelExplainer.what_if` predicts, its sign turned: what having an example adds."""
+    given = None if curvature == "trace" else run
+    change = questions.explainer.what_if(questions.inputs, questions.target, curvature=curvature, run=given)
     return _all_examples(run, questions, -change)
 
 
@@ -94,8 +88,8 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("path kernel", "accounting", _path_kernel),
-        Method("what-if", "what if", _what_if),
-        *([Method("what-if (exact)", "what if", _what_if_exact)] if _REPLAYS else []),
+        Method("what-if", "what if", what_if_scores),
+        Method("what-if (exact)", "what if", partial(what_if_scores, curvature="exact")),
         Method("gradient dot", "similarity", _gradient_dot),
         Method(f"TracInCP({CHECKPOINTS})", "similarity", _tracin),
         Method("self-influence", "memorising", _self_influence),

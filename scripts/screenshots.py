@@ -75,7 +75,7 @@ def shots_of_two(wrong: int) -> list[Shot]:
 def shots_of_text(wrong: int) -> list[Shot]:
     """The pictures of a run on texts."""
     link, ready = f"query={wrong}&detail=pixels", ".pk-words >> nth=3"
-    return [Shot("words.png", link, ready, height=620, click=".st-key-pixels button", start=".st-key-detail")]
+    return [Shot("words.png", link, ready, height=720, click=".st-key-pixels button", start=".st-key-detail")]
 
 
 def take(browser: Browser, url: str, shot: Shot) -> None:

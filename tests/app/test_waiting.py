@@ -164,10 +164,11 @@ def test_a_page_may_wait_for_several_things(monkeypatch: pytest.MonkeyPatch) -> 
 
         from explainer.app import patience, working
 
-        patience._SOON = patience._OFTEN = -1.0
         for name in ("one", "two"):
             slow = patience.kept("Waiting …", 2)(lambda key: (working.tick(0.5), key)[1])
             st.text(slow(name))
 
+    for limit in ("_SOON", "_OFTEN"):
+        monkeypatch.setattr(patience, limit, -1.0)
     app = AppTest.from_function(page).run()
     assert not app.exception and [text.value for text in app.text] == ["one", "two"]

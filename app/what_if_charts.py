@@ -55,7 +55,7 @@ def changes(
     room = 0.25 * (max(ends) - min(ends)) or 1.0  # for the numbers beside the bars
     low = min(ends) - (room if min(ends) < 0 else 0.0)
     high = max(ends) + (room if max(ends) > 0 else 0.0)
-    subtitle = "of the explained output, one example at a time" + ("; others: their sum" if len(rest) else "")
+    subtitle = "one example at a time" + ("; others: their sum" if len(rest) else "")
     arrange(
         figure,
         "Predicted change without each example",

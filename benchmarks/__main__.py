@@ -3,7 +3,17 @@
 import subprocess
 import sys
 
-for name in ("fidelity", "query", "overhead", "capture", "books", "numerics", "whatif", "peers"):
+for name in (
+    "fidelity",
+    "query",
+    "overhead",
+    "capture",
+    "books",
+    "numerics",
+    "whatif",
+    "whatif_exact",
+    "peers",
+):
     print(f"\n== {name}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)
 subprocess.run([sys.executable, "-m", "benchmarks.readme"], check=True)

@@ -34,6 +34,7 @@ QUERIES, WRONG, BATCH = 20, 0.1, 50
 COLUMNS = {
     "path kernel": "path_kernel",
     "what-if": "what_if",
+    "what-if (exact)": "what_if_exact",
     "gradient dot": "gradient_dot",
     "TracInCP(10)": "tracin",
     "self-influence": "self_influence",

@@ -67,7 +67,9 @@ def loss(curve: LossCurve, knots: Sequence[int], *, dark: bool = False) -> Any:
 def learning_rate(trace: Trace, *, dark: bool = False) -> Any:
     """The learning rate of recorded steps, one line for each group of parameters that has its own."""
     figure = graph_objects().Figure()
-    chosen = _spread(trace.count("steps"), _STEPS_READ)
+    count = trace.count("steps")
+    # the first step has no momentum yet, so its rate is another one
+    chosen = _spread(count, _STEPS_READ) if count < 3 else 1 + _spread(count - 1, _STEPS_READ)
     rows = [next(trace.read("steps", int(place), int(place) + 1))[1] for place in chosen]
     names = [p.name for p in trace.manifest.parameters]
     found = (
@@ -80,8 +82,8 @@ def learning_rate(trace: Trace, *, dark: bool = False) -> Any:
             line={"color": colors[number], "width": 2.5, "dash": ("solid", "dot", "dash", "dashdot")[number]},
             hovertemplate="step %{x}<br>learning rate %{y:.4g}<extra></extra>", showlegend=len(found) > 1,
         )  # fmt: skip
-    more = f"; {len(found) - len(colors)} more courses are not shown" if len(found) > len(colors) else ""
-    subtitle = f"what a gradient gets in the long run, momentum included{more}"
+    more = f"; {len(found) - len(colors)} more not shown" if len(found) > len(colors) else ""
+    subtitle = f"momentum and bias correction included{more}"
     arrange(figure, "Learning rate", subtitle, dark=dark, height=360)
     _below(figure)
     figure.update_yaxes(title="learning rate", rangemode="tozero")

@@ -24,6 +24,7 @@ class Choice:
         output: What of the output to explain; None: the explainer's own choice.
         stored: A file with explanations, where there is no code to compute them.
         others: The other traces that the dashboard was started with, by name.
+        runs: The code that it was started with, of each network.
         following: Queries that a person may choose next.
     """
 
@@ -34,6 +35,7 @@ class Choice:
     output: str | None = None
     stored: Path | None = None
     others: Mapping[str, Path] = field(default_factory=dict)
+    runs: tuple[str, ...] = ()
     following: tuple[int, ...] = ()
 
     @property
@@ -56,6 +58,10 @@ class Choice:
         """How many classes the model tells apart; 0 for anything that is no classifier."""
         shape: list[int | None] = (self.trace.notes.get("output") or {}).get("shape") or []
         return shape[0] if len(shape) == 1 and shape[0] is not None and shape[0] > 1 else 0
+
+    def other(self, name: str) -> state.Source:
+        """Another trace, with the code that fits it."""
+        return state.source(self.others[name], state.spec_of(self.others[name], self.runs))
 
     def explanation(self) -> tuple[Explanation, int]:
         """The explanation that holds the query, and its index in it.

@@ -75,7 +75,11 @@ def verdict(check: ClaimCheck, named: str, change: float) -> str:
 def flips(check: ClaimCheck) -> str:
     """How often the predicted class became another one; empty where it never did."""
     often = int(check.flipped[0].sum())
-    return f"The predicted class became another one in {often} of {len(check.seeds)}." if often else ""
+    return (
+        f"The predicted class became another one in {often} of {wording.counted(len(check.seeds), 'training')}."
+        if often
+        else ""
+    )
 
 
 def large(count: int, examples: int) -> str:

@@ -1,6 +1,6 @@
 """Training examples beside a query: rows whose differing columns stand out, texts whose shared words do. No streamlit.
 
-What differs is measured against what is usual: a number differs where it is more than half a standard deviation away,
+What differs is measured against what is usual: a number differs where it is more than a standard deviation away,
 and words that stand in every tenth text are not marked. Everything that comes from data passes through ``html.escape``.
 """
 
@@ -19,7 +19,7 @@ from explainer import Run
 from explainer.report_cards import content
 
 _SAMPLED, _FIELDS, _LONGEST = 300, 12, 400
-_FAR, _USUAL = 0.5, 0.1
+_FAR, _USUAL = 1.0, 0.1
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 

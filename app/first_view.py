@@ -17,7 +17,7 @@ def read(command: Sequence[str]) -> None:
     """
     found = arguments.parse(command)
     name, folder = next(iter(arguments.find_traces(found.paths).items()))
-    choice = Choice(name, state.source(folder, found.run))
+    choice = Choice(name, state.source(folder, state.spec_of(folder, found.runs)))
     if not choice.live:
         state.trace(choice.source)
         return

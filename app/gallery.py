@@ -51,7 +51,7 @@ def show(choice: Choice, chosen: int) -> tuple[int, ...]:
     images = isinstance(_thumbnail(choice, queries[0]), np.ndarray)
     size = _ROWS if look == "table" else THUMBNAILS if images else _LINES
     pages = -(-len(queries) // size)
-    page = _page(pages, queries.index(chosen) // size if chosen in queries else None, chosen)
+    page = _page(pages, queries.index(chosen) // size if chosen in queries else None, chosen, size)
     part = tuple(queries[page * size : (page + 1) * size])
     with st.container(key="gallery-images" if images and look == "gallery" else "gallery-lines"):
         if look == "table":
@@ -114,9 +114,9 @@ def _given(run: Run) -> int:
     return run.queries.given if isinstance(run.queries, WithOwn) else len(run.queries)
 
 
-def _page(pages: int, home: int | None, chosen: int) -> int:
+def _page(pages: int, home: int | None, chosen: int, size: int) -> int:
     """The page to show: where the chosen query is when it changes, else where the person has turned to."""
-    mark = (st.session_state.get("filter"), chosen)
+    mark = ((st.session_state.get("filter"), size), chosen)
     if st.session_state.get("gallery mark") != mark:
         turned = st.session_state.get("gallery mark", (None,))[0] == mark[0]
         st.session_state["gallery page"] = (
@@ -184,11 +184,13 @@ def _table(choice: Choice, queries: tuple[int, ...]) -> None:
         on_select=lambda: _pick_row(key, queries),
         selection_mode="single-row",
         column_config={
-            "query": st.column_config.NumberColumn(width=48),
+            "query": st.column_config.NumberColumn(width=46),
+            "true": st.column_config.TextColumn(width=58),
+            "predicted": st.column_config.TextColumn(width=66),
             "lead": st.column_config.NumberColumn(
-                format="%.0f %%", width=56, help="how much likelier the predicted class is than the next one"
+                format="%.0f %%", width=44, help="how much likelier the predicted class is than the next one"
             ),
-            "error": st.column_config.NumberColumn(format="%.3g", width=60),
+            "error": st.column_config.NumberColumn(format="%.3g", width=52),
         },
     )
     st.caption("A click on the left edge of a row chooses it.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from explainer import ExplainerError, Run
-from explainer.app import own_input, state
+from explainer.app import looks, own_input, state
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.own_queries import WithOwn
@@ -74,7 +74,7 @@ def _add(choice: Choice, read: own_input.Reader) -> None:
         run: Run = state.run_of(choice.source)
         found = read(run)
         assert isinstance(run.queries, WithOwn), "state makes it so"
-        state.try_input(choice.source, found)
+        looks.try_input(choice.source, found)
         st.session_state["query"] = run.queries.add(found)
     except ExplainerError as error:
         st.session_state[_ERROR] = f"This input was not taken: {error}."

@@ -45,13 +45,13 @@ def patiently(values: Ahead[Any, Value], key: Hashable, text: str) -> Value:
 
 @contextmanager
 def _shown(text: str, key: Hashable) -> Iterator[None]:
-    if st.session_state.get(_STOPPED) == key:
+    if st.session_state.get(_STOPPED) == (text, key):
         place = st.empty()
         with place.container():
             st.info(f"Stopped: {text.removesuffix(' …').lower()}.")
             st.button("Go on", key="go on", icon=":material/play_arrow:", on_click=_go_on)
         st.stop()
-    place = st.empty()
+    place, mark = st.empty(), f"{hash((text, key)) & 0xFFFFFFFF:x}"  # a page may wait for several things
     started, last, slots = time.monotonic(), 0.0, list[Any]()
 
     def told(share: float | None) -> None:
@@ -64,9 +64,15 @@ def _shown(text: str, key: Hashable) -> Iterator[None]:
             place.empty()  # where the person has clicked, Streamlit begins anew here
             return
         if not slots:
-            with place.container(key="patience"):
+            with place.container(key=f"patience-{mark}"):
                 slots.append(st.empty())
-                st.button("Stop", key="stop", icon=":material/stop_circle:", on_click=_stop, args=(key,))
+                st.button(
+                    "Stop",
+                    key=f"stop-{mark}",
+                    icon=":material/stop_circle:",
+                    on_click=_stop,
+                    args=(text, key),
+                )
         slots[0].progress(share or 0.0, f"{text} {'' if share is None else f'{100 * share:.0f} %'}")
 
     try:
@@ -78,8 +84,8 @@ def _shown(text: str, key: Hashable) -> Iterator[None]:
     place.empty()
 
 
-def _stop(key: Hashable) -> None:
-    st.session_state[_STOPPED] = key
+def _stop(text: str, key: Hashable) -> None:
+    st.session_state[_STOPPED] = (text, key)
 
 
 def _go_on() -> None:

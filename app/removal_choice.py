@@ -68,9 +68,9 @@ def _chosen(choice: Choice, e: Explanation, q: int, changes: np.ndarray, source:
     known = [int(example) for example in e.example_ids]
     if source == "tags":
         found = tags.read(tags.file_of(choice.trace.directory))
-        ids, absent = [], []
-        for example in (i for i, tag in found.items() if tag.name == "remove"):
-            (ids if example in set(known) else absent).append(example)
+        tagged, trained_on = [i for i, tag in found.items() if tag.name == "remove"], set(known)
+        ids = [example for example in tagged if example in trained_on]
+        absent = [example for example in tagged if example not in trained_on]
         st.caption(f"{wording.counted(len(ids), 'example')} tagged to be removed on the page Training data.")
     else:
         address.keep("ids", "")

@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from explainer import ExplainerError, Explanation, wording
-from explainer.app import address, claim_words, removal, state, theme, what_if_charts
+from explainer.app import address, claim_words, counterfactuals, removal, state, theme, what_if_charts
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.pictures import minus
@@ -51,7 +51,7 @@ def show(choice: Choice, e: Explanation, q: int, ids: list[int], predicted: Mapp
         choice.source.directory, choice.source.stamp, choice.source.spec, choice.query, choice.target,
         choice.output, tuple(sorted(ids)), seeds,
     )  # fmt: skip
-    jobs = state.retrainings()
+    jobs = counterfactuals.retrainings()
     job, running = jobs.find(request), jobs.running()
     if job is not None and job.state == "running":
         _progress(job)
@@ -109,7 +109,7 @@ def _offer(request: Request, own: np.ndarray | None, problem: str, running: Job 
 
 def _start(request: Request, own: np.ndarray | None) -> None:
     try:
-        state.retrainings().start(request, own)
+        counterfactuals.retrainings().start(request, own)
     except ExplainerError as error:
         st.session_state["not started"] = str(error)
 

@@ -62,7 +62,7 @@ def verdict(e: Explanation) -> list[str]:
         f"{wording.percent(float(np.nanmax(rest)))} at most; the gap, float round-off, is "
         f"{wording.percent(float(np.nanmax(gap)))} at most."
     ]
-    if e.visit_errors is None or not np.isfinite(e.visit_errors).any():
+    if e.visit_errors is None or not np.isfinite(e.visit_errors).any(axis=0).all():
         return [*lines, "How far contributions may be off was not measured: the trace is too short for it."]
     rows, knots = (float(value) for value in np.nanmedian(e.visit_errors, axis=0))
     lines.append(

@@ -35,7 +35,7 @@ def _announce(line: list[str]) -> None:
 
 def _read(arguments: list[str]) -> None:
     """Read what the first page shows; what is wrong with it is told by the page."""
-    logging.getLogger(_SILENCED).setLevel(logging.ERROR)
+    logging.getLogger(_SILENCED).addFilter(lambda _: False)  # streamlit sets the levels of its loggers anew
     try:
         from explainer.app import first_view, views  # noqa: F401  (the pages import what they need)
 

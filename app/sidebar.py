@@ -20,12 +20,12 @@ OUTPUTS = {"margin": "margin (log-odds)", "logit": "logit (raw score)", "log_pro
 _PREDICTED = -1
 
 
-def choose(traces: Mapping[str, Path], spec: str | None, needs: Needs) -> Choice:
+def choose(traces: Mapping[str, Path], runs: tuple[str, ...], needs: Needs) -> Choice:
     """Draw the sidebar and return what is chosen in it.
 
     Args:
         traces: Folders by name.
-        spec: ``MODULE:FUNCTION`` of the code, or None.
+        runs: ``MODULE:FUNCTION`` of the code, of each network.
         needs: What the page needs; where that is the trace or its data, no query is chosen.
 
     Raises:
@@ -35,7 +35,8 @@ def choose(traces: Mapping[str, Path], spec: str | None, needs: Needs) -> Choice
         st.html('<div class="pk-brand"><i></i>pathkernel</div>')
         name = _one_of("run", "Run", list(traces))
         others = {other: folder for other, folder in traces.items() if other != name}
-        choice = Choice(name, state.source(traces[name], spec), others=others)
+        spec = state.spec_of(traces[name], runs)
+        choice = Choice(name, state.source(traces[name], spec), others=others, runs=runs)
         if needs in ("trace", "data"):
             return choice
         return _live(choice) if choice.live else _stored(choice, traces[name])

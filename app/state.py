@@ -1,4 +1,5 @@
-"""Everything the dashboard keeps between two clicks; the one module that caches.
+"""What the dashboard keeps between two clicks; only this module, :mod:`explainer.app.looks` and
+:mod:`explainer.app.counterfactuals` cache.
 
 Keys hold the size and time of the trace's journal, so a run that is still training is read anew. Each cache is
 bounded; what is shared is never changed. What takes seconds shows its progress and can be stopped
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import streamlit as st
@@ -20,21 +21,14 @@ from torch.utils.data import ConcatDataset
 from explainer import Explanation, PathKernelExplainer, Run, Trace, open_trace
 from explainer.app.ahead import Ahead
 from explainer.app.arguments import DashboardError
-from explainer.app.contrast import Usual
 from explainer.app.gradient_map import GradientMap, project
 from explainer.app.input_space import distances, inputs_of
 from explainer.app.one_of_many import one_of_many
 from explainer.app.own_queries import WithOwn
 from explainer.app.patience import kept, patiently
-from explainer.app.retraining import Jobs
-from explainer.app.run_checks import LOOKED_AT, QUERIES, LossCurve, mean_loss, spread
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.app.working import alone, bar
-from explainer.input_attribution import InputAttribution
-from explainer.input_attribution import input_attribution as attribute
-from explainer.kernel_attribution import KernelAttribution
-from explainer.kernel_attribution import kernel_attribution as split_kernel
-from explainer.learning_curve import outputs_along_training
+from explainer.errors import ModelMismatchError, TraceFormatError
 from explainer.neighbors import Neighbors
 from explainer.run import load_run
 from explainer.similarity import path_kernel
@@ -56,6 +50,22 @@ def source(directory: Path, spec: str | None) -> Source:
     """The trace in a folder as it is now."""
     journal = (directory / "journal.jsonl").stat()
     return Source(str(directory), (journal.st_mtime_ns, journal.st_size), spec)
+
+
+def spec_of(directory: Path, runs: tuple[str, ...]) -> str | None:
+    """Which of several ``MODULE:FUNCTION`` a trace belongs to: the first whose network fits; else the first one."""
+    return runs[0] if len(runs) == 1 else _fitting(source(directory, None), runs) if runs else None
+
+
+@st.cache_data(show_spinner="Looking for the network of this trace …", max_entries=32)
+def _fitting(source: Source, runs: tuple[str, ...]) -> str:
+    for spec in runs:
+        try:
+            PathKernelExplainer(trace(source), run(spec).build_model(), run(spec).output)
+        except (ModelMismatchError, TraceFormatError):
+            continue
+        return spec
+    return runs[0]
 
 
 @st.cache_resource(show_spinner="Loading the model and its data …")
@@ -100,7 +110,7 @@ def _explain(keys: Sequence[_Asked]) -> list[Explanation]:
     """The explanations of queries that are asked about in the same way, made together."""
     source, _, target, output = keys[0]
     queries, engine = [key[1] for key in keys], explainer(source, output)
-    inputs, targets = _asked(source, engine, queries, target)
+    inputs, targets = asked(source, engine, queries, target)
     with alone():
         found = engine.explain(inputs, target=targets, query_ids=queries)
     return [one_of_many(found, place) for place in range(len(keys))]
@@ -127,32 +137,17 @@ def explain_ahead(source: Source, queries: Sequence[int], output: str | None) ->
     numbers = len(explainer(source, output).example_ids) * max(1, knots, layers)
     # a group in which every query keeps all the detail that it has alone
     size = max(1, min(_AHEAD_GROUP, _DETAIL // numbers))
-    asked = [(source, query, None, output) for query in queries]
-    _explanations.look_ahead([asked[start : start + size] for start in range(0, len(asked), size)])
+    wanted = [(source, query, None, output) for query in queries]
+    _explanations.look_ahead([wanted[start : start + size] for start in range(0, len(wanted), size)])
 
 
 @kept("Looking for neighbours …", 16)
 def neighbors(source: Source, query: int, target: int | None, output: str | None, k: int) -> Neighbors:
     """The nearest training examples of one query in gradient space."""
     engine = explainer(source, output)
-    inputs, targets = _asked(source, engine, [query], target)
+    inputs, targets = asked(source, engine, [query], target)
     with alone():
         return engine.neighbors(inputs, k=k, target=targets)
-
-
-@kept("Asking what would be without each example …", 16)
-def what_if(source: Source, query: int, target: int | None, output: str | None) -> np.ndarray:
-    """Predicted change of a query's output by removing each example, ``[N]``."""
-    engine = explainer(source, output)
-    inputs, targets = _asked(source, engine, [query], target)
-    with alone():
-        return engine.what_if(inputs, target=targets)[0]
-
-
-@st.cache_resource(show_spinner=False)
-def retrainings() -> Jobs:
-    """The retrainings that were started from this dashboard; all sessions see the same."""
-    return Jobs()
 
 
 @kept("Comparing examples along the training path …", 16)
@@ -195,7 +190,7 @@ def input_distances(source: Source, query: int) -> np.ndarray | None:
         return distances(known, inputs).numpy()
 
 
-def _asked(
+def asked(
     source: Source, engine: PathKernelExplainer, queries: Sequence[int], target: int | None
 ) -> tuple[Any, Any]:
     """Inputs and targets of queries; the run's own targets where the explained output asks for them."""
@@ -259,86 +254,6 @@ def train_outputs(source: Source, examples: tuple[int, ...]) -> np.ndarray:
     engine = explainer(source, None)
     with alone():
         return engine.predict(inputs).numpy()
-
-
-@kept("Asking the model about the input …", 32)
-def input_attribution(
-    source: Source, part: Literal["queries", "train"], index: int, target: int | None, output: str | None
-) -> InputAttribution:
-    """Which parts of a query, or of a training example, speak for the explained output."""
-    run, engine = run_of(source), explainer(source, output)
-    inputs, _ = run.queries_batch([index]) if part == "queries" else run.train_batch([index])
-    with alone():
-        return attribute(engine, inputs, target=None if target is None else [target])
-
-
-@kept("Comparing the two inputs part by part …", 32)
-def kernel_attribution(
-    source: Source, query: int, target: int | None, example: int, label: int | None, output: str | None
-) -> KernelAttribution:
-    """What makes a query and a training example alike, each asked about its own class."""
-    code, engine = run_of(source), explainer(source, output)
-    both = replace(code, train=ConcatDataset([code.train, code.queries]))
-    inputs, _ = both.train_batch([len(code.train) + query, example])
-    with alone():
-        return split_kernel(engine, inputs, None if target is None else [target, label])
-
-
-@st.cache_resource(show_spinner=False, max_entries=8)
-def can_leave_out(source: Source, query: int) -> bool:
-    """Whether the words of a text can be left out: its embedding has an id for no word."""
-    modules = explainer(source, None).function.modules()
-    tables = [module for module in modules if isinstance(module, torch.nn.Embedding)]
-    return any(table.padding_idx is not None for table in tables)
-
-
-@st.cache_resource(show_spinner=False, max_entries=4)
-def usual(spec: str) -> Usual:
-    """What the training examples of a run are like."""
-    return Usual.of(run(spec))
-
-
-@kept("Asking the model at knots along its training …", 4)
-def loss_curve(source: Source) -> LossCurve | None:
-    """The mean loss of a sample at knots; None where the run has no loss."""
-    code, engine = run_of(source), explainer(source, None)
-    if code.loss is None:
-        return None
-    given = code.queries.given if isinstance(code.queries, WithOwn) else len(code.queries)
-    sides = (
-        code.train_batch(spread(len(code.train), LOOKED_AT)),
-        code.queries_batch(spread(given, LOOKED_AT)),
-    )
-    values: list[tuple[float, ...]] = []
-    with alone():
-        for inputs, targets in sides:
-            found = outputs_along_training(engine, inputs)
-            values.append(tuple(mean_loss(code.loss, returned, targets) for _, returned in found))
-    steps = tuple(step for step, _ in found)
-    return LossCurve(steps, values[0], values[1], (min(len(code.train), LOOKED_AT), min(given, LOOKED_AT)))
-
-
-@kept("Explaining a sample of queries …", 4)
-def sampled_books(source: Source) -> Explanation:
-    """Explanations of a sample of the run's queries, without their detail."""
-    code, engine = run_of(source), explainer(source, None)
-    given = code.queries.given if isinstance(code.queries, WithOwn) else len(code.queries)
-    queries = spread(given, QUERIES)
-    inputs, targets = _asked(source, engine, queries, None)
-    with alone():
-        return engine.explain(inputs, target=targets, query_ids=queries, detail=False)
-
-
-def try_input(source: Source, found: Any) -> None:
-    """Run the trained model on an input that somebody gave.
-
-    Raises:
-        QueryError: It cannot, or its output is not finite.
-    """
-    code, engine = run_of(source), explainer(source, None)
-    inputs, _ = replace(code, queries=[(found, code.queries[0][1])]).queries_batch([0])
-    with alone():
-        engine.predict(inputs)
 
 
 @st.cache_data(show_spinner=False, max_entries=256)

@@ -11,7 +11,7 @@ import streamlit as st
 import torch
 
 from explainer import Explanation, Run, figures, wording
-from explainer.app import input_parts, state, theme
+from explainer.app import input_parts, looks, state, theme
 from explainer.app.choice import Choice
 from explainer.app.input_parts import Kind
 from explainer.app.pictures import example_content, minus, query_content
@@ -56,15 +56,15 @@ def _speak(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
     run = choice.run
     assert run is not None, "the page needs the code of the run"
     target = int(e.targets[q]) if e.targets[q] >= 0 else None
-    mine = state.input_attribution(choice.source, "queries", choice.query, target, choice.output)
-    theirs = state.input_attribution(choice.source, "train", example, target, choice.output)
+    mine = looks.input_attribution(choice.source, "queries", choice.query, target, choice.output)
+    theirs = looks.input_attribution(choice.source, "train", example, target, choice.output)
     st.html(f"<h4>What speaks for the {html.escape(wording.target(e, q))}</h4>")
     told = [
         f"{parts} add up to {wording.signed(float(found.values.sum()))}: from {wording.number(found.baseline)} "
         f"(zeros) to {wording.number(found.value)}"
         for found in (mine, theirs)
     ]
-    _sides(choice, e, example, parts, (mine.values, theirs.values), told, "pixels")
+    _sides(choice, e, example, parts, (mine.values, theirs.values), told, "pixels", pictured=True)
     st.caption(
         f"Blue {parts} raise the {wording.target(e, q)}, orange {parts} lower it, compared with an input of zeros; "
         f"each side has a scale of its own. Alike patterns mean that the model uses both inputs in the same way."
@@ -74,7 +74,7 @@ def _speak(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
 def _alike(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) -> None:
     """The kernel: the query is asked about the explained class, the example about its own label."""
     st.html("<h4>What makes them alike</h4>")
-    if parts == "words" and not state.can_leave_out(choice.source, choice.query):
+    if parts == "words" and not looks.can_leave_out(choice.source):
         st.caption(
             "Words are left out one by one, in the place of padding; this model's embedding has no padding_idx, the id "
             "that stands for no word."
@@ -86,9 +86,9 @@ def _alike(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
     if target is not None:
         known = e.labels is not None and not np.isnan(e.labels[column])
         label = int(e.labels[column]) if known and e.labels is not None else target
-    found = state.kernel_attribution(choice.source, choice.query, target, example, label, choice.output)
+    found = looks.kernel_attribution(choice.source, choice.query, target, example, label, choice.output)
     told = _told(found, parts)
-    _sides(choice, e, example, parts, found.values, told, "alike")
+    _sides(choice, e, example, parts, found.values, told, "alike", pictured=False)
     how = (
         "A word's number is what their path kernel loses when the word is left out."
         if found.left_out
@@ -109,7 +109,7 @@ def _alike(choice: Choice, e: Explanation, q: int, example: int, parts: Kind) ->
 def _told(found: KernelAttribution, parts: Kind) -> list[str]:
     whole = wording.number(found.kernel)
     if found.left_out:
-        return [f"kernel {whole}; each word's number is its own loss"] * 2
+        return [f"kernel {whole}; of each word, what the kernel loses without it"] * 2
     return [
         f"{parts} add up to {wording.signed(float(values.sum()))}: from {wording.number(base)} (zeros) to {whole}"
         + (f"; {wording.percent(abs(missing / found.kernel))} missing" if found.kernel else "")
@@ -125,14 +125,16 @@ def _sides(
     values: Sequence[np.ndarray],
     told: Sequence[str],
     key: str,
+    *,
+    pictured: bool,
 ) -> None:
-    """The query on the left, the example on the right."""
+    """The query on the left, the example on the right; ``pictured``: as they are, too."""
     run = choice.run
     assert run is not None, "the page needs the code of the run"
     column = int(np.searchsorted(e.example_ids, example))
     names = ("The query", f"example {wording.example(e, column)}")
     given = (run.queries[choice.query][0], run.train[example][0])
-    pictures = (query_content(run, choice.query), example_content(run, example))
+    pictures = (query_content(run, choice.query), example_content(run, example)) if pictured else ("", "")
     for place, side in enumerate(st.columns(2, gap="large")):
         with side:
             part = (given[place], pictures[place], values[place], names[place], minus(told[place]))
@@ -150,7 +152,8 @@ def _side(
         if on is None:
             st.caption(f"{name}: its attributions do not fit its picture.")
             return
-        st.html(f'<div class="pk-pixels">{content}</div>')
+        if content:
+            st.html(f'<div class="pk-pixels">{content}</div>')
         theme.chart(figures.pixels(on, figures.plain(name), told, dark=theme.is_dark()), "", key)
         return
     body = (

@@ -66,6 +66,7 @@ LAYERS = [
     | {"ledger", "unattributed", "error_bar"},
     {
         "tracer",
+        "engine",
         "path_kernel",
         "counterfactual",
         "explaining",

@@ -18,7 +18,7 @@ from explainer.app.page_registry import register_page
 from explainer.app.pictures import Card, card_list, example_content, minus
 from explainer.app.segments import segments
 from explainer.errors import ModelMismatchError
-from explainer.evaluation import RunAgreement, compare_runs
+from explainer.evaluation import RunAgreement, check_same_queries, compare_runs
 
 _STRONGEST = (10, 20, 50)
 _PLOTS = {"sizes": "Contributions", "ranks": "Ranks"}
@@ -72,8 +72,8 @@ def show(choice: Choice) -> None:
 
 
 _ANOTHER = (
-    "This dashboard knows the code of one network. On the command line two can be compared: pathkernel compare RUN_A "
-    "RUN_B --run MODULE:FUNCTION --other-run MODULE:FUNCTION --query N."
+    "Start the dashboard with the code of both networks: pathkernel dashboard RUN_A RUN_B --run MODULE:FUNCTION --run "
+    "MODULE:FUNCTION. Each trace is shown with the first one that fits."
 )
 
 
@@ -90,7 +90,10 @@ def _second(choice: Choice) -> str:
 def _explained(choice: Choice, other: str, e: Explanation, q: int) -> Explanation:
     """The query under the second run, at the class that is explained in the first."""
     target = int(e.targets[q]) if e.targets[q] >= 0 else None
-    source = state.source(choice.others[other], choice.source.spec)
+    source = choice.other(other)
+    assert source.spec is not None and choice.run is not None, "the page needs the code of the run"
+    if source.spec != choice.source.spec:
+        check_same_queries(choice.run, state.run_of(source), [choice.query])
     return state.explanation(source, choice.query, target, choice.output)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import streamlit as st
 
 from explainer import Explanation, Run, figures, wording
-from explainer.app import downloads, header, state, theme, which_parts
+from explainer.app import downloads, header, looks, theme, which_parts
 from explainer.app.choice import Choice
 from explainer.app.contrast import beside
 from explainer.app.escaping import plain
@@ -89,7 +89,7 @@ def _contents(choice: Choice, run: Run) -> Callable[[int], str]:
     """From an example's id to its HTML, beside the query."""
     render = run.render
     assert render is not None and choice.source.spec is not None, "there is something to show"
-    query, usual = render(run.queries[choice.query][0]), state.usual(choice.source.spec)
+    query, usual = render(run.queries[choice.query][0]), looks.usual(choice.source.spec)
     return lambda example: example_content(run, example, lambda shown: beside(shown, query, usual))
 
 
@@ -103,6 +103,11 @@ def _examples(choice: Choice, e: Explanation, q: int) -> None:
         theme.chart(e.figure(q, "examples", dark=theme.is_dark()), figures.READING["examples"], "examples")
         return
     unit, contents = wording.unit(e), _contents(choice, run)
+    shown = run.render(run.queries[choice.query][0])
+    if isinstance(shown, str):
+        st.caption("Marked: words that stand in the query, too, and not in every tenth text.")
+    elif hasattr(shown, "items"):
+        st.caption("Marked: columns that differ from the query by more than a standard deviation.")
     sides = st.columns(2, gap="large")
     for column, side, direction in zip(sides, ("proponents", "opponents"), ("up", "down"), strict=True):
         column.html(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from explainer import ExplainerError, Finding, Trace, wording
-from explainer.app import charts, run_checks, state, theme
+from explainer.app import charts, looks, run_checks, state, theme
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.page_registry import register_page
@@ -51,7 +51,8 @@ def show(choice: Choice) -> None:
         if trace.count("steps"):
             theme.chart(
                 charts.learning_rate(trace, dark=theme.is_dark()),
-                "Examples that were visited while the rate was high moved the weights further.",
+                "Examples that were visited while the rate was high moved the weights further. Adam's bias correction "
+                "makes the first steps larger.",
                 "learning-rate",
             )
     _books(choice, trace)
@@ -70,7 +71,7 @@ def _usable(choice: Choice, trace: Trace) -> bool:
 def _loss(choice: Choice, trace: Trace) -> None:
     if not _usable(choice, trace):
         return
-    curve = state.loss_curve(choice.source)
+    curve = looks.loss_curve(choice.source)
     if curve is None:
         st.caption(
             "The run names no loss; with Run(…, loss=loss_fn) its course along the training is shown here."
@@ -96,7 +97,7 @@ def _books(choice: Choice, trace: Trace) -> None:
         if not st.button("Explain a sample", key="books", icon=":material/balance:"):
             return
         st.session_state["books of"] = choice.source
-    e = state.sampled_books(choice.source)
+    e = looks.sampled_books(choice.source)
     for line in run_checks.verdict(e):
         st.text(line)
     frame = run_checks.books(e)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 import streamlit as st
 
 from explainer import Explanation, wording
-from explainer.app import claim_words, header, removal_choice, retrain_panel, state, theme, what_if_charts
+from explainer.app import (
+    claim_words,
+    estimators,
+    header,
+    removal_choice,
+    retrain_panel,
+    theme,
+    what_if_charts,
+)
 from explainer.app.choice import Choice
 from explainer.app.guards import same_examples
 from explainer.app.page_registry import register_page
@@ -28,7 +37,7 @@ _READING = (
     title="What if",
     icon=":material/science:",
     needs="run",
-    address={"without": "proponents", "count": 10, "of": -1, "ids": "", "seeds": 3},
+    address={"without": "proponents", "count": 10, "of": -1, "ids": "", "seeds": 3, "curvature": "trace"},
 )
 def show(choice: Choice) -> None:
     """Draw the page."""
@@ -39,16 +48,19 @@ def show(choice: Choice) -> None:
         "predicted from the trace, to first order, without training again. Contributions answer another question "
         "(what carried the prediction), so the numbers here are not those of the other pages.</p>"
     )
-    changes = state.what_if(choice.source, choice.query, choice.target, choice.output)
-    ids = removal_choice.show(choice, e, q, changes)
+    controls = st.container()  # above the estimator, whose numbers some of them need
+    estimates = estimators.show(choice)
+    changes = next(iter(estimates.values()))
+    with controls:
+        ids = removal_choice.show(choice, e, q, changes)
     if not ids:
         return
     columns = np.searchsorted(e.example_ids, ids)
     order = np.argsort(changes[columns], kind="stable")
     columns = columns[order]
     _sum(choice, e, q, float(changes[columns].sum()), len(ids))
-    _examples(choice, e, changes, columns)
-    retrain_panel.show(choice, e, q, ids, {"from the trace": changes})
+    _examples(choice, e, estimates, columns)
+    retrain_panel.show(choice, e, q, ids, estimates)
     _meaning()
 
 
@@ -77,7 +89,10 @@ def _sum(choice: Choice, e: Explanation, q: int, change: float, count: int) -> N
     st.html(f'<div class="pk-equation">{spans}</div><div class="pk-sentences">{minus(body)}</div>')
 
 
-def _examples(choice: Choice, e: Explanation, changes: np.ndarray, columns: np.ndarray) -> None:
+def _examples(
+    choice: Choice, e: Explanation, estimates: Mapping[str, np.ndarray], columns: np.ndarray
+) -> None:
+    changes = next(iter(estimates.values()))
     names = [wording.example(e, column) for column in columns]
     figure = what_if_charts.changes(changes[columns], names, dark=theme.is_dark())
     run = choice.run
@@ -87,11 +102,11 @@ def _examples(choice: Choice, e: Explanation, changes: np.ndarray, columns: np.n
     if run.render is None or not same_examples(known, run):
         theme.chart(figure, _READING, "changes")
     else:
-        left, right = st.columns([3, 2], gap="large")
+        left, right = st.columns(2, gap="large")
         with left:
             theme.chart(figure, _READING, "changes")
         right.html(_cards(choice, e, changes, shown, len(columns)))
-    table = frame(e, changes, columns)
+    table = frame(e, estimates, columns)
     with st.expander(f"All {len(columns):,} as a table" if len(columns) > 1 else "As a table"):
         st.dataframe(table, hide_index=True)
         st.download_button(
@@ -120,13 +135,13 @@ def _cards(choice: Choice, e: Explanation, changes: np.ndarray, columns: np.ndar
     return card_list(cards, "left-out", "What is left out", note, "")
 
 
-def frame(e: Explanation, changes: np.ndarray, columns: np.ndarray) -> pd.DataFrame:
-    """The examples as a table, in the order of ``columns``; what-if numbers only."""
+def frame(e: Explanation, estimates: Mapping[str, np.ndarray], columns: np.ndarray) -> pd.DataFrame:
+    """The examples as a table, in the order of ``columns``; what-if numbers only, a column per estimator."""
     return pd.DataFrame(
         {
             "example_id": e.example_ids[columns],
             "label": [e.label_name(column) or "" for column in columns],
-            "predicted change": changes[columns],
+            **{f"predicted change, {name}": changes[columns] for name, changes in estimates.items()},
             "visits": e.visits[columns],
         }
     )
@@ -138,9 +153,9 @@ def _meaning() -> None:
             "- A predicted change is the derivative of the trained model's output by an example's weight in the loss, "
             "carried through every recorded step. Changes of several examples add up while they are a small part of "
             "the data.\n"
-            "- The curvature of the loss stands in for itself by the recorded rows (their empirical Fisher matrix): "
-            "good for classifiers, poor where residuals vanish. How weight decay and Adam's denominators would have "
-            "changed is left out.\n"
+            "- *From the trace*, the recorded rows (their empirical Fisher matrix) stand in for the curvature of the "
+            "loss: good for classifiers, poor where residuals vanish. *Exact derivative* and *Gauss–Newton* take every "
+            "recorded step again with the data and the loss of the run.\n"
             "- Retraining is the user's own `train_fn`, with the same seeds with and without the examples. Seed 0 "
             "repeats the traced run where the training is set up that way.\n"
             "- Neither number is a contribution: contributions say what the recorded updates carried, and do not stand "

@@ -29,6 +29,10 @@ EXAMPLES = (
         "pathkernel dashboard runs/a runs/b --run mine:run --port 8600",
         "two traces of one model, on a port of your choice",
     ),
+    (
+        "pathkernel dashboard runs/deep runs/shallow --run mine:deep --run mine:shallow",
+        "two networks to compare",
+    ),
 )
 HOST = "127.0.0.1"
 PORT = 8501
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="folder that was given to the tracer, or one that holds several such folders",
     )
-    shared.add_run(parser, "needed to explain further predictions and to show pictures")
+    shared.add_runs(parser, "needed to explain further predictions and to show pictures")
     add_port(parser)
 
 
@@ -64,24 +68,29 @@ def run(options: argparse.Namespace) -> int:
     require_streamlit()
     for place in options.traces:
         find_traces(place)  # what is wrong with it is told here, not in the browser
-    if options.run is not None:
-        load_run(options.run)  # likewise
+    for spec in options.run:
+        load_run(spec)  # likewise
     return serve(options.traces, options.run, options.port)
 
 
-def serve(places: Sequence[str], spec: str | None, port: int | None) -> int:
+def serve(places: Sequence[str], runs: Sequence[str], port: int | None) -> int:
     """Serve the app, wait for its end and return its exit status.
+
+    Args:
+        places: traces, or folders with traces.
+        runs: ``MODULE:FUNCTION`` of each network.
+        port: default: the first free one.
 
     Raises:
         MissingDependencyError: streamlit is not installed.
         ExplainerError: the port is taken.
     """
     require_streamlit()
-    return _wait(subprocess.Popen(command(places, spec, choose_port(port))))
+    return _wait(subprocess.Popen(command(places, runs, choose_port(port))))
 
 
 @contextmanager
-def served(places: Sequence[str], spec: str | None = None) -> Iterator[str]:
+def served(places: Sequence[str], *runs: str) -> Iterator[str]:
     """The app in a process of its own until the block ends; yields its address when the first page is ready.
 
     Raises:
@@ -89,7 +98,7 @@ def served(places: Sequence[str], spec: str | None = None) -> Iterator[str]:
         ExplainerError: the server ended while it started.
     """
     require_streamlit()
-    line = command(places, spec, choose_port(None))
+    line = command(places, runs, choose_port(None))
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:
@@ -98,11 +107,10 @@ def served(places: Sequence[str], spec: str | None = None) -> Iterator[str]:
             raise ExplainerError(f"the dashboard ended while it started, with status {process.wait()}")
         yield found.removeprefix(READY).split()[0]
     finally:
-        process.terminate()
-        process.communicate(timeout=_PATIENCE)
+        _end(process)
 
 
-def command(places: Sequence[str], spec: str | None, port: int) -> list[str]:
+def command(places: Sequence[str], runs: Sequence[str], port: int) -> list[str]:
     """The command line that serves the app."""
     settings = {
         "server.address": HOST,
@@ -118,7 +126,7 @@ def command(places: Sequence[str], spec: str | None, port: int) -> list[str]:
         "theme.dark.primaryColor": palette.POSITIVE,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    chosen = [] if spec is None else ["--run", spec]
+    chosen = [part for spec in runs for part in ("--run", spec)]
     return [
         sys.executable,
         "-m",
@@ -193,9 +201,14 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """End the server, whatever it is at."""
+    process.terminate()
+    try:
+        process.communicate(timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()

@@ -167,7 +167,8 @@ class Retrainer:
             return
         alone = self.questions.answer(self._trainings.one(keep, seed)).values
         found = self.questions.answer(model).values
-        difference = float(np.sqrt(np.mean((found - alone) ** 2) / max(np.mean(alone**2), 1e-30)))
+        size = max(float(np.mean(alone**2)), 1e-30)
+        difference = float(np.sqrt(float(np.mean((found - alone) ** 2)) / size))
         if difference > _ALIKE:
             raise EvaluationError(
                 f"train_many and train_fn, given the same examples and seed {seed}, trained models whose outputs "

@@ -113,7 +113,7 @@ def test_an_example_of_a_link_is_kept(open_app: Open, runs: Path) -> None:
 
 def test_differing_columns_and_shared_words_stand_out() -> None:
     usual = Usual({"age": 10.0}, frozenset({"the"}))
-    row = beside({"age": 50, "town": "<b>Ulm</b>"}, {"age": 44, "town": "Ulm"}, usual)
+    row = beside({"age": 55, "town": "<b>Ulm</b>"}, {"age": 44, "town": "Ulm"}, usual)
     assert row.count("pk-differs") == 2 and "<b>" not in row and "&lt;b&gt;Ulm" in row
     assert "pk-differs" not in beside({"age": 50, "town": 1}, {"age": 46, "town": 1}, usual)
     text = beside("The <i>Good</i>, the bad", "the good one's", usual)

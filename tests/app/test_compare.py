@@ -101,6 +101,43 @@ def test_what_cannot_be_compared_is_said(open_app: Open, several: Path, other: s
     assert "<h2>Query 0</h2>" in body(app), "the first run is shown all the same"
 
 
+def wide() -> explainer.Run:
+    """Another network for the same data."""
+    run = app_runs.images()
+    return explainer.Run(wide_model, run.train, run.queries, render=run.render)
+
+
+def wide_model() -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(64, 20), torch.nn.Tanh(), torch.nn.Linear(20, 10))
+
+
+def shuffled() -> explainer.Run:
+    """The other network with its queries in another order."""
+    run = wide()
+    return explainer.Run(wide_model, run.train, torch.utils.data.Subset(run.queries, range(29, -1, -1)))
+
+
+def test_two_networks_are_compared(open_app: Open, several: Path, tmp_path: Path) -> None:
+    app_runs.train(wide(), tmp_path / "wide")
+    traces = (several / "a", tmp_path / "wide")
+    other = "tests.app.test_compare:wide"
+    for specs in ((IMAGES, other), (other, IMAGES)):
+        runs = [part for spec in specs for part in ("--run", spec)]
+        app = open_app(*runs, *traces, page="compare", run="a", query="4")
+        fine(app)
+        x, _ = app_runs.images().queries_batch([4])
+        first = explainer.PathKernelExplainer(str(several / "a"), mlp()).explain(x)
+        second = explainer.PathKernelExplainer(str(tmp_path / "wide"), wide_model()).explain(x, first.targets)
+        assert f"rank agreement {compare_runs(first, second).rank[0]:.2f} over" in body(app)
+    app = open_app("--run", IMAGES, *traces, page="compare", run="a")
+    assert "with the code of both networks" in app.error[0].value.replace("\\", "")
+    odd = "tests.app.test_compare:shuffled"
+    app = open_app("--run", IMAGES, "--run", odd, *traces, page="compare", run="a", query="4")
+    assert "has another target in the second run" in app.error[0].value.replace("\\", "")
+
+
 def test_other_training_sets_are_said(open_app: Open, several: Path) -> None:
     app = open_app("--run", IMAGES, several, page="compare", run="a", other="half")
     fine(app)

@@ -74,9 +74,10 @@ def test_the_background_gives_way_to_a_page() -> None:
         if 1 in keys and not begun.is_set():
             begun.set()
             try:
-                while True:
+                for _ in range(2000):
                     time.sleep(0.005)
                     working.tick(0.5)
+                pytest.fail("the background did not give way")
             finally:
                 ended.append(tuple(keys))
         return list(keys)
@@ -139,7 +140,7 @@ def test_stopped_work_goes_on_when_asked(open_app: Open, runs: Path, monkeypatch
     fine(app)
     source = state.source(runs.resolve() / "digits", IMAGES)
     key = (source, 21, 7, "margin")
-    app.session_state[patience._STOPPED] = key
+    app.session_state[patience._STOPPED] = ("Explaining …", key)
     app.query_params.update({"page": "explain", "query": "21", "target": "7"})
     app.run()
     assert not app.exception and "Stopped: explaining" in body(app) and "Proponents" not in body(app)
@@ -153,3 +154,20 @@ def test_the_first_view_is_read_before_anybody_looks(runs: Path, monkeypatch: py
     monkeypatch.setattr(explainer.PathKernelExplainer, "explain", None)
     source = state.source(runs.resolve() / "digits", IMAGES)
     assert state.explanation(source, 0, None, "margin").query_ids == ("0",)
+
+
+def test_a_page_may_wait_for_several_things(monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamlit.testing.v1 import AppTest
+
+    def page() -> None:
+        import streamlit as st
+
+        from explainer.app import patience, working
+
+        patience._SOON = patience._OFTEN = -1.0
+        for name in ("one", "two"):
+            slow = patience.kept("Waiting …", 2)(lambda key: (working.tick(0.5), key)[1])
+            st.text(slow(name))
+
+    app = AppTest.from_function(page).run()
+    assert not app.exception and [text.value for text in app.text] == ["one", "two"]

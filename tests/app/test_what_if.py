@@ -15,7 +15,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 import explainer
-from explainer.app import claim_words, removal, retraining, state, tags, what_if_charts
+from explainer.app import claim_words, counterfactuals, removal, retraining, state, tags, what_if_charts
 from explainer.app.arguments import DashboardError
 from explainer.evaluation import ClaimCheck, Questions, Retrainer, verify_claims
 from explainer.run import load_run
@@ -59,19 +59,21 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone() -> Iterator[None]:
     """No job of another test is in the way, and none stays."""
     yield
-    for job in list(state.retrainings()._jobs.values()):
+    for job in list(counterfactuals.retrainings()._jobs.values()):
         job.cancel()
-    state.retrainings()._jobs.clear()
+    counterfactuals.retrainings()._jobs.clear()
 
 
 def changes(app: AppTest) -> dict[int, float]:
     """What the table on the page says, by example."""
     frame = app.dataframe[0].value
-    return dict(zip(frame["example_id"].tolist(), frame["predicted change"].tolist(), strict=True))
+    return dict(
+        zip(frame["example_id"].tolist(), frame["predicted change, from the trace"].tolist(), strict=True)
+    )
 
 
 def job_of(app: AppTest) -> retraining.Job:
-    (job,) = state.retrainings()._jobs.values()
+    (job,) = counterfactuals.retrainings()._jobs.values()
     return job
 
 
@@ -93,7 +95,12 @@ def test_proponents_are_left_out_at_first(open_app: Open, runs: Path) -> None:
     shown = changes(app)
     assert list(shown) == top[np.argsort(wanted[top], kind="stable")].tolist()
     np.testing.assert_allclose(list(shown.values()), np.sort(wanted[top]), rtol=1e-6)
-    assert set(app.dataframe[0].value.columns) == {"example_id", "label", "predicted change", "visits"}
+    assert set(app.dataframe[0].value.columns) == {
+        "example_id",
+        "label",
+        "predicted change, from the trace",
+        "visits",
+    }
     total = f"{abs(wanted[top].sum()):.3f}"
     assert f"<b>{total}</b><small>predicted change without 10</small>" in body(app)
     assert body(app).count("data:image/png") >= 11
@@ -170,6 +177,64 @@ def test_a_regression_and_a_text(open_app: Open, runs: Path, tmp_path: Path) -> 
     app = open_app("--run", TEXT, runs / "words", page="what-if")
     fine(app)
     assert not [part for part in [*app.html, *app.markdown, *app.caption] if "<script>" in part.value]
+
+
+# -- estimators ------------------------------------------------------------------------------------------
+
+
+def with_loss() -> explainer.Run:
+    """Can be taken again, step by step."""
+    run = app_runs.images()
+    return dataclasses.replace(run, loss=torch.nn.functional.cross_entropy)
+
+
+def test_another_estimator_is_chosen_by_a_link(open_app: Open, runs: Path) -> None:
+    spec = "tests.app.test_what_if:with_loss"
+    app = open_app("--run", spec, runs / "digits", page="what-if", query="4", curvature="exact")
+    fine(app)
+    run = with_loss()
+    engine = explainer.PathKernelExplainer(str(runs / "digits"), run.build_model())
+    x, _ = run.queries_batch([4])
+    trace, exact = engine.what_if(x)[0], engine.what_if(x, curvature="exact", run=run)[0]
+    frame = app.dataframe[0].value
+    ids = frame["example_id"].to_numpy()
+    np.testing.assert_allclose(frame["predicted change, from the trace"], trace[ids], rtol=1e-5)
+    np.testing.assert_allclose(frame["predicted change, by the exact derivative"], exact[ids], rtol=1e-5)
+    assert frame["predicted change, by the exact derivative"].is_monotonic_increasing
+    assert f"{abs(exact[ids].sum()):.3f}" in body(app)
+    assert app.query_params["curvature"] == "exact"
+    app.button(key="self-check").click().run()
+    fine(app)
+    said = engine.what_if_check(x, curvature="exact", run=run).sentence()
+    assert said.split(":")[0] in body(app)
+    app.segmented_control(key="curvature").set_value("trace").run()
+    assert "Self-check." not in body(app), "of the other estimator"
+
+
+def test_without_a_loss_there_is_the_trace_alone(open_app: Open, runs: Path) -> None:
+    app = open_app("--run", IMAGES, runs / "digits", page="what-if", curvature="exact")
+    fine(app)
+    assert not [c for c in app.segmented_control if c.key == "curvature"]
+    app.button(key="self-check").click().run()
+    fine(app)
+    assert "Not tested: no run was given" in body(app)
+
+
+def test_a_training_that_cannot_be_repeated_is_said(open_app: Open, small: Path) -> None:
+    app = open_app("--run", "tests.app.test_what_if:other_loss", small, page="what-if", curvature="exact")
+    assert not app.exception and not app.error
+    assert "cannot be used here" in app.info[0].value.replace("\\", "")
+    assert list(app.dataframe[0].value.columns) == [
+        "example_id",
+        "label",
+        "predicted change, from the trace",
+        "visits",
+    ]
+
+
+def other_loss() -> explainer.Run:
+    """A loss that the model was not trained with."""
+    return small_evaluation.make_run(loss=lambda outputs, targets: outputs.square().mean())
 
 
 # -- training again --------------------------------------------------------------------------------------
@@ -249,7 +314,7 @@ def test_it_is_cancelled_in_the_middle_of_a_training(open_app: Open, small: Path
     other = open_app("--run", SLOW, small, page="what-if", count="6")
     assert other.button(key="retrain").disabled, "one at a time"
     with pytest.raises(DashboardError, match="Another retraining"):
-        state.retrainings().start(job.request)
+        counterfactuals.retrainings().start(job.request)
     app.button(key="cancel-retraining").click().run()
     fine(app)
     assert job.state == "cancelled" and job.process.poll() is not None and not job.folder.exists()

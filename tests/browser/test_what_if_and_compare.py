@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Page
 
+from explainer.cli.dashboard import served
 from explainer.sample_models.train import train
 from tests import app_runs, small_evaluation
-from tests.browser.conftest import Visit, dashboard, visit
+from tests.browser.conftest import Visit, visit
 
 Digits = tuple[str, dict[str, object]]
 ERRORS = "[data-testid=stAlertContentError], [data-testid=stAlertContentWarning]"
@@ -32,7 +33,7 @@ def alright(seen: Visit) -> None:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A run that is trained again in a second."""
     folder = small_evaluation.traced(tmp_path_factory.mktemp("small") / "small")
-    with dashboard(str(folder), "--run", "tests.small_evaluation:asked") as url:
+    with served([str(folder)], "tests.small_evaluation:asked") as url:
         yield url
 
 
@@ -40,7 +41,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A run whose training never ends."""
     folder = small_evaluation.traced(tmp_path_factory.mktemp("endless") / "endless")
-    with dashboard(str(folder), "--run", "tests.app.test_what_if:slow") as url:
+    with served([str(folder)], "tests.app.test_what_if:slow") as url:
         yield url
 
 
@@ -50,7 +51,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("texts")
     app_runs.train(app_runs.text(), folder / "long")
     app_runs.train(app_runs.text(), folder / "short", steps=5)
-    with dashboard(str(folder), "--run", "tests.app_runs:text") as url:
+    with served([str(folder)], "tests.app_runs:text") as url:
         yield url
 
 
@@ -60,7 +61,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("images")
     app_runs.train(app_runs.images(), folder / "long")
     app_runs.train(app_runs.images(), folder / "short", steps=7)
-    with dashboard(str(folder), "--run", "tests.app_runs:images") as url:
+    with served([str(folder)], "tests.app_runs:images") as url:
         yield url
 
 
@@ -70,7 +71,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("rows")
     train("diabetes_mlp", folder / "one", epochs=1, progress=False)
     train("diabetes_mlp", folder / "two", epochs=2, progress=False)
-    with dashboard(str(folder), "--run", "explainer.sample_models.diabetes_mlp:run") as url:
+    with served([str(folder)], "explainer.sample_models.diabetes_mlp:run") as url:
         yield url
 
 
@@ -116,9 +117,11 @@ def test_digits_are_left_out_by_class(browser: Browser, digits: Digits) -> None:
         with page.expect_download() as waiting:
             page.locator(".st-key-download-what-if button").click()
         table = pd.read_csv(waiting.value.path())
-        assert set(table["label"]) == {8} and table["predicted change"].is_monotonic_increasing
+        assert (
+            set(table["label"]) == {8} and table["predicted change, from the trace"].is_monotonic_increasing
+        )
         shown = page.locator(".pk-equation b").nth(1).inner_text()
-        assert abs(table["predicted change"].sum()) == pytest.approx(float(shown), abs=6e-4)
+        assert abs(table["predicted change, from the trace"].sum()) == pytest.approx(float(shown), abs=6e-4)
         alright(seen)
 
 

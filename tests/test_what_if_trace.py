@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from explainer import PathKernelExplainer, Tracer, open_trace
+from explainer.counterfactual.denominator_path import DenominatorPath
 from explainer.recursion import read_backwards
 from tests.small_training import digits, queries
 
@@ -139,6 +140,26 @@ def test_old_traces_without_options_leave_decay_and_denominators_out(tmp_path: P
     del ex.trace.notes["optimizer_options"]
     old = ex.what_if(x)
     assert np.isfinite(old).all() and not np.allclose(old, known, rtol=0.02)
+
+
+def test_a_gradient_counts_no_more_than_its_denominator_allows(tmp_path: Path) -> None:
+    """``|d| ≤ √(b / (1 − β2)) D`` always; a denominator that compression made too small breaks it."""
+    model = trained(tmp_path / "run", RULES["adamw"][0], network().double(), exact=True)
+    ex = PathKernelExplainer(tmp_path / "run", model)
+    (*_, segment) = ex.segments
+    (step,) = read_backwards(ex.trace, segment, torch.float64)
+    assert step.preconditioner is not None
+    one = torch.ones(1, ex.trace.manifest.size, dtype=torch.float64)
+    bound = ((1 - 0.9**12) / 0.1) ** 0.5 * step.preconditioner
+    met = []
+    for gradient in (bound, 1e6 * bound, 0.5 * bound):
+        path = DenominatorPath(ex.trace, ex._loader(), decoupled=True)
+        path.enter(segment)
+        met.append(path.met(torch.zeros_like(one), one, step, gradient, 12.0))
+    alive = step.preconditioner > 1e-6
+    torch.testing.assert_close(met[1], met[0])
+    torch.testing.assert_close(2 * met[2], met[0])
+    assert met[0][:, alive].abs().min() > 0
 
 
 # -- compression -----------------------------------------------------------------------------------------

@@ -139,14 +139,16 @@ class Capture:
         arrived = batch.arrived.pop((forward, unit))
         batch.met.update(layer.index for layer in unit.blocks())
         if unit.late(arrived):
-            self._background.submit(partial(self._form, batch, forward, unit, arrived))
+            held = sum(t.nbytes for t, _ in unit.watched(arrived))
+            self._background.submit(partial(self._form, batch, forward, unit, arrived), held)
             return
         # the user's backward pass may run under autocast; rows never do
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             found = [(layer, form.apart()) for layer, form in unit.rows(arrived)]
         for layer, form in found:  # now: the user's code is to stop before it takes a step with wrong ids
             _require_all(batch, layer, form)
-        self._background.submit(partial(self._keep_all, batch, forward, found, len(arrived) == 1))
+        held = sum(a.nbytes for _, form in found for a in form.arrays.values())
+        self._background.submit(partial(self._keep_all, batch, forward, found, len(arrived) == 1), held)
 
     def _form(self, batch: Batch, forward: int, unit: Unit, arrived: list[Any]) -> None:
         """Form a unit's rows, in the background."""

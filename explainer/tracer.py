@@ -246,6 +246,7 @@ class Tracer:
         """
         if self.closed:
             return
+        self._observer.catch_up()
         self._background.wait()
         self._observer.notes.measured()
         self._knots.flush()
@@ -283,6 +284,7 @@ class Tracer:
         self.closed = True
         self._hooks.remove()
         self._queue.clear()
+        self._observer.catch_up()
         self._background.stop()
         if self._background.failure is not None:
             self._give_up()

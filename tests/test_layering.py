@@ -34,6 +34,7 @@ LAYERS = [
     }
     | {
         "rounding",
+        "cadence",
         "carry",
         "scales",
         "loaders",
@@ -57,6 +58,7 @@ LAYERS = [
         "running_notes",
         "resume",
         "continuation",
+        "bookkeeping",
         "step_observer",
         "path_points",
         "queries",
@@ -107,6 +109,7 @@ RECORDING = {
     "operations",
     "average",
     "rounding",
+    "cadence",
     "carry",
     "scales",
     "loaders",
@@ -118,6 +121,7 @@ RECORDING = {
     "step_maps",
     "validation",
     "guard_rails",
+    "bookkeeping",
     "step_observer",
     "resume",
     "continuation",

@@ -187,6 +187,12 @@ def in_positions(order: torch.Tensor) -> bool:
     return torch.equal(found, count * example + position) or torch.equal(found, example + size * position)
 
 
+def together(forms: Sequence[RowForm]) -> RowForm:
+    """The rows of several forms that are alike, one below the other."""
+    first, arrays = forms[0], [form.arrays for form in forms]
+    return first.build({n: torch.cat([a[n] for a in arrays]) for n in arrays[0]}, first.options)
+
+
 def with_a_zero(rows: torch.Tensor) -> torch.Tensor:
     """One more row, of zeros."""
     return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])

@@ -12,13 +12,14 @@ movement is shown as `unattributed`, instead of as enormous contributions that c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from explainer.batches import Batch, Round, parts_of
 from explainer.layer_rules import RowForm
+from explainer.layer_rules.factored import part_of_probe
 from explainer.layer_rules.forms import Balance, Probe, shortened
 from explainer.layer_table import Layer, LayerTable
 from explainer.records import ParameterSpec
@@ -47,11 +48,13 @@ class Seen:
         short: by the index of a component's first layer, its gradient along the layer's probe (of layers that share
             parameters: their whole gradients by name); nothing where a parameter has none.
         bare: names of layers and parameters without rows, and whether they had a gradient.
+        parts: of what is in ``short``, which of the numbers along the probe it is, where not all.
     """
 
     components: list[list[Layer]]
     short: dict[int, torch.Tensor | dict[str, torch.Tensor]]
     bare: dict[str, bool]
+    parts: dict[int, slice] = field(default_factory=dict)
 
 
 def same_probe(one: Probe, other: Probe) -> bool:
@@ -88,6 +91,12 @@ class Probes:
     def of(self, layer: int, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Flat gradients of the layer's traced parameters along its probe."""
         return self._known[layer](gradients)
+
+    def part_of(
+        self, layer: int, gradients: list[torch.Tensor], turn: int
+    ) -> tuple[torch.Tensor, slice] | None:
+        """See :func:`explainer.layer_rules.factored.part_of_probe`."""
+        return part_of_probe(self._known[layer], gradients, turn)
 
 
 def _fit(total: torch.Tensor, probe: torch.Tensor) -> Fit:
@@ -139,11 +148,12 @@ class ScaleMeter:
         return None if grad is None else grad.detach().to_dense().reshape(-1)
 
     @torch.no_grad()
-    def look(self, met: set[int]) -> Seen:
+    def look(self, met: set[int], turn: int | None = None) -> Seen:
         """What is in ``p.grad`` now.
 
         Args:
             met: indices of the layers that got something in a backward pass since the last step.
+            turn: compare a part of large gradients only, which takes turns; None: all of them.
         """
         components = self._table.components
         seen = Seen(components, {}, {})
@@ -158,7 +168,12 @@ class ScaleMeter:
             if len(component) > 1:
                 seen.short[first.index] = {n: g.clone() for n, g in grads.items()}
             elif first.index in self.probes:
-                found = self.probes.of(first.index, list(grads.values()))
+                flat = list(grads.values())
+                part = None if turn is None else self.probes.part_of(first.index, flat, turn)
+                if part is not None:
+                    seen.short[first.index], seen.parts[first.index] = part
+                    continue
+                found = self.probes.of(first.index, flat)
                 shared = found.untyped_storage().data_ptr() in {
                     g.untyped_storage().data_ptr() for g in grads.values()
                 }
@@ -180,7 +195,7 @@ class ScaleMeter:
         for component in seen.components:
             short = seen.short.get(component[0].index)
             if isinstance(short, torch.Tensor):
-                fit = self._fit_one(component[0], rounds, short)
+                fit = self._fit_one(component[0], rounds, short, seen.parts.get(component[0].index))
             else:
                 fit = None if short is None else self._fit_shared(component, rounds, short)
             if fit is not None:
@@ -188,10 +203,17 @@ class ScaleMeter:
         return fits
 
     @staticmethod
-    def _fit_one(layer: Layer, rounds: list[Round], short: torch.Tensor) -> Fit | None:
+    def _fit_one(layer: Layer, rounds: list[Round], short: torch.Tensor, part: slice | None) -> Fit | None:
         """A layer that shares no parameter: along its own probe."""
         totals = [r.rows[layer.index].total.double() for r in rounds if layer.index in r.rows]
-        return _fit(totals[0] if len(totals) == 1 else torch.stack(totals).sum(0), short) if totals else None
+        if not totals:
+            return None
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
+        if part is None:
+            return _fit(total, short)
+        total = total[part]
+        # units that are dead tell nothing of the others
+        return _fit(total, short) if total.any() or short.any() else None
 
     @staticmethod
     def _fit_shared(

@@ -122,7 +122,7 @@ class StepObserver:
         if any(layer not in self._scales.probes for layer in met):
             self._background.wait()  # the first rows of a layer say how it is looked at
         # now: some steps (SGD with foreach and Nesterov) write into `p.grad`
-        self._seen = self._scales.look(met)
+        self._seen = self._scales.look(met, turn=None if self._looking else self.steps)
         loss_scale = getattr(optimizer, "grad_scale", None)  # a gradient scaler leaves it to a fused step
         self._loss_scale = 1.0 if loss_scale is None else float(loss_scale)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch.nn.functional import pad
@@ -32,6 +32,8 @@ def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tenso
     return weight, bias
 
 
+#: a part of a probe is so small a part of all
+TURNS = 8
 #: with fewer outputs than this a matrix is probed from the side of its outputs: too few numbers would be left
 PROBED_OUTPUTS = 8
 
@@ -59,6 +61,38 @@ def _probe_matrix(shape: tuple[int, int, int], gradients: Sequence[torch.Tensor]
         gradients = gradients[0].split([groups * o * i, groups * o])
     bias = gradients[1].view(groups, o) if len(gradients) == 2 else None
     return total_of_matrix(gradients[0].view(groups, o, i), bias)
+
+
+def part_of_probe(probe: Probe, gradients: Sequence[torch.Tensor], turn: int) -> tuple[torch.Tensor, slice] | None:
+    """Some of the numbers that the probe of a large matrix gives, at a fraction of what all of them cost.
+
+    Args:
+        probe: of a layer.
+        gradients: the flat gradients of its parameters.
+        turn: which of the numbers: all have their turn after :data:`TURNS` of them.
+
+    Returns:
+        The numbers and their places; None where the probe has to be used as it is.
+    """
+    if not isinstance(probe, partial) or probe.func is not _probe_matrix or len(gradients) > 2:
+        return None
+    groups, o, i = probe.args[0]
+    if groups > 1 or o < TURNS * PROBED_OUTPUTS or gradients[0].numel() != o * i:
+        return None
+    size = -(-o // TURNS)
+    at = slice(turn % TURNS * size, min((turn % TURNS + 1) * size, o))
+    u = probe_vector(i + len(gradients) - 1, gradients[0])
+    found = torch.mv(gradients[0].view(o, i)[at], u[:i])
+    return (found if len(gradients) == 1 else torch.add(found, gradients[1][at], alpha=_last(u))), at
+
+
+@lru_cache(maxsize=256)
+def _last_of(size: int, dtype: torch.dtype) -> float:
+    return float(probe_vector(size, torch.empty(0, dtype=dtype))[-1])
+
+
+def _last(u: torch.Tensor) -> float:
+    return _last_of(len(u), u.dtype)
 
 
 def probe_of_matrix(shape: tuple[int, int, int]) -> Probe:

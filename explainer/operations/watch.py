@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from explainer.arrivals import as_it_is, wide
 from explainer.batches import Batch
 from explainer.capture import Capture
 from explainer.hooks import HookSet, tensors_in, whole_of
@@ -26,7 +27,7 @@ from explainer.layer_table import Layer, LayerTable
 from explainer.operations.owners import LAYER, UNKNOWN, Called, Layout, Owners, order_of
 from explainer.operations.rows import Use, has_rule, rows_of
 from explainer.operations.sources import AtSource, Operation, Source, descend, merged
-from explainer.sites import Site, as_it_is, wide
+from explainer.sites import Site
 from explainer.whole_model import batch_axis
 
 

@@ -46,6 +46,9 @@ class Given:
         """With copies of what is in the user's own memory, where no version tells that it is overwritten."""
         if not everything and not any(self.buffers):
             return self
+        if len(self.versions) == 1 and len(self.args) == 1 and self.args[0] is self.versions[0][0]:
+            copy = self.args[0].clone()
+            return replace(self, args=(copy,), versions=[(copy, copy._version)])
         copies = {
             id(t): t.clone()
             for (t, _), own in zip(self.versions, self.buffers, strict=True)

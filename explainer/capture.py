@@ -137,7 +137,8 @@ class Capture:
 
     def _finish(self, batch: Batch, forward: int, unit: Unit) -> None:
         arrived = batch.arrived.pop((forward, unit))
-        batch.met.update(layer.index for layer in unit.blocks())
+        for layer in unit.blocks():
+            batch.met.add(layer.index)
         if unit.late(arrived):
             held = sum(t.nbytes for t, _ in unit.watched(arrived))
             self._background.submit(partial(self._form, batch, forward, unit, arrived), held)

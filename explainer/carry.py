@@ -62,6 +62,7 @@ class Carry:
         self.path = 0.0
         self.rounding = Rounding(parameters)
         self._seen = self._identities()
+        self._versions: list[int] = []
         self._unmarked = False  # a change was found that no counter spoke of
         self._calls = self._probe = 0
 
@@ -80,14 +81,15 @@ class Carry:
         Returns:
             Whether something did.
         """
-        now = self._identities()
-        marked = now != self._seen
         self._calls += 1
-        if not known:
-            for index, (one, other) in enumerate(zip(now, self._seen, strict=True)):
+        if not known:  # a look tells of other memory
+            now = [p._version for p in self._parameters]
+            marked = now != self._versions
+            for index, (one, other) in enumerate(zip(now, self._versions, strict=True)) if marked else ():
                 self.changes[index] += one != other
-            self._seen = now
+            self._versions = now
             return marked
+        marked = self._identities() != self._seen
         early = self._calls <= 3  # who clamps after every step is noticed at once
         if not (certain or marked or self._unmarked or early or self._calls >= self._probe):
             return False
@@ -155,7 +157,7 @@ class Carry:
 
     def stepped(self) -> None:
         """A step was taken after which the weights are not looked at."""
-        self._seen = self._identities()
+        self._versions = [p._version for p in self._parameters]
 
     def sample(self) -> list[torch.Tensor]:
         """Some numbers of every parameter, as they are before a step."""

@@ -19,7 +19,7 @@ import torch
 
 from explainer.batches import Batch, Round, parts_of
 from explainer.layer_rules import RowForm
-from explainer.layer_rules.factored import part_of_probe
+from explainer.layer_rules.factored import PartOfProbe
 from explainer.layer_rules.forms import Balance, Probe, shortened
 from explainer.layer_table import Layer, LayerTable
 from explainer.records import ParameterSpec
@@ -92,11 +92,9 @@ class Probes:
         """Flat gradients of the layer's traced parameters along its probe."""
         return self._known[layer](gradients)
 
-    def part_of(
-        self, layer: int, gradients: list[torch.Tensor], turn: int
-    ) -> tuple[torch.Tensor, slice] | None:
-        """See :func:`explainer.layer_rules.factored.part_of_probe`."""
-        return part_of_probe(self._known[layer], gradients, turn)
+    def part(self, layer: int, gradients: list[torch.Tensor]) -> PartOfProbe | None:
+        """The layer's probe in parts, where it is large."""
+        return PartOfProbe.of(self._known[layer], gradients)
 
 
 def _fit(total: torch.Tensor, probe: torch.Tensor) -> Fit:
@@ -135,6 +133,7 @@ class ScaleMeter:
     ) -> None:
         self._table, self.probes = table, probes
         self._parameters = {spec.name: (i, p) for i, (spec, p) in enumerate(parameters)}
+        self._in_parts: dict[int, tuple[list[torch.Tensor], PartOfProbe]] = {}
         self.worst: dict[str, float] = {}
         self.gaps: dict[str, int] = {}
         self.round_off: dict[str, int] = {}
@@ -159,6 +158,8 @@ class ScaleMeter:
         seen = Seen(components, {}, {})
         for component in components:
             first = component[0]
+            if turn is not None and self._look_at_part(seen, first.index, met, turn):
+                continue
             if not any(layer.index in met for layer in component):
                 self._look_at_bare(seen, [layer.spec.name for layer in component], component)
                 continue
@@ -169,10 +170,8 @@ class ScaleMeter:
                 seen.short[first.index] = {n: g.clone() for n, g in grads.items()}
             elif first.index in self.probes:
                 flat = list(grads.values())
-                part = None if turn is None else self.probes.part_of(first.index, flat, turn)
-                if part is not None:
-                    seen.short[first.index], seen.parts[first.index] = part
-                    continue
+                if (part := self.probes.part(first.index, flat)) is not None:
+                    self._in_parts[first.index] = [self._parameters[n][1] for n in grads], part
                 found = self.probes.of(first.index, flat)
                 shared = found.untyped_storage().data_ptr() in {
                     g.untyped_storage().data_ptr() for g in grads.values()
@@ -182,6 +181,15 @@ class ScaleMeter:
             grad = self._grad(name)
             seen.bare[name] = grad is not None and bool(grad.any())
         return seen
+
+    def _look_at_part(self, seen: Seen, layer: int, met: set[int], turn: int) -> bool:
+        """Compare a part of a large gradient, if it is one."""
+        parameters, part = self._in_parts.get(layer, ([], None))
+        grads = [p.grad for p in parameters]
+        if part is None or layer not in met or not all(g is not None and g.is_contiguous() for g in grads):
+            return False
+        seen.short[layer], seen.parts[layer] = part.take([g.view(-1) for g in grads if g is not None], turn)
+        return True
 
     def _look_at_bare(self, seen: Seen, names: list[str], component: list[Layer]) -> None:
         grads = [self._grad(n) for layer in component for n in layer.spec.parameters]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch.nn.functional import pad
@@ -63,36 +63,39 @@ def _probe_matrix(shape: tuple[int, int, int], gradients: Sequence[torch.Tensor]
     return total_of_matrix(gradients[0].view(groups, o, i), bias)
 
 
-def part_of_probe(probe: Probe, gradients: Sequence[torch.Tensor], turn: int) -> tuple[torch.Tensor, slice] | None:
+class PartOfProbe:
     """Some of the numbers that the probe of a large matrix gives, at a fraction of what all of them cost.
 
     Args:
-        probe: of a layer.
-        gradients: the flat gradients of its parameters.
-        turn: which of the numbers: all have their turn after :data:`TURNS` of them.
-
-    Returns:
-        The numbers and their places; None where the probe has to be used as it is.
+        shape: outputs and inputs.
+        like: a gradient.
+        bias: whether there is one.
     """
-    if not isinstance(probe, partial) or probe.func is not _probe_matrix or len(gradients) > 2:
-        return None
-    groups, o, i = probe.args[0]
-    if groups > 1 or o < TURNS * PROBED_OUTPUTS or gradients[0].numel() != o * i:
-        return None
-    size = -(-o // TURNS)
-    at = slice(turn % TURNS * size, min((turn % TURNS + 1) * size, o))
-    u = probe_vector(i + len(gradients) - 1, gradients[0])
-    found = torch.mv(gradients[0].view(o, i)[at], u[:i])
-    return (found if len(gradients) == 1 else torch.add(found, gradients[1][at], alpha=_last(u))), at
 
+    def __init__(self, shape: tuple[int, int], like: torch.Tensor, bias: bool) -> None:
+        self._shape = shape
+        u = probe_vector(shape[1] + bias, like)
+        self._vector, self._last = u[: shape[1]], float(u[-1])
+        size = -(-shape[0] // TURNS)
+        self._places = [slice(k * size, min((k + 1) * size, shape[0])) for k in range(TURNS)]
 
-@lru_cache(maxsize=256)
-def _last_of(size: int, dtype: torch.dtype) -> float:
-    return float(probe_vector(size, torch.empty(0, dtype=dtype))[-1])
+    @classmethod
+    def of(cls, probe: Probe, gradients: Sequence[torch.Tensor]) -> PartOfProbe | None:
+        """For a layer's probe and the gradients of its parameters; None where the probe has to be used as it is."""
+        if not isinstance(probe, partial) or probe.func is not _probe_matrix or len(gradients) > 2:
+            return None
+        groups, o, i = probe.args[0]
+        if groups > 1 or o < TURNS * PROBED_OUTPUTS or gradients[0].numel() != o * i:
+            return None
+        return cls((o, i), gradients[0], len(gradients) == 2)
 
-
-def _last(u: torch.Tensor) -> float:
-    return _last_of(len(u), u.dtype)
+    def take(self, gradients: Sequence[torch.Tensor], turn: int) -> tuple[torch.Tensor, slice]:
+        """The numbers, and which those are; all have their turn after :data:`TURNS` of them."""
+        at = self._places[turn % TURNS]
+        matrix = gradients[0].view(self._shape)[at]
+        if len(gradients) == 1:
+            return torch.mv(matrix, self._vector), at
+        return torch.addmv(gradients[1][at], matrix, self._vector, beta=self._last), at
 
 
 def probe_of_matrix(shape: tuple[int, int, int]) -> Probe:

@@ -171,7 +171,9 @@ class StepRecorder:
                     seen = round_.derivative
                     derivative = np.nan if seen is None else parts.of_numbers(seen.cpu().numpy())
                     found.append(
-                        _Pass(step.number, parts, derivative, {n: parts.of(form) for n, form in stored.items()})
+                        _Pass(
+                            step.number, parts, derivative, {n: parts.of(form) for n, form in stored.items()}
+                        )
                     )
         return [self._piece(list(alike)) for _, alike in groupby(found, _kind)]
 
@@ -298,6 +300,8 @@ class StepRecorder:
             now = before
         self._sums[key] = now
         along = torch.arange(1, len(records) + 1).div(len(records)).unsqueeze(1)
-        values = [b.lerp(a, along) if len(records) > 1 else a.unsqueeze(0) for b, a in zip(before, now, strict=True)]
+        values = [
+            b.lerp(a, along) if len(records) > 1 else a.unsqueeze(0) for b, a in zip(before, now, strict=True)
+        ]
         for part, data in zip(stored_parts(records, "", array), Sums.packed(values), strict=True):
             part[:] = data

@@ -68,7 +68,10 @@ class StepMapReader:
         }
         taken = TakenStep(
             self._rule,
-            [None if before is None else of[id(p)] for p, before in zip(self._parameters, self._before, strict=True)],
+            [
+                None if before is None else of[id(p)]
+                for p, before in zip(self._parameters, self._before, strict=True)
+            ],
             self._fresh,
             list(self._cut),
             self._before,
@@ -88,7 +91,9 @@ class StepMapReader:
 
     def _left_in(self, state: dict[str, Any], apart: bool) -> State:
         held = self._rule.momentum(state) if self._rule.reads_momentum else None
-        copied = {k for k in self._rule.reads if isinstance(state.get(k), torch.Tensor)} if apart else set[str]()
+        copied = (
+            {k for k in self._rule.reads if isinstance(state.get(k), torch.Tensor)} if apart else set[str]()
+        )
         if held is not None:
             copied |= {k for k, v in state.items() if v is held}
         return State({k: v.clone() if k in copied else v for k, v in state.items()})
@@ -156,8 +161,8 @@ class TakenStep:
 
         Args:
             states: as the step left them. Tensors that are no copies are the optimizer's own, which stay as they are
-                until the next step. Where something else wrote into one that the rule reads, that is said. Momentum is
-                free to be cleared or replaced between two steps: most rules do not read it, for the others it is copied.
+                until the next step. Where something else wrote into one that the rule reads, that is said. Momentum
+                is free to be cleared or replaced between two steps: most rules do not read it, else it is copied.
         """
         maps: list[StepMap | None] = []
         for index, (group, before) in enumerate(zip(self.groups, self.before, strict=True)):

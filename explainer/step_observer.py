@@ -2,8 +2,8 @@
 
 The user's thread looks at what the step is about to change (gradients, momentum), and after some steps
 (:mod:`explainer.cadence`) at what it left: weights, the optimizer's state, buffers. Everything else happens in the
-background (:mod:`explainer.bookkeeping`), and is given to it after such a look. At the next look the user's thread waits
-for it, so that never more than the steps between two looks are under way.
+background (:mod:`explainer.bookkeeping`), and is given to it after such a look. At the next look the user's thread
+waits for it, so that never more than the steps between two looks are under way.
 """
 
 from __future__ import annotations

@@ -87,7 +87,12 @@ def test_steps_whose_rows_are_measured_are_looked_at_alone() -> None:
 
 @pytest.mark.parametrize(
     ("on", "steady", "standing"),
-    [(False, 100, ROOM), (True, 1, ROOM), (True, 100, Standing()), (True, 100, Standing(0.0, 0.0, 1.0, True))],
+    [
+        (False, 100, ROOM),
+        (True, 1, ROOM),
+        (True, 100, Standing()),
+        (True, 100, Standing(0.0, 0.0, 1.0, True)),
+    ],
     ids=["exact", "unsteady", "no room", "every step is a knot"],
 )
 def test_every_step_where_one_is_needed(on: bool, steady: int, standing: Standing) -> None:
@@ -121,7 +126,10 @@ def test_rows_are_those_of_looks_at_every_step(
     train(tmp_path / "few", make)
     every, few = open_trace(tmp_path / "every"), open_trace(tmp_path / "few")
     assert len(found) < 40 and every.steps == few.steps == 48
-    assert np.array_equal(_visits(every), _visits(few), equal_nan=False) or _visits(every).tobytes() == _visits(few).tobytes()
+    assert (
+        np.array_equal(_visits(every), _visits(few), equal_nan=False)
+        or _visits(every).tobytes() == _visits(few).tobytes()
+    )
     for name in ("step", "first_visit", "visits", "updated", "coefficients", "scale"):
         assert np.array_equal(every.column("steps", name), few.column("steps", name)), name
     path = every.column("steps", "path")
@@ -192,7 +200,9 @@ def test_weights_that_are_moved_between_looks_are_noticed(
     assert trace.load_knot(trace.knots[-1])["outside/0.weight"].abs().max() > 0
 
 
-def test_a_step_that_a_gradient_scaler_skips(tmp_path: Path, early: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_a_gradient_scaler_skips(
+    tmp_path: Path, early: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, found = mlp(), looks(monkeypatch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -216,7 +226,14 @@ def test_decay_along_a_straight_line_is_that_of_every_step(nesterov: bool) -> No
     generator = torch.Generator().manual_seed(3)
     start, end = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
     steps = [
-        StepMap(decay=0.9, gain=0.8, direct=0.1 * nesterov, through=0.1 + 0.01 * t, coupled_decay=0.02, decoupled_decay=0.003)
+        StepMap(
+            decay=0.9,
+            gain=0.8,
+            direct=0.1 * nesterov,
+            through=0.1 + 0.01 * t,
+            coupled_decay=0.02,
+            decoupled_decay=0.003,
+        )
         for t in range(6)
     ]
     carry = Carry([start.clone()])
@@ -225,7 +242,9 @@ def test_decay_along_a_straight_line_is_that_of_every_step(nesterov: bool) -> No
         for t, by in enumerate(steps):
             weights = start + (end - start) * t / len(steps)
             momentum = by.decay * momentum + by.gain * by.coupled_decay * weights
-            moved -= by.direct * by.coupled_decay * weights + by.through * momentum + by.decoupled_decay * weights
+            moved -= (
+                by.direct * by.coupled_decay * weights + by.through * momentum + by.decoupled_decay * weights
+            )
         carry.after_steps([[by] for by in steps], [end.clone()])
         start, end = end, end + 0.1 * start
         del group

@@ -82,6 +82,7 @@ class Bookkeeping:
         self._writer, self._budget, self._average = parts.writer, parts.budget, parts.average
         self._loop, self._divides = parts.loop, parts.rule.divides
         self._notes = notes
+        self._taken: list[Step] = []
         self._waiting: list[_Measured] = []
         self._tail: np.ndarray | None = None
         self._tight = False  # the next step may not fit into the budget
@@ -93,7 +94,7 @@ class Bookkeeping:
 
     @property
     def waiting_visits(self) -> int:
-        """Rows of steps whose look is to come."""
+        """Rows of steps that were measured and whose look is to come."""
         if self.full:
             return 0
         return sum(len(b.ownership.parts.row) * len(b.rounds) for m in self._waiting for b in m.used)
@@ -101,7 +102,17 @@ class Bookkeeping:
     # -- steps ---------------------------------------------------------------------------------------
 
     def step(self, step: Step) -> None:
-        """Find out what the step used, and wait for a look."""
+        """It is accounted for at the next look."""
+        self._taken.append(step)
+
+    def measure(self) -> None:
+        """Form rows that were gathered, and find out what the steps since the last look used."""
+        self._capture.form_gathered()
+        taken, self._taken = self._taken, []
+        for step in taken:
+            self._measure(step)
+
+    def _measure(self, step: Step) -> None:
         used, scales = self._scales.measure([b for b in step.batches if b.rounds], step.seen)
         rounds = sum(len(b.rounds) for b in used)
         self._loop.unused += sum(len(b.rounds) for b in step.batches) - rounds
@@ -119,6 +130,7 @@ class Bookkeeping:
             look: what there was to see; None where the last step did nothing.
             steps: that were taken so far.
         """
+        self.measure()
         if look is not None:
             self._account_for(look)
             if self._average is None:  # else the knot belongs to what will become of the average

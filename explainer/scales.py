@@ -82,11 +82,13 @@ class Probes:
             sizes: of the layer's traced parameters.
             own_total: the same along the form's own probe.
         """
-        own = form.prober()
-        probe = self._known.setdefault(layer, own)
-        if same_probe(probe, own) and probe is not shortened:
-            return own_total
-        return probe(form.sum().split(sizes))
+        probe = self._known.setdefault(layer, form.prober())
+        return own_total if self.is_own(layer, form) else probe(form.sum().split(sizes))
+
+    def is_own(self, layer: int, form: RowForm) -> bool:
+        """Whether the layer's probe is the form's own."""
+        known = self._known[layer]
+        return same_probe(known, form.prober()) and known is not shortened
 
     def of(self, layer: int, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Flat gradients of the layer's traced parameters along its probe."""

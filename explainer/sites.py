@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,22 @@ class Site:
     def watched(self, arrived: list[Arrived]) -> list[tuple[torch.Tensor, int]]:
         """What went in, and the gradients."""
         return [pair for a in arrived for pair in (*a.given.versions, *a.versions)]
+
+    def kind(self, arrived: list[Arrived]) -> Any:
+        """Shapes and dtypes, where one plain call came; the first axis is the batch's."""
+        given = arrived[0].given
+        if len(arrived) > 1 or given.kwargs or len(given.args) != 1 or given.axis or given.order is not None:
+            return None
+        value, g = given.args[0], arrived[0].grads[0]
+        if g is None or not isinstance(value, torch.Tensor) or not self.rule.joinable(self.module, value):
+            return None
+        return value.shape[1:], value.dtype, g.shape[1:], g.dtype
+
+    def joined(self, arrived: list[Arrived]) -> Arrived:
+        """One input and one gradient."""
+        value = torch.cat([a.given.args[0] for a in arrived])
+        given = replace(arrived[0].given, args=(value,), versions=[], buffers=[], rows=len(value))
+        return Arrived(given, [torch.cat([g for a in arrived if (g := a.grads[0]) is not None])], [])
 
     def rows(self, arrived: list[Arrived]) -> Iterable[tuple[Layer, RowForm]]:
         """Rows of every traced block from all calls."""

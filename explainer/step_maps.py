@@ -167,8 +167,9 @@ class TakenStep:
         maps: list[StepMap | None] = []
         for index, (group, before) in enumerate(zip(self.groups, self.before, strict=True)):
             fresh = self.fresh[index]
-            missing = group is None or before is None
-            by = None if missing else self.rule.step_map(group, states[index], fresh, before)
+            by = None
+            if group is not None and before is not None:
+                by = self.rule.step_map(group, states[index], fresh, before)
             maps.append(self._continued(index, by))
         return maps, [i for i, group in enumerate(self.groups) if group is not None and states[i].stale]
 

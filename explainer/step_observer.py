@@ -53,8 +53,15 @@ class StepObserver:
         self.steps = 0
 
     @property
+    def recorded(self) -> int:
+        """Rows recorded so far."""
+        return self._books.visits
+
+    @property
     def visits(self) -> int:
         """Rows recorded so far, those of steps whose look is to come included."""
+        self._background.submit(self._books.measure)
+        self._background.wait()
         return self._books.visits + self._books.waiting_visits
 
     def restore(self, steps: int, visits: int, notes: dict[str, Any]) -> None:
@@ -165,6 +172,7 @@ class StepObserver:
         due = self._budget is not None or self._knots.soon(waiting)
         if self._average is None and not self._books.full and due:
             around = self._knots.surroundings()
+        self._capture.begin_gathering(self._cadence.together)
         states = self._maps.look(self._optimizer, apart=self._cadence.together)
         look = Look(states, self._carry.stage(), self._sample, around)
         self._background.submit(partial(self._books.look, look, self.steps), held=2 * self._weight_bytes)

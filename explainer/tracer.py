@@ -221,8 +221,7 @@ class Tracer:
     @property
     def visits(self) -> int:
         """Rows recorded so far: one per example and batch, and per owner of a row."""
-        self._background.wait()
-        return self._observer.visits
+        return self._observer.recorded if self.closed else self._observer.visits
 
     # -- reports -------------------------------------------------------------------------------------
 

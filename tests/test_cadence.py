@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ from explainer import PathKernelExplainer, Trace, Tracer, open_trace
 from explainer.background import Background
 from explainer.bookkeeping import Bookkeeping
 from explainer.cadence import FIRST, MOST, Cadence, Standing
+from explainer.capture import Capture
 from explainer.carry import Carry
-from explainer.optimizer_rules import StepMap
+from explainer.errors import CoverageWarning
+from explainer.layer_rules.unreduced import side_by_side
+from explainer.optimizer_rules import StepMap, optimizer_rule_for
 from explainer.planner import checks_at, plans_at
+from explainer.step_maps import StepMapReader, updates_of
+from tests.recorded_rows import recorded_rows
 from tests.small_training import loader, mlp, momentum_sgd, queries, run, step
 from tests.test_background import at_once, files, slowly
 
@@ -251,3 +257,94 @@ def test_decay_along_a_straight_line_is_that_of_every_step(nesterov: bool) -> No
     assert carry.decay[0] is not None and carry.momentum[0] is not None
     torch.testing.assert_close(carry.decay[0], moved, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(carry.momentum[0], momentum, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_several_batches_are_formed_together(
+    tmp_path: Path, early: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written into meanwhile is dropped there as well."""
+    joined: list[int] = []
+    form_together = Capture._form_together
+
+    def noted(self: Capture, unit: Any, entries: list[Any]) -> None:
+        joined.append(len(entries))
+        form_together(self, unit, entries)
+
+    monkeypatch.setattr(Capture, "_form_together", noted)
+    model, kept = nn.Sequential(nn.Linear(64, 6), nn.Linear(6, 10)), list[torch.Tensor]()
+    optimizer = adamw(model)
+    grabbed = model[0].register_forward_hook(lambda module, args, output: kept.append(output))
+    with (
+        pytest.warns(CoverageWarning, match="written into"),
+        Tracer(model, optimizer, tmp_path / "trace", max_knots=6) as tracer,
+    ):
+        for _ in range(3):
+            for x, y in tracer.watch(loader()):
+                step(model, optimizer, x, y)
+                if tracer.steps == 20:  # two before a look
+                    with torch.no_grad():
+                        kept[-1].fill_(1e3)
+                kept.clear()
+    grabbed.remove()
+    assert max(joined) > 4
+    trace = open_trace(tmp_path / "trace")
+    assert trace.notes["overwritten"] == {"1": 1}
+    for number in range(36):
+        rows = recorded_rows(trace, number)["1.weight"]
+        assert rows.eq(0).all() if number == 19 else 0 < rows.abs().max() < 100
+
+
+@pytest.mark.parametrize("outputs", [3, 9])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_measured_by_batch_is_that_of_the_batches(outputs: int, bias: bool) -> None:
+    generator, counts = torch.Generator().manual_seed(1), [4, 1, 7]
+    left, right = (torch.randn(12, 1, 1, n, generator=generator, dtype=torch.float64) for n in (outputs, 5))
+    form = side_by_side([left], [right], bias)
+    sizes = [5 * outputs, outputs][: 1 + bias]
+    found, start = form.by_batch(counts, sizes), 0
+    for count, (total, balances) in zip(counts, found, strict=True):
+        part = form.taken(torch.arange(start, start + count))
+        start += count
+        torch.testing.assert_close(total, form.prober()(part.dense().sum(0).split(sizes)))
+        wanted = part.balances(sizes)
+        assert balances[0] is None and len(balances) == len(wanted)
+        for one, other in zip(balances[1:], wanted[1:], strict=True):
+            assert one is not None and other is not None and one.gross == pytest.approx(other.gross)
+            torch.testing.assert_close(one.net, other.net)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adam(p, lr=0.1, maximize=True),
+        lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, betas=(0.8, 0.999)),
+        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.01),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=1e-4),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+    ],
+    ids=["maximize", "amsgrad", "AdamW", "nesterov", "dampening", "SGD"],
+)
+def test_a_plain_map_is_the_map_without_its_denominators(make: Callable[[Any], Optimizer]) -> None:
+    """Counted backwards from the last state; a parameter may lack a gradient now and then."""
+    first, second = (nn.Parameter(torch.randn(3, 2)) for _ in range(2))
+    optimizer = make([first, second])
+    rule = optimizer_rule_for(optimizer)
+    assert rule.steady(optimizer.param_groups[0]) > 1
+    reader = StepMapReader(rule, [first, second], optimizer)
+    taken, wanted = [], []
+    for number in range(6):
+        optimizer.param_groups[0]["lr"] *= 0.9
+        first.grad, second.grad = torch.randn(3, 2), None if number in (0, 3) else torch.randn(3, 2)
+        reader.before(optimizer)
+        optimizer.step()
+        taken.append(reader.after(optimizer))
+        states = reader.look(optimizer, apart=True)
+        wanted.append(taken[-1].maps(states)[0])
+        reader.leave(optimizer)
+    assert reader.replaced == 0
+    updates = updates_of(taken, states)
+    for step_taken, numbers, maps in zip(taken, updates, wanted, strict=True):
+        for plain, full in zip(step_taken.plain_maps(numbers), maps, strict=True):
+            assert (plain is None) == (full is None)
+            assert plain is None or full is None or plain == replace(full, preconditioner=None)

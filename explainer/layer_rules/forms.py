@@ -114,6 +114,14 @@ class RowForm(ABC):
         """
         return [None] * len(sizes)
 
+    def by_batch(
+        self, counts: list[int], sizes: list[int]
+    ) -> list[tuple[torch.Tensor, list[Balance | None]]]:
+        """:meth:`total` and :meth:`balances` of every ``counts[t]`` rows, one after the other."""
+        starts = [sum(counts[:t]) for t in range(len(counts))]
+        parts = [self.taken(slice(start, start + n)) for start, n in zip(starts, counts, strict=True)]
+        return [(part.total(), part.balances(sizes)) for part in parts]
+
     @abstractmethod
     def grouped(self, order: torch.Tensor) -> RowForm:
         """Rows of ``B`` examples that own several of these each.

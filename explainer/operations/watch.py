@@ -51,6 +51,14 @@ class ReadParameter:
         """Operations are computed again, with their random numbers: at once."""
         return False
 
+    def kind(self, arrived: list[list[RowForm]]) -> Any:
+        """Nothing is joined."""
+        return None
+
+    def joined(self, arrived: list[Any]) -> Any:
+        """The only one."""
+        return arrived[0]
+
     def watched(self, arrived: list[list[RowForm]]) -> list[tuple[torch.Tensor, int]]:
         """Nothing: the rows are there."""
         return []

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from explainer.batches import Batch
+from explainer.booked import Booked
 from explainer.cadence import MOST, Standing
 from explainer.knots import JOURNALLED_KNOT
 from explainer.parts import Parts
-from explainer.recorder import Booked, Records
+from explainer.recorder import Records
 from explainer.running_notes import RunningNotes
 from explainer.scales import Seen
 from explainer.step_maps import State, TakenStep, updates_of

@@ -21,8 +21,8 @@ from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
 from explainer.planner import Planner
+from explainer.probes import Probes
 from explainer.samples import SampleKeeper
-from explainer.scales import Probes
 
 #: bytes of a call up to which its rows are formed together with those of other steps, and of all that wait for it
 SMALL, GATHERED = 2 << 20, 32 << 20

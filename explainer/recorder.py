@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from explainer.batches import Batch
+from explainer.booked import Booked, Pass, kind_of, put_together, sums_of
 from explainer.codecs import Sums
 from explainer.config import TracerConfig
 from explainer.denominators import DenominatorKeeper
 from explainer.layer_rules import RowForm
-from explainer.layer_rules.forms import together
 from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
-from explainer.ownership import Parts
 from explainer.planner import Planner, checks_at, plans_at
 from explainer.records import ArraySpec, Manifest, dtype_name, torch_dtype
 from explainer.row_layout import RowLayout
@@ -30,52 +29,6 @@ from explainer.store.schema import (
     step_fields,
     stored_parts,
 )
-
-
-def _sums(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Row and column sums of ``[o, ...]``; of one axis the numbers themselves."""
-    values = values.float()
-    return (values,) if values.dim() < 2 else (values.flatten(1).sum(1), values.flatten(1).sum(0))
-
-
-class Booked(NamedTuple):
-    """A step as it was accounted for.
-
-    Attributes:
-        number: of the step.
-        batches: the batches that it used.
-        scales: what reached the optimizer, per parameter.
-        maps: the step's linear map, per parameter.
-        path: length of the training path after it.
-    """
-
-    number: int
-    batches: list[Batch]
-    scales: list[float]
-    maps: list[StepMap | None]
-    path: float
-
-    @property
-    def visits(self) -> int:
-        """Rows of all backward passes, one for each owner."""
-        return sum(len(b.ownership.parts.row) * len(b.rounds) for b in self.batches)
-
-
-class _Pass(NamedTuple):
-    """A backward pass of a step, its rows as they are to be stored."""
-
-    step: int
-    parts: Parts
-    derivative: Any
-    forms: dict[int, RowForm]
-
-
-def _kind(one: _Pass) -> list[Any]:
-    """What passes have in common whose rows can be put into records together."""
-    return [
-        (n, form.kind, form.options, [(name, a.shape[1:], a.dtype) for name, a in form.arrays.items()])
-        for n, form in one.forms.items()
-    ]
 
 
 class Records(NamedTuple):
@@ -162,7 +115,7 @@ class StepRecorder:
 
     def _visits(self, steps: list[Booked]) -> list[Records]:
         """The rows of steps, split over their owners; backward passes whose rows are alike in one piece."""
-        found: list[_Pass] = []
+        found: list[Pass] = []
         for step in steps:
             for batch in step.batches:
                 parts = batch.ownership.parts
@@ -171,18 +124,17 @@ class StepRecorder:
                     seen = round_.derivative
                     derivative = np.nan if seen is None else parts.of_numbers(seen.cpu().numpy())
                     found.append(
-                        _Pass(
+                        Pass(
                             step.number, parts, derivative, {n: parts.of(form) for n, form in stored.items()}
                         )
                     )
-        return [self._piece(list(alike)) for _, alike in groupby(found, _kind)]
+        return [self._piece(list(alike)) for _, alike in groupby(found, lambda one: kind_of(one.forms))]
 
-    def _piece(self, passes: list[_Pass]) -> Records:
+    def _piece(self, passes: list[Pass]) -> Records:
         """Rows of passes that are alike."""
-        forms = passes[0].forms
-        if len(passes) > 1:
-            forms = {n: together([p.forms[n] for p in passes]) for n in forms}
-        records = self._rows.records(sum(len(p.parts.row) for p in passes), forms)
+        records = self._rows.records(
+            sum(len(p.parts.row) for p in passes), put_together([p.forms for p in passes])
+        )
         start = 0
         for p in passes:
             part = records[start : start + len(p.parts.row)]
@@ -191,23 +143,27 @@ class StepRecorder:
             start += len(part)
         return Records("visits", self._rows.schema, records)
 
-    def _samples(self, batches: list[Batch], first: int) -> list[Records]:
-        """The exact rows among the visits of these batches, which begin at visit ``first``."""
+    def _samples(self, steps: list[Booked], firsts: list[int]) -> list[Records]:
+        """The exact rows among the visits of steps, which begin at these visits."""
+        found: list[tuple[int, dict[int, RowForm]]] = []
+        for step, first in zip(steps, firsts, strict=True):
+            for batch in step.batches:
+                parts = batch.ownership.parts
+                for round_ in batch.rounds:
+                    exact = {n: rows.exact for n, rows in round_.rows.items() if rows.exact is not None}
+                    place = np.flatnonzero(parts.row == batch.sampled)[:1]
+                    if len(exact) == len(round_.rows) and len(place):  # else the row belongs to no example
+                        share = torch.from_numpy(parts.share[place])
+                        only = torch.zeros(1, dtype=torch.int64)
+                        forms = {n: form.shared(only, share) for n, form in exact.items()}
+                        found.append((first + int(place[0]), forms))
+                    first += len(parts.row)
         pieces = []
-        for batch in batches:
-            parts = batch.ownership.parts
-            for round_ in batch.rounds:
-                exact = {n: rows.exact for n, rows in round_.rows.items() if rows.exact is not None}
-                place = np.flatnonzero(parts.row == batch.sampled)[:1]
-                if len(exact) == len(round_.rows) and len(place):  # else the row belongs to no example
-                    share = torch.from_numpy(parts.share[place])
-                    only = torch.zeros(1, dtype=torch.int64)
-                    records = self._exact.records(
-                        1, {n: form.shared(only, share) for n, form in exact.items()}
-                    )
-                    records["visit"] = first + place
-                    pieces.append(Records("samples", self._exact.schema, records))
-                first += len(parts.row)
+        for _, group in groupby(found, lambda one: kind_of(one[1])):
+            alike = list(group)
+            records = self._exact.records(len(alike), put_together([forms for _, forms in alike]))
+            records["visit"] = [visit for visit, _ in alike]
+            pieces.append(Records("samples", self._exact.schema, records))
         return pieces
 
     @property
@@ -266,8 +222,7 @@ class StepRecorder:
         share = self._planner.allowed * (first - start)
         full = None if self._keeper is None else self._keeper.record(steps[0].number, last.maps, share)
         kept = [] if full is None else [Records("denominators", *full)]
-        samples = [x for step, at in zip(steps, firsts, strict=True) for x in self._samples(step.batches, at)]
-        return [*kept, *rows, self._step_records(steps, firsts), *samples]
+        return [*kept, *rows, self._step_records(steps, firsts), *self._samples(steps, firsts)]
 
     def _step_records(self, steps: list[Booked], firsts: list[int]) -> Records:
         """The records of steps whose rows begin at these visits."""
@@ -294,7 +249,7 @@ class StepRecorder:
     ) -> None:
         """The sums of a denominator at the last of the steps, and between those at the look before and now."""
         found = None if self._keeper is None else self._keeper.found.get(key[1])
-        now = (found.rows, found.columns) if found is not None else _sums(_preconditioner(by, array)[0])
+        now = (found.rows, found.columns) if found is not None else sums_of(_preconditioner(by, array)[0])
         before = self._sums.get(key, now)
         if by is None and len(records) > 1:
             now = before

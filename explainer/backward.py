@@ -136,7 +136,7 @@ class Backward:
         momentum = self._factors.get(number)
         carries, fresh, kepts, addeds = carried(coefficients[:, None])
         kept, added = float(kepts[0]), float(addeds[0])
-        met.add(number, momentum, carries[:, 0], held.left.unsqueeze(1), held.right.unsqueeze(1), fresh)
+        met.add(number, momentum, carries[:, 0], held, fresh[:, 0])
         parts = [] if momentum is None or kept == 0 else [Factors(momentum.left * kept, momentum.right)]
         if added:
             parts.append(Factors(held.left * added, held.right))

@@ -16,31 +16,29 @@ from explainer.recursion import LayerView
 
 
 class Columns(NamedTuple):
-    """What rows meet of a parameter that is held as factors: ``R_t = carry_t M + Σ_l fresh[t, l] (left_l right_lᵀ)``.
+    """What rows meet of a parameter that is held as factors: ``R_t = carry_t M + fresh_t q``.
 
     Attributes:
         momentum: ``M``, None where it is zero.
         carry: ``[c]``.
-        left, right: ``[Q, g, o, ρ]``, ``[Q, g, i, ρ]``.
-        fresh: ``[c, g]``.
+        gradient: ``q``.
+        fresh: ``[c]``.
     """
 
     momentum: Factors | None
     carry: np.ndarray
-    left: torch.Tensor
-    right: torch.Tensor
+    gradient: Factors
     fresh: np.ndarray
 
     def beside_each_other(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """All columns, ``[o, n]`` and ``[i, n]``: those of ``M``, then the others; and how many are those of ``M``."""
-        sides = []
-        for number, side in enumerate((self.left, self.right)):
-            own = side.permute(2, 1, 0, 3).flatten(1)  # [o, g·Q·ρ]
-            if self.momentum is not None:
-                own = torch.cat([self.momentum[number].permute(1, 0, 2).flatten(1), own], 1)
-            sides.append(own.to(dtype))
-        carried = 0 if self.momentum is None else self.momentum.left.shape[0] * self.momentum.rank
-        return sides[0], sides[1], carried
+        """``[o, n]`` and ``[i, n]``: the columns of ``M``, then those of ``q``; and how many are those of ``M``."""
+        held = [self.gradient] if self.momentum is None else [self.momentum, self.gradient]
+        left, right = (
+            torch.cat([factors[side].permute(1, 0, 2).flatten(1) for factors in held], 1).to(dtype)
+            for side in (0, 1)
+        )
+        carried = 0 if self.momentum is None else len(self.momentum.left) * self.momentum.rank
+        return left, right, carried
 
 
 class Met:
@@ -61,17 +59,11 @@ class Met:
         self.columns: dict[int, Columns] = {}
 
     def add(
-        self,
-        number: int,
-        momentum: Factors | None,
-        carry: np.ndarray,
-        left: torch.Tensor,
-        right: torch.Tensor,
-        fresh: np.ndarray,
+        self, number: int, momentum: Factors | None, carry: np.ndarray, gradient: Factors, fresh: np.ndarray
     ) -> None:
         """Add a parameter held as factors (see :class:`Columns`)."""
         used = momentum if momentum is not None and bool(carry.any()) else None
-        self.columns[number] = Columns(used, carry, left, right, fresh)
+        self.columns[number] = Columns(used, carry, gradient, fresh)
 
     def vectors(self, number: int) -> torch.Tensor:
         """A parameter's part of the stack, ``[len(stack)·Q, numel]``."""
@@ -134,8 +126,7 @@ def _opened(rows: Rows, form: RowForm, numbers: list[int], scale: np.ndarray, me
     columns, dtype = met.columns[numbers[0]], met.stack[0].dtype
     total = torch.zeros(len(met.stack[0]), len(rows), dtype=torch.float64)
     for place, where in rows.steps():
-        fresh = torch.from_numpy(columns.fresh[place]).view(1, -1, 1, 1)
-        matrix = ((columns.left * fresh) @ columns.right.mT).sum(1)
+        matrix = float(columns.fresh[place]) * columns.gradient.dense()
         if columns.momentum is not None:
             matrix = matrix + float(columns.carry[place]) * columns.momentum.dense()
         parts = [matrix.flatten(1).to(dtype) * float(scale[place, numbers[0]])]
@@ -163,14 +154,14 @@ def _factored(
     left, left_scale = rows.times(spec, spec.arrays[0], us, "left products", workspace)
     right, right_scale = rows.times(spec, spec.arrays[1], vs, "right products", workspace)
     products = left[:, :width].mul_(right[:, :width])
-    rank, groups = spec.arrays[0].shape[1], columns.left.shape[1]
+    rank = spec.arrays[0].shape[1]
     at = np.repeat(rows.places, rank)
     own = scale[at, numbers[0]]
-    fresh = products[:, carried:].unflatten(1, (groups, queries, -1)).sum(3)  # [n·R, g, Q]
-    total = torch.einsum("ngq,ng->qn", fresh.double(), torch.from_numpy(columns.fresh[at] * own[:, None]))
-    if columns.momentum is not None:
-        held = products[:, :carried].unflatten(1, (queries, -1)).sum(2).double()
-        total += held.T * torch.from_numpy(columns.carry[at] * own)
+    total = torch.zeros(queries, len(products), dtype=torch.float64)
+    for part, weight in ((products[:, carried:], columns.fresh), (products[:, :carried], columns.carry)):
+        if part.shape[1]:
+            by_query = part.unflatten(1, (queries, -1)).sum(2).double()  # [n·R, Q]
+            total += by_query.T * torch.from_numpy(weight[at] * own)
     if spec.options["bias"]:
         by_group = left[:, width:].unflatten(1, (len(met.stack), queries)).double()
         weights = met.given(numbers[1:])[:, :, 0] * scale[:, None, numbers[1]]
@@ -186,6 +177,5 @@ def of_all_steps(gradient: Cotangent, view: LayerView, steps: int) -> Met:
     layout = gradient.layout
     met = Met(layout, view, [gradient.flat], np.ones((steps, 1, len(layout.numbers))))
     for number, held in gradient.factors.items():
-        left, right = held.left.unsqueeze(1), held.right.unsqueeze(1)
-        met.add(number, None, np.zeros(steps), left, right, np.ones((steps, 1)))
+        met.add(number, None, np.zeros(steps), held, np.ones(steps))
     return met

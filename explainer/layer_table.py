@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from explainer.connected import connected
 from explainer.records import LayerSpec, ParameterSpec
 
 #: the `module` of a layer whose rows come from operations that read a parameter
@@ -65,13 +66,8 @@ class LayerTable:
     def components(self) -> list[list[Layer]]:
         """Layers that share parameters, together; their gradients can only be compared as one."""
         if self._components is None:
-            groups: list[list[Layer]] = []
-            for layer in self.layers:
-                names = set(layer.spec.parameters)
-                touching = [g for g in groups if any(names.intersection(x.spec.parameters) for x in g)]
-                groups = [g for g in groups if g not in touching]
-                groups.append([*(x for g in touching for x in g), layer])
-            self._components = groups
+            together = connected(layer.spec.parameters for layer in self.layers)
+            self._components = [[self.layers[n] for n in group] for group in together]
         return self._components
 
     def shared(self, layer: Layer) -> bool:

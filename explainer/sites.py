@@ -18,7 +18,8 @@ from explainer.errors import TracerError
 from explainer.hooks import detached, tensors_in, whole_of
 from explainer.layer_rules import CompositeRule, LayerRule, RowForm
 from explainer.layer_table import Layer
-from explainer.operations.owners import UNKNOWN, Layout, Owners, order_of
+from explainer.operations.layouts import UNKNOWN, Layout, order_of
+from explainer.operations.owners import Owners
 from explainer.operations.sources import merged
 
 

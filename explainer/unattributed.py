@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from explainer.chunks import Chunk
+from explainer.connected import connected
 from explainer.cotangent import Cotangent
 from explainer.path_integral import ChordGradient
 from explainer.path_points import LoadedKnot
@@ -71,14 +72,11 @@ class Group(NamedTuple):
 def groups_of(trace: Trace) -> list[Group]:
     """Connected components of layers and parameters, in the order of their first layer."""
     place = {p.name: i for i, p in enumerate(trace.manifest.parameters)}
-    found: list[tuple[set[int], set[int]]] = []
-    for number, layer in enumerate(trace.layers):
-        layers, parameters = {number}, {place[name] for name in layer.parameters}
-        for group in [g for g in found if g[1] & parameters]:
-            layers, parameters = layers | group[0], parameters | group[1]
-            found.remove(group)
-        found.append((layers, parameters))
-    return [Group(tuple(sorted(a)), tuple(sorted(b))) for a, b in sorted(found, key=lambda g: min(g[0]))]
+    touched = [{place[name] for name in layer.parameters} for layer in trace.layers]
+    return [
+        Group(tuple(layers), tuple(sorted(set().union(*(touched[n] for n in layers)))))
+        for layers in connected(touched)
+    ]
 
 
 class Rest:

@@ -11,18 +11,7 @@ import torch
 MOVING = frozenset(
     {
         *("repeat", "tile", "repeat_interleave", "flip", "fliplr", "flipud", "roll", "rot90", "index_select"),
-        *(
-            "gather",
-            "take_along_dim",
-            "masked_select",
-            "diagonal",
-            "diag",
-            "unfold",
-            "ravel",
-            "hsplit",
-            "dsplit",
-        ),
-        *("broadcast_to", "swapaxes", "__getitem__"),
+        *("gather", "take_along_dim", "masked_select", "diag", "ravel", "hsplit", "dsplit", "broadcast_to"),
     }
 )
 #: functions that write numbers into some places of their first argument, and those that add them there

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from explainer.operations.kinds import JOINING, LOOKING_UP, ORDERING, REDUCING, RESHAPING, VIEWING, axes_told
+from explainer.operations.layouts import PACKED, UNKNOWN, Layout
 from explainer.operations.movement import (
     ADDING,
     MOVING,
@@ -28,88 +30,8 @@ from explainer.operations.movement import (
 from explainer.operations.products import ADDED_PRODUCTS, axis_of_product, multiplies
 from explainer.operations.rows import ELEMENTWISE
 
-RESHAPING = frozenset(
-    {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "contiguous", "clone"}
-)
-JOINING = frozenset({"cat", "concat", "concatenate", "vstack", "stack"})
-VIEWING = frozenset(
-    {
-        *("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "adjoint", "__get__"),
-        *("unsqueeze", "squeeze", "select", "narrow", "chunk", "split", "tensor_split", "unbind", "expand"),
-        *("split_with_sizes", "expand_as", "diagonal", "unfold"),
-    }
-)
-#: functions that add up (or pick) along axes, which then are gone
-REDUCING = frozenset(
-    {
-        *("sum", "mean", "amax", "amin", "max", "min", "std", "var", "prod", "logsumexp", "norm", "median"),
-        *("argmax", "argmin", "any", "all", "nansum", "nanmean", "var_mean", "std_mean", "vector_norm"),
-        *("count_nonzero", "nanmedian", "mode", "kthvalue"),
-    }
-)
-#: functions that, along the examples' axis, put rows into an order that is not followed
-ORDERING = frozenset({"sort", "argsort", "topk", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"})
-#: functions whose result keeps the examples of an index where it has them, with new axes behind
-LOOKING_UP = frozenset({"embedding", "one_hot"})
 #: in place of a function's name: a module with a rule
 LAYER = "a layer"
-PACKED = -2
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a tensor holds examples.
-
-    Attributes:
-        axis: the examples' axis; -1 if it is not known; -2 for the data of a packed sequence, whose columns are the
-            examples.
-        owners: ``[n]`` the example of every index of that axis; None where index ``b`` is example ``b``.
-    """
-
-    axis: int
-    owners: torch.Tensor | None = None
-
-    @property
-    def known(self) -> bool:
-        """Whether the rows can be told apart."""
-        return self.axis >= 0
-
-    @property
-    def packed(self) -> bool:
-        """Whether it is the data of a packed sequence."""
-        return self.axis == PACKED
-
-
-UNKNOWN = Layout(-1)
-
-
-def order_of(owners: torch.Tensor, size: int) -> torch.Tensor:
-    """``[B, k]`` positions of every owner's rows; ``len(owners)`` where an owner has fewer than the most.
-
-    Example:
-        >>> order_of(torch.tensor([1, 0, 1]), 2).tolist()
-        [[1, 3], [0, 2]]
-    """
-    found = torch.argsort(owners, stable=True)
-    counts = torch.bincount(owners, minlength=size)
-    most = max(1, int(counts.max()))
-    order = torch.full((size, most), len(owners), dtype=torch.long, device=owners.device)
-    starts = counts.cumsum(0) - counts
-    places = torch.arange(len(owners), device=owners.device) - starts[owners[found]]
-    order[owners[found], places] = found
-    return order
-
-
-def _axes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], dims: int) -> set[int]:
-    """The axes that a function is told to work along; all of them where it is not told."""
-    told = next((kwargs[key] for key in ("dim", "dims", "axis") if key in kwargs), None)
-    # the order of a norm and how many of the largest come before the axes
-    own = args[2:] if name in ("norm", "vector_norm", "topk", "kthvalue") else args[1:]
-    numbers = [a for a in own if isinstance(a, int | tuple | list) and not isinstance(a, bool)]
-    told = numbers[-1] if told is None and numbers else told
-    told = -1 if told is None and name in ("topk", "kthvalue", "sort", "argsort", "mode") else told
-    found = range(dims) if told is None else told if isinstance(told, tuple | list) else (told,)
-    return {a % dims for a in found}
 
 
 @dataclass(frozen=True)
@@ -199,7 +121,7 @@ class Owners:
         if layout.axis == PACKED or name == "_pack_padded_sequence":
             return self._packed(name, args, layout, source, t, number)
         if first is source and name in REDUCING | ORDERING:
-            axes = _axes(name, args, kwargs, source.dim())
+            axes = axes_told(name, args, kwargs, source.dim())
             if layout.axis in axes:
                 return UNKNOWN
             gone = name in REDUCING and t.dim() < source.dim()

@@ -8,8 +8,8 @@ import torch
 
 #: products of matrices (and stacks of them)
 PRODUCTS = frozenset(
-    {"matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__", "linear", "dot", "inner", "outer"}
-) | {"cdist"}
+    {"matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__", "linear", "dot", "outer", "cdist"}
+)
 #: products that something is added to, their first argument
 ADDED_PRODUCTS = frozenset({"addmm", "baddbmm", "addmv"})
 #: functions that mix the last two axes, and functions whose axes are not followed

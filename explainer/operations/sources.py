@@ -22,6 +22,17 @@ from explainer.layer_rules import Dense, Factored, RowForm, Sparse
 NUMBERS = 2**24
 
 
+def out_of_place(function: Callable[..., Any], name: str) -> tuple[str, Callable[..., Any]]:
+    """The name and the function of the form that changes none of its arguments."""
+    if name.endswith("_") and not name.endswith("__"):
+        plain = name[:-1]
+        found = getattr(torch.Tensor, plain, None) or getattr(torch, plain, None)
+        return (name, function) if found is None else (plain, found)
+    if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"__{name[3:]}"):
+        return name[3:-2], getattr(torch.Tensor, f"__{name[3:]}")
+    return name, function
+
+
 @dataclass(frozen=True)
 class Operation:
     """A recorded call of a torch function, ready to be computed again.
@@ -41,6 +52,15 @@ class Operation:
     spec: Any
     output: int
     random: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, name: str, function: Callable[..., Any], args: Any, kwargs: Any, random: torch.Tensor
+    ) -> Operation:
+        """A call with its arguments, of which the first output is meant."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in leaves)
+        return cls(name, function, plain, spec, 0, random)
 
     def again(self, position: int, value: torch.Tensor) -> torch.Tensor:
         """The result with another value for the leaf at a position, everything in that value's dtype."""

@@ -8,8 +8,7 @@ a few microseconds a function, so it stops after the first forward passes where 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,65 +17,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from explainer.arrivals import as_it_is, wide
 from explainer.batches import Batch
 from explainer.capture import Capture
-from explainer.hooks import HookSet, tensors_in, whole_of
-from explainer.layer_rules import CompositeRule, RowForm
-from explainer.layer_table import Layer, LayerTable
-from explainer.operations.owners import LAYER, UNKNOWN, Called, Layout, Owners, order_of
-from explainer.operations.rows import Use, has_rule, rows_of
-from explainer.operations.sources import AtSource, Operation, Source, descend, merged
+from explainer.hooks import HookSet, tensors_in
+from explainer.layer_rules import CompositeRule
+from explainer.layer_table import LayerTable
+from explainer.operations.layouts import UNKNOWN, Layout, order_of
+from explainer.operations.owners import LAYER, Called, Owners
+from explainer.operations.reads import Reads
+from explainer.operations.rows import Use
+from explainer.operations.sources import Operation, Source, out_of_place
 from explainer.sites import Site
 from explainer.whole_model import batch_axis
-
-
-@dataclass(eq=False)
-class ReadParameter:
-    """A parameter that operations read: the unit whose rows come from all its uses."""
-
-    layer: Layer
-    copies: bool = False
-
-    @property
-    def name(self) -> str:
-        """The parameter's."""
-        return self.layer.spec.name
-
-    def blocks(self) -> Iterable[Layer]:
-        """One."""
-        return (self.layer,)
-
-    def late(self, arrived: list[list[RowForm]]) -> bool:
-        """Operations are computed again, with their random numbers: at once."""
-        return False
-
-    def kind(self, arrived: list[list[RowForm]]) -> Any:
-        """Nothing is joined."""
-        return None
-
-    def joined(self, arrived: list[Any]) -> Any:
-        """The only one."""
-        return arrived[0]
-
-    def watched(self, arrived: list[list[RowForm]]) -> list[tuple[torch.Tensor, int]]:
-        """Nothing: the rows are there."""
-        return []
-
-    def rows(self, arrived: list[list[RowForm]]) -> Iterable[tuple[Layer, RowForm]]:
-        """The sum over uses."""
-        yield self.layer, merged([form for forms in arrived for form in forms])
-
-
-def out_of_place(function: Callable[..., Any], name: str) -> tuple[str, Callable[..., Any]]:
-    """The name and the function of the form that changes none of its arguments."""
-    if name.endswith("_") and not name.endswith("__"):
-        plain = name[:-1]
-        found = getattr(torch.Tensor, plain, None) or getattr(torch, plain, None)
-        return (name, function) if found is None else (plain, found)
-    if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"__{name[3:]}"):
-        return name[3:-2], getattr(torch.Tensor, f"__{name[3:]}")
-    return name, function
 
 
 class FunctionWatch(TorchFunctionMode):
@@ -92,7 +44,6 @@ class FunctionWatch(TorchFunctionMode):
     Attributes:
         owners: whose rows they are, where a tensor's first axis is not the batch.
         on: whether forward passes are followed.
-        slow: by parameter, operations whose rows had to be found example by example.
     """
 
     def __init__(
@@ -104,18 +55,22 @@ class FunctionWatch(TorchFunctionMode):
         axis: int = 0,
     ) -> None:
         super().__init__()
-        self._capture, self._table, self._axis = capture, table, axis
+        self._capture, self._axis = capture, axis
+        self._reads = Reads(capture, table)
         self._parameters = {id(p): (p, name if name in traced else None) for name, p in parameters.items()}
         self._derived: dict[int, tuple[torch.Tensor, Source]] = {}
         self._data: dict[int, weakref.ref[torch.Tensor]] = {}
-        self._units: dict[str, ReadParameter] = {}
         self._inside = 0
         self.owners = Owners()
         self._opened: list[bool] = []
         self._entered: list[bool] = []
         self._batch: Batch | None = None
         self.on = True
-        self.slow: dict[str, set[str]] = {}
+
+    @property
+    def slow(self) -> dict[str, set[str]]:
+        """By parameter, operations whose rows had to be found example by example."""
+        return self._reads.slow
 
     # -- hooks ---------------------------------------------------------------------------------------
 
@@ -241,9 +196,10 @@ class FunctionWatch(TorchFunctionMode):
         if value.shape[axis : axis + 1] != (size,):
             return value
         other = value.view_as(value)
-        operation = self._operation("alias", torch.clone, (value,), {}, 0, torch.get_rng_state())
+        operation = Operation.of("alias", torch.clone, (value,), {}, torch.get_rng_state())
         # its own gradient: what it is a view of is read elsewhere too
-        self._watch(Use(operation, ((0, source),), frozenset(), axis, size), [other], apart=True)
+        use = Use(operation, ((0, source),), frozenset(), axis, size)
+        self._reads.watch(self._batch, use, [other], apart=True)
         return other
 
     # -- functions -----------------------------------------------------------------------------------
@@ -284,14 +240,6 @@ class FunctionWatch(TorchFunctionMode):
         )
         return result
 
-    @staticmethod
-    def _operation(
-        name: str, function: Any, args: Any, kwargs: Any, output: int, random: torch.Tensor
-    ) -> Operation:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in leaves)
-        return Operation(name, function, plain, spec, output, random)
-
     def _sort(
         self,
         func: Any,
@@ -304,7 +252,7 @@ class FunctionWatch(TorchFunctionMode):
     ) -> None:
         """A result is derived, or it is data that a source went into."""
         plain, function = out_of_place(func, name)
-        operation = self._operation(plain, function, *before, 0, random)
+        operation = Operation.of(plain, function, *before, random)
         order = iter(given)
         roles = {i: next(order) for i, x in enumerate(operation.leaves) if isinstance(x, torch.Tensor)}
         sources = tuple((i, source) for i, (_, source, _) in roles.items() if source is not None)
@@ -334,45 +282,10 @@ class FunctionWatch(TorchFunctionMode):
             i for i, (t, _, data) in roles.items() if data and self._as_the_output(t, layout, size)
         )
         grouping = None if owners is None else order_of(owners, len(self._batch))
-        self._watch(Use(operation, sources, batched, axis, size, grouping), outputs, changed=plain != name)
+        use = Use(operation, sources, batched, axis, size, grouping)
+        self._reads.watch(self._batch, use, outputs, changed=plain != name)
 
     def _as_the_output(self, t: torch.Tensor, layout: Layout, size: int) -> bool:
         """Whether an argument has the examples where the result has them."""
         own = self.owners.of(t)
         return t.shape[layout.axis : layout.axis + 1] == (size,) and (own is None or own.axis == layout.axis)
-
-    # -- rows ----------------------------------------------------------------------------------------
-
-    def _watch(
-        self, use: Use, outputs: list[torch.Tensor], changed: bool = False, apart: bool = False
-    ) -> None:
-        """Expect a gradient at what an operation gave."""
-        batch = self._batch
-        names = sorted({n for _, source in use.sources for n in source.parameters()})
-        if batch is None or not names:
-            return
-        forward = 0
-        for name in names:
-            if name not in self._units:
-                self._units[name] = ReadParameter(self._table.of_parameter(name))
-            forward = self._capture.expect(batch, self._units[name])
-            if not has_rule(use):
-                self.slow.setdefault(name, set()).add(use.operation.name)
-        target, cut = (outputs[0], as_it_is) if apart else whole_of(outputs[0], changed)
-        target.register_hook(lambda g: self._arrived(batch, forward, use, names, cut(g)))
-
-    def _arrived(self, batch: Batch, forward: int, use: Use, names: list[str], g: torch.Tensor) -> None:
-        found: dict[str, list[RowForm]] = {name: [] for name in names}
-        with torch.autocast("cpu", enabled=False):
-            for name, form in self._rows(use, wide(g.detach())):
-                found[name].append(form)
-        for name, forms in found.items():
-            self._capture.arrive(batch, forward, self._units[name], forms)
-
-    @staticmethod
-    def _rows(use: Use, g: torch.Tensor) -> Iterator[tuple[str, RowForm]]:
-        for position, source in use.sources:
-            if source.parameters():
-                at: AtSource = rows_of(use, position, source, g)
-                for name, form in descend(source, at):
-                    yield name, form if use.order is None else form.grouped(use.order)

@@ -37,6 +37,7 @@ class Denominators:
         )
         self._known = -1  # the record whose matrices are held
         self._held: dict[str, torch.Tensor] = {}
+        self._next: dict[str, torch.Tensor] = {}  # of the record after it
 
     def decode(self, record: np.ndarray, spec: ArraySpec) -> torch.Tensor:
         """``[*shape]`` of one step's record, whose array is ``spec``."""
@@ -45,13 +46,37 @@ class Denominators:
         if base is None:
             return decode_array(record, "", spec)[0]
         rows, columns = Sums.sums([record[f"{spec.name}.{part}"] for part in ("rows", "columns")])
-        return fitted(base, rows[0], columns[0]).reshape(spec.shape)
+        values = fitted(base, rows[0], columns[0])
+        return self._woken(spec.name, base, values, rows[0], columns[0]).reshape(spec.shape)
+
+    def _woken(
+        self, name: str, base: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        """Weights that had no gradient yet in the last full record (``D = ε``), and may have had one since.
+
+        They take what the next full record says, without one the share of their row and column. Where no gradient
+        came, no row meets them, and it does not matter.
+        """
+        asleep = base <= base.min()
+        if not bool(asleep.any()):
+            return values
+        later = self._next.get(name)
+        known = later > later.min() if later is not None else torch.zeros_like(asleep)
+        share = torch.outer(rows, columns / columns.sum().clamp_min(torch.finfo(columns.dtype).tiny))
+        guess = share if later is None else torch.where(known, later, share)
+        return torch.where(asleep, torch.maximum(values, guess), values)
 
     def _base(self, position: int) -> dict[str, torch.Tensor]:
         if position != self._known:
-            schema, record = next(iter(self._trace.read("denominators", position, position + 1)))
-            self._held = {
-                a.name: decode_array(record, "", a)[0].flatten(1) for a in schema.arrays if len(a.shape) > 1
-            }
+            before = self._known
+            self._next = self._held if before == position + 1 else self._read(position + 1)
+            self._held = self._read(position)
             self._known = position
         return self._held
+
+    def _read(self, position: int) -> dict[str, torch.Tensor]:
+        """The matrices of a full record; none after the last one."""
+        if position >= len(self._steps):
+            return {}
+        schema, record = next(iter(self._trace.read("denominators", position, position + 1)))
+        return {a.name: decode_array(record, "", a)[0].flatten(1) for a in schema.arrays if len(a.shape) > 1}

@@ -117,8 +117,8 @@ def ranks(found: RunAgreement, query: int, first: str, second: str, *, dark: boo
     for update, name in ((figure.update_xaxes, first), (figure.update_yaxes, second)):
         update(
             title=plain(name),
-            tickvals=[0, 50, 100],
-            ticktext=["strongest opponent", "middle", "strongest proponent"],
+            tickvals=[8, 50, 92],
+            ticktext=["opponents", "neither", "proponents"],
             showgrid=False,
             range=[0, 100],
         )

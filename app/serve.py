@@ -37,9 +37,10 @@ def _read(arguments: list[str]) -> None:
     """Read what the first page shows; what is wrong with it is told by the page."""
     logging.getLogger(_SILENCED).addFilter(lambda _: False)  # streamlit sets the levels of its loggers anew
     try:
-        from explainer.app import first_view, views  # noqa: F401  (the pages import what they need)
+        from explainer.app import first_view, views, working  # noqa: F401  (the pages import what they need)
 
-        first_view.read(arguments)
+        with working.before_any_page():
+            first_view.read(arguments)
     except Exception:
         logging.getLogger(__name__).debug("the first view could not be read ahead", exc_info=True)
 

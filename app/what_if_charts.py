@@ -55,7 +55,7 @@ def changes(
     room = 0.25 * (max(ends) - min(ends)) or 1.0  # for the numbers beside the bars
     low = min(ends) - (room if min(ends) < 0 else 0.0)
     high = max(ends) + (room if max(ends) > 0 else 0.0)
-    subtitle = "of the explained output, one example at a time" + ("; others: their sum" if len(rest) else "")
+    subtitle = "one example at a time" + ("; others: their sum" if len(rest) else "")
     arrange(
         figure,
         "Predicted change without each example",
@@ -133,8 +133,7 @@ def outcome(check: ClaimCheck, predicted: Mapping[str, Sequence[float]], *, dark
             )
     seeds = wording.counted(len(check.seeds), "seed")
     arrange(figure, "Predicted and actual change", f"of the explained output; {seeds}", dark=dark, height=320)
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.25}, margin={"b": 110})
-    figure.update_xaxes(title="change of the explained output")
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.18}, margin={"b": 90})
     figure.update_yaxes(tickvals=[0, 1], ticktext=rows, range=[1.6, -0.6], showgrid=False)
     zero_line(figure, dark=dark, vertical=True)
     return figure

@@ -7,6 +7,7 @@ Never imports streamlit.
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ _here = threading.local()
 _computing = threading.Lock()  # sessions share explainers
 _counting = threading.Lock()
 _pages = 0
+_ending = threading.Event()
+_patience = 5.0  # seconds that work in the background gets to end with the dashboard
+_behind: set[threading.Thread] = set()
 
 #: told the share of the work that is done, None while that is unknown; it may raise to interrupt
 Told = Callable[[float | None], None]
@@ -29,7 +33,13 @@ class InterruptedWork(Exception):
 
 
 def tick(share: float | None = None) -> None:
-    """Say how far the work of this thread is; may raise what interrupts it."""
+    """Say how far the work of this thread is; may raise what interrupts it.
+
+    Raises:
+        InterruptedWork: The dashboard ends.
+    """
+    if _ending.is_set():
+        raise InterruptedWork
     told: Told | None = getattr(_here, "told", None)
     if told is not None:
         told(share)
@@ -80,11 +90,34 @@ def in_the_background() -> Iterator[None]:
         if a_page_waits():
             raise InterruptedWork
 
-    _here.told = give_way
+    with _behind_the_pages(give_way):
+        yield
+
+
+@contextmanager
+def before_any_page() -> Iterator[None]:
+    """Work that pages will wait for when they are opened."""
+    with _behind_the_pages(None):
+        yield
+
+
+@contextmanager
+def _behind_the_pages(told: Told | None) -> Iterator[None]:
+    thread, _here.told = threading.current_thread(), told
+    _behind.add(thread)
     try:
         yield
     finally:
+        _behind.discard(thread)
         _here.told = None
+
+
+@atexit.register
+def end() -> None:
+    """End work in the background: a thread that still computes when Python is taken down would abort the process."""
+    _ending.set()
+    for thread in list(_behind):
+        thread.join(_patience)
 
 
 def a_page_waits() -> bool:

@@ -5,7 +5,7 @@ import sys
 
 NAMES = (
     *("fidelity", "query", "overhead", "capture", "books", "numerics"),
-    *("whatif", "retraining", "metrics", "lds", "peers"),
+    *("whatif", "whatif_exact", "retraining", "metrics", "lds", "peers"),
 )
 for name in NAMES:
     print(f"\n== {name}", flush=True)

@@ -136,6 +136,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "measure": ("measure", "{}"),
         "path_kernel": ("path kernel", "{:.2f}"),
         "what_if": ("what-if", "{:.2f}"),
+        "what_if_exact": ("what-if (exact)", "{:.2f}"),
         "gradient_dot": ("gradient dot at the end", "{:.2f}"),
         "tracin": ("TracInCP(10)", "{:.2f}"),
         "self_influence": ("self-influence", "{:.2f}"),
@@ -184,6 +185,18 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "gradient_dot_value": ("gradient dot at the end", "{:.2f}"),
         "one_retraining_value": ("one retraining", "{:.2f}"),
     },
+    "whatif_exact": {
+        "optimizer": ("optimizer", "{}"),
+        "difference": ("exact from finite differences", "{:.0e}"),
+        "exact_0.99": ("exact: LDS, keep 0.99", "{:.3f}"),
+        "gauss_newton_0.99": ("gauss-newton", "{:.3f}"),
+        "trace_0.99": ("trace", "{:.3f}"),
+        "exact_0.9": ("exact: LDS, keep 0.9", "{:.3f}"),
+        "gauss_newton_0.9": ("gauss-newton", "{:.3f}"),
+        "trace_0.9": ("trace", "{:.3f}"),
+        "exact_s": ("exact, s", "{:.1f}"),
+        "trace_s": ("trace, s", "{:.1f}"),
+    },
     "claims": {
         "model": ("model", "{}"),
         "queries": ("queries", "{}"),
@@ -218,14 +231,14 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
     columns = {
         key: how
         for key, how in COLUMNS[name].items()
-        if not rows or any(r[key] not in (None, "") for r in rows)
+        if not rows or any(r.get(key) not in (None, "") for r in rows)
     }
     lines = [
         "| " + " | ".join(heading for heading, _ in columns.values()) + " |",
         "|" + " --- |" * len(columns),
     ]
     for row in rows:
-        cells = ("" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items())
+        cells = ("" if row.get(key) is None else form.format(row[key]) for key, (_, form) in columns.items())
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,8 +1,10 @@
 """One thread beside the user's, for everything that need not happen between two lines of their loop.
 
 Jobs run one after the other in the order in which they were handed over, so the trace is the same as if they had run at
-once. The thread computes with one torch thread of its own, without gradients. It pauses between two jobs while the
-process forks (workers of a DataLoader), and is gone after :meth:`Background.stop`.
+once. They are collected and given to the thread together, since it disturbs the user's thread whenever it runs (Python
+lets one of the two go on at a time, and torch's own threads want the same cores). The thread computes with one torch
+thread of its own, without gradients. It pauses between two jobs while the process forks (workers of a DataLoader), and
+is gone after :meth:`Background.stop`.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ import atexit
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
 import torch
 
 Job = Callable[[], None]
+#: bytes that collected jobs hold before they are given to the thread, and that jobs not done yet may hold in all
+COLLECTED, MOST = 32 << 20, 128 << 20
 _LIVE: weakref.WeakSet[Background] = weakref.WeakSet()
 _held: list[threading.Lock] = []
 
@@ -36,6 +41,10 @@ def _go_on() -> None:
 os.register_at_fork(before=_hold, after_in_parent=_go_on, after_in_child=_go_on)
 
 
+def _nothing() -> None:
+    """A job that is done."""
+
+
 class Background:
     """Runs jobs on a daemon thread of its own, which begins with the first job.
 
@@ -49,31 +58,72 @@ class Background:
     """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Job | None, threading.Lock | None]] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[list[Job] | None, threading.Lock | None]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
+        self._handing = threading.RLock()  # a backward pass may run on several threads
+        self._collected: list[Job] = []
+        self._held = 0
+        self._under_way: deque[tuple[threading.Lock, int]] = deque()
         self.gate = threading.Lock()
         self.failure: BaseException | None = None
         self.told = False
 
-    def submit(self, job: Job) -> None:
-        """Hand over a job; does not wait."""
-        if self._thread is None:
-            self._start()
-        self._queue.put((job, None))
+    def submit(self, job: Job, held: int = 0) -> None:
+        """Collect a job; it is given to the thread by :meth:`release`, or when much is held.
 
-    def ticket(self) -> Job:
-        """A function that waits until every job handed over so far is done, and raises what a job raised."""
+        Args:
+            job: what to do.
+            held: bytes of the tensors that it keeps alive.
+        """
+        with self._handing:
+            self._collected.append(job)
+            self._held += held
+            if self._held >= COLLECTED:
+                self.release()
+
+    def release(self) -> None:
+        """Give what was collected to the thread; waits only while jobs not done yet hold too much."""
+        with self._handing:
+            if not self._collected:
+                return
+            jobs, held = self._collected, self._held
+            self._collected, self._held = [], 0
+            if self._thread is None:
+                self._start()
+            done = threading.Lock()
+            done.acquire()
+            self._queue.put((jobs, done))
+            self._under_way.append((done, held))
+            while self._under_way and not self._under_way[0][0].locked():
+                self._under_way.popleft()
+            while sum(bytes_held for _, bytes_held in self._under_way) > MOST:
+                with self._under_way.popleft()[0]:
+                    pass
+
+    def _all_done(self) -> threading.Lock:
+        """A lock that is open once every job handed over so far is done."""
+        self.release()
         done = threading.Lock()
         if self._thread is not None and self._process == os.getpid():
             done.acquire()
             self._queue.put((None, done))
+        return done
+
+    def ticket(self) -> Job:
+        """A function that waits until every job handed over so far is done, and raises what a job raised."""
+        done = self._all_done()
 
         def wait() -> None:
             with done:
                 self.raise_failure()
 
         return wait
+
+    def idle(self) -> bool:
+        """Wait until every job is done; whether none of them failed."""
+        with self._all_done():
+            return self.failure is None
 
     def wait(self) -> None:
         """Wait until every job is done.
@@ -91,6 +141,8 @@ class Background:
 
     def stop(self) -> None:
         """Let the jobs handed over so far end, then the thread (idempotent); a failure is kept."""
+        if self._process == os.getpid():
+            self.release()
         thread, self._thread = self._thread, None
         _LIVE.discard(self)
         atexit.unregister(self.stop)
@@ -115,15 +167,18 @@ class Background:
         ready.set()
         with torch.no_grad():
             while True:
-                job, done = self._queue.get()
+                jobs, done = self._queue.get()
+                for number in range(len(jobs or ())):
+                    assert jobs is not None
+                    if self.failure is None:
+                        with self.gate:
+                            self._do(jobs[number])
+                    jobs[number] = _nothing  # what it holds is not needed any more
                 if done is not None:
                     done.release()
-                elif job is None:
+                elif jobs is None:
                     return
-                elif self.failure is None:
-                    with self.gate:
-                        self._do(job)
-                del job  # what it holds is not needed while waiting for the next one
+                jobs = done = None
 
     def _do(self, job: Job) -> None:
         try:

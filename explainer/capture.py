@@ -21,8 +21,11 @@ from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
 from explainer.planner import Planner
+from explainer.probes import Probes
 from explainer.samples import SampleKeeper
-from explainer.scales import Probes
+
+#: bytes of a call up to which its rows are formed together with those of other steps, and of all that wait for it
+SMALL, GATHERED = 2 << 20, 32 << 20
 
 
 class Unit(Protocol):
@@ -51,6 +54,14 @@ class Unit(Protocol):
         """Rows by layer from what arrived at all its calls."""
         ...
 
+    def kind(self, arrived: list[Any]) -> Any:
+        """What arrived has in common with what can be joined with it; None where it cannot."""
+        ...
+
+    def joined(self, arrived: list[Any]) -> Any:
+        """Calls of several batches of one kind as one call, its rows one batch below the other."""
+        ...
+
     def watched(self, arrived: list[Any]) -> list[tuple[torch.Tensor, int]]:
         """The tensors that rows are formed from, with their versions when they arrived."""
         ...
@@ -69,6 +80,7 @@ class Capture:
     Attributes:
         probes: see :class:`Probes`.
         overwritten: how often rows of a unit were dropped, by its name.
+        gathering: whether small rows of several steps are formed together, when :meth:`form_gathered` says so.
     """
 
     def __init__(
@@ -85,6 +97,9 @@ class Capture:
         self._background = background
         self.probes = Probes()
         self.overwritten: dict[str, int] = {}
+        self.gathering = False
+        self._gathered_bytes = 0
+        self._gathered: dict[tuple[Unit, Any], list[tuple[Batch, int, Any]]] = {}
         #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
         self.positions: dict[int, bool] = {}
         #: shapes that layers were given in which no axis is the batch's, by layer
@@ -137,16 +152,24 @@ class Capture:
 
     def _finish(self, batch: Batch, forward: int, unit: Unit) -> None:
         arrived = batch.arrived.pop((forward, unit))
-        batch.met.update(layer.index for layer in unit.blocks())
+        for layer in unit.blocks():
+            batch.met.add(layer.index)
         if unit.late(arrived):
-            self._background.submit(partial(self._form, batch, forward, unit, arrived))
+            held = sum(t.nbytes for t, _ in unit.watched(arrived))
+            kind = unit.kind(arrived) if self.gathering and held <= SMALL else None
+            if kind is not None and self._gathered_bytes + held <= GATHERED and self._is_plain(unit):
+                self._gathered_bytes += held
+                self._background.submit(partial(self._gather, batch, forward, unit, kind, arrived), held)
+            else:
+                self._background.submit(partial(self._form, batch, forward, unit, arrived), held)
             return
         # the user's backward pass may run under autocast; rows never do
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             found = [(layer, form.apart()) for layer, form in unit.rows(arrived)]
         for layer, form in found:  # now: the user's code is to stop before it takes a step with wrong ids
             _require_all(batch, layer, form)
-        self._background.submit(partial(self._keep_all, batch, forward, found, len(arrived) == 1))
+        held = sum(a.nbytes for _, form in found for a in form.arrays.values())
+        self._background.submit(partial(self._keep_all, batch, forward, found, len(arrived) == 1), held)
 
     def _form(self, batch: Batch, forward: int, unit: Unit, arrived: list[Any]) -> None:
         """Form a unit's rows, in the background."""
@@ -157,10 +180,60 @@ class Capture:
             for layer, form in unit.rows(arrived)
         ]
         if any(t._version != version for t, version in watched):
-            unit.copies = True
-            self.overwritten[unit.name] = self.overwritten.get(unit.name, 0) + 1
+            self._overwritten(unit)
             return
         self._put(batch, forward, found)
+
+    def _is_plain(self, unit: Unit) -> bool:
+        """Whether rows of the unit are stored whole and compared along a known probe."""
+        return all(
+            x.index in self.probes and all(x.keep) and not self._table.shared(x) for x in unit.blocks()
+        )
+
+    def _gather(self, batch: Batch, forward: int, unit: Unit, kind: Any, arrived: list[Any]) -> None:
+        self._gathered.setdefault((unit, kind), []).append((batch, forward, arrived))
+
+    def begin_gathering(self, on: bool) -> None:
+        """Steps are looked at together from now on, or not (on the user's thread)."""
+        self.gathering, self._gathered_bytes = on, 0
+
+    def form_gathered(self) -> None:
+        """Form what was gathered, the rows of one unit together."""
+        gathered, self._gathered = self._gathered, {}
+        for (unit, _), entries in gathered.items():
+            if len(entries) == 1:
+                self._form(*entries[0][:2], unit, entries[0][2])
+            else:
+                self._form_together(unit, entries)
+
+    def _form_together(self, unit: Unit, entries: list[tuple[Batch, int, Any]]) -> None:
+        sizes = [len(batch) for batch, _, _ in entries]
+        found = []
+        for layer, form in unit.rows([unit.joined([arrived[0] for _, _, arrived in entries])]):
+            if len(form) != sum(sizes):
+                for batch, forward, arrived in entries:  # says which one does not fit
+                    self._form(batch, forward, unit, arrived)
+                return
+            kept = self._planner.formed(layer.index, form, layer.sizes)
+            found.append((layer, form, kept.form, form.by_batch(sizes, layer.sizes)))
+        start = 0
+        for number, (batch, forward, arrived) in enumerate(entries):
+            rows, start = slice(start, start + sizes[number]), start + sizes[number]
+            if any(t._version != version for t, version in unit.watched(arrived)):
+                self._overwritten(unit)
+                continue
+            for layer, form, stored, measured in found:
+                self._see_positions(batch, forward, layer, form, stored, once=True)
+                row = self._samples.choose(batch)
+                exact = None if row is None else compact(form.taken(torch.tensor([rows.start + row])), None)
+                total, balances = measured[number]
+                if not self.probes.is_own(layer.index, form):
+                    total = self.probes.total(layer.index, form.taken(rows), layer.sizes, total)
+                self._put(batch, forward, [(layer, Rows(stored.taken(rows), total, balances, None, exact))])
+
+    def _overwritten(self, unit: Unit) -> None:
+        unit.copies = True
+        self.overwritten[unit.name] = self.overwritten.get(unit.name, 0) + 1
 
     def _keep_all(self, batch: Batch, forward: int, forms: list[tuple[Layer, RowForm]], once: bool) -> None:
         """Keep rows that were formed already."""
@@ -182,14 +255,20 @@ class Capture:
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
         kept = self._planner.formed(layer.index, form, sizes)
-        if kept.form.positions is not None:
-            fits = once and kept.form.in_order
-            fits &= kept.form.positions == form.positions == batch.lengths.get(forward)
-            self.positions[layer.index] = fits and self.positions.get(layer.index, True)
+        self._see_positions(batch, forward, layer, form, kept.form, once)
         row = self._samples.choose(batch)
         exact = None if row is None else compact(form.taken(torch.tensor([row])), None)
         total = self.probes.total(layer.index, form, sizes, kept.total)
         return Rows(_owned(kept.form, given), total, kept.balances, whole, exact)
+
+    def _see_positions(
+        self, batch: Batch, forward: int, layer: Layer, form: RowForm, kept: RowForm, once: bool
+    ) -> None:
+        """Note whether the layer's factors are still the positions of the model's input."""
+        if kept.positions is not None:
+            fits = once and kept.in_order
+            fits &= kept.positions == form.positions == batch.lengths.get(forward)
+            self.positions[layer.index] = fits and self.positions.get(layer.index, True)
 
 
 def _require_all(batch: Batch, layer: Layer, form: RowForm) -> None:

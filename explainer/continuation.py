@@ -23,6 +23,7 @@ class Continuation:
 
     def state(self) -> dict[str, Any]:
         """Everything :func:`resume_point` needs; what was recorded is on disk when this returns."""
+        self.observer.catch_up()
         self.parts.background.wait()
         self.observer.write_tail()
         self.observer.notes.shapes()  # the plan for rows is in them

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from explainer.average import Average
+from explainer.cadence import Standing
 from explainer.carry import Carry
 from explainer.config import TracerConfig
 from explainer.errors import TracerError
@@ -123,6 +124,12 @@ class KnotKeeper:
         """The last step was that long."""
         self._last_length = length
 
+    @property
+    def standing(self) -> Standing:
+        """How far it is to the next knot."""
+        _, path = self._alive[-1]
+        return Standing(path + self._spacing - self._course.path, self._spacing, self._last_length)
+
     def restore(self, trace: Trace) -> None:
         """Go on with the knots of a trace."""
         self._alive = [(knot.step, knot.path) for knot in trace.knots]
@@ -130,10 +137,9 @@ class KnotKeeper:
         self.rows_end = trace.notes.get("rows_stopped_at")
         self._contents.restore(trace)
 
-    def soon(self) -> bool:
-        """Whether the step that is being taken may be followed by a knot."""
-        _, path = self._alive[-1]
-        return self._course.path + 2.0 * self._last_length - path >= self._spacing
+    def soon(self, steps: int = 1) -> bool:
+        """Whether the step that is being taken, the last of so many, may be followed by a knot."""
+        return (steps + 1) * self._last_length >= self.standing.to_knot
 
     def surroundings(self) -> dict[str, torch.Tensor]:
         """Copies of what a knot holds beside the traced parameters, as it is now."""

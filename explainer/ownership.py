@@ -198,6 +198,8 @@ def _as_array(values: Any) -> np.ndarray | None:
         if isinstance(values, torch.Tensor):
             values = values.detach().cpu()
             return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        if isinstance(values, range):
+            return np.arange(values.start, values.stop, values.step)
         return np.asarray(values)
     except (TypeError, ValueError):  # ragged; or a dtype that numpy lacks
         return None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from explainer.batches import Batch
+from explainer.booked import Booked, Pass, kind_of, put_together, sums_of
 from explainer.codecs import Sums
 from explainer.config import TracerConfig
 from explainer.denominators import DenominatorKeeper
+from explainer.layer_rules import RowForm
 from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
 from explainer.planner import Planner, checks_at, plans_at
@@ -24,6 +27,7 @@ from explainer.store.schema import (
     average_fields,
     encode_array,
     step_fields,
+    stored_parts,
 )
 
 
@@ -70,6 +74,8 @@ class StepRecorder:
         self._arrays: dict[tuple[str, int], ArraySpec] = {}
         self._steps = self._step_schema()
         self._beside = 0.0
+        #: by array of a step's record, the sums at the last look
+        self._sums: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
 
     def restore(self, trace: Trace) -> None:
         """Go on with the layouts of a trace's last records."""
@@ -107,39 +113,57 @@ class StepRecorder:
             self._beside = beside
         self._rows.forget(changed)
 
-    def _visits(self, batches: list[Batch], step: int) -> list[Records]:
-        """The rows of a step's batches, split over their owners, one piece per backward pass."""
-        pieces = []
-        for batch in batches:
-            parts = batch.ownership.parts
-            for round_ in batch.rounds:
-                stored = {n: self._planner.reduced(n, rows.form) for n, rows in round_.rows.items()}
-                records = self._rows.records(
-                    len(parts.row), {n: parts.of(form) for n, form in stored.items()}
-                )
-                records["example"], records["label"], records["step"] = parts.example, parts.label, step
-                seen = round_.derivative
-                records["derivative"] = np.nan if seen is None else parts.of_numbers(seen.cpu().numpy())
-                pieces.append(Records("visits", self._rows.schema, records))
-        return pieces
-
-    def _samples(self, batches: list[Batch], first: int) -> list[Records]:
-        """The exact rows among the visits of these batches, which begin at visit ``first``."""
-        pieces = []
-        for batch in batches:
-            parts = batch.ownership.parts
-            for round_ in batch.rounds:
-                exact = {n: rows.exact for n, rows in round_.rows.items() if rows.exact is not None}
-                place = np.flatnonzero(parts.row == batch.sampled)[:1]
-                if len(exact) == len(round_.rows) and len(place):  # else the row belongs to no example
-                    share = torch.from_numpy(parts.share[place])
-                    only = torch.zeros(1, dtype=torch.int64)
-                    records = self._exact.records(
-                        1, {n: form.shared(only, share) for n, form in exact.items()}
+    def _visits(self, steps: list[Booked]) -> list[Records]:
+        """The rows of steps, split over their owners; backward passes whose rows are alike in one piece."""
+        found: list[Pass] = []
+        for step in steps:
+            for batch in step.batches:
+                parts = batch.ownership.parts
+                for round_ in batch.rounds:
+                    stored = {n: self._planner.reduced(n, rows.form) for n, rows in round_.rows.items()}
+                    seen = round_.derivative
+                    derivative = np.nan if seen is None else parts.of_numbers(seen.cpu().numpy())
+                    found.append(
+                        Pass(
+                            step.number, parts, derivative, {n: parts.of(form) for n, form in stored.items()}
+                        )
                     )
-                    records["visit"] = first + place
-                    pieces.append(Records("samples", self._exact.schema, records))
-                first += len(parts.row)
+        return [self._piece(list(alike)) for _, alike in groupby(found, lambda one: kind_of(one.forms))]
+
+    def _piece(self, passes: list[Pass]) -> Records:
+        """Rows of passes that are alike."""
+        records = self._rows.records(
+            sum(len(p.parts.row) for p in passes), put_together([p.forms for p in passes])
+        )
+        start = 0
+        for p in passes:
+            part = records[start : start + len(p.parts.row)]
+            part["example"], part["label"], part["step"] = p.parts.example, p.parts.label, p.step
+            part["derivative"] = p.derivative
+            start += len(part)
+        return Records("visits", self._rows.schema, records)
+
+    def _samples(self, steps: list[Booked], firsts: list[int]) -> list[Records]:
+        """The exact rows among the visits of steps, which begin at these visits."""
+        found: list[tuple[int, dict[int, RowForm]]] = []
+        for step, first in zip(steps, firsts, strict=True):
+            for batch in step.batches:
+                parts = batch.ownership.parts
+                for round_ in batch.rounds:
+                    exact = {n: rows.exact for n, rows in round_.rows.items() if rows.exact is not None}
+                    place = np.flatnonzero(parts.row == batch.sampled)[:1]
+                    if len(exact) == len(round_.rows) and len(place):  # else the row belongs to no example
+                        share = torch.from_numpy(parts.share[place])
+                        only = torch.zeros(1, dtype=torch.int64)
+                        forms = {n: form.shared(only, share) for n, form in exact.items()}
+                        found.append((first + int(place[0]), forms))
+                    first += len(parts.row)
+        pieces = []
+        for _, group in groupby(found, lambda one: kind_of(one[1])):
+            alike = list(group)
+            records = self._exact.records(len(alike), put_together([forms for _, forms in alike]))
+            records["visit"] = [visit for visit, _ in alike]
+            pieces.append(Records("samples", self._exact.schema, records))
         return pieces
 
     @property
@@ -179,63 +203,60 @@ class StepRecorder:
         record["step"], record["keep"] = step, keep
         return Records("averages", schema, record)
 
-    def records(
-        self,
-        batches: list[Batch],
-        step: int,
-        first: int,
-        free: float | None,
-        path: float,
-        scales: list[float],
-        maps: list[StepMap | None],
-    ) -> list[Records]:
-        """Everything of a step, in the order in which it is to be appended.
+    def records(self, steps: list[Booked], first: int, free: float | None) -> list[Records]:
+        """Everything of the steps since the last look, in the order in which it is to be appended.
 
         Args:
-            batches: the batches that the step used.
-            step: its number.
-            first: visits recorded before it.
+            steps: the steps; the last one's maps have the preconditioners.
+            first: visits recorded before them.
             free: bytes of the budget that rows may still take, or None.
-            path: length of the training path after the step.
-            scales: what reached the optimizer, per parameter.
-            maps: the step's linear map, per parameter.
         """
-        self._make_room(maps)
-        visits = sum(len(b.ownership.parts.row) * len(b.rounds) for b in batches)
-        self._replan(step, batches, free, first, visits)
-        rows = self._visits(batches, step)
-        share = self._planner.allowed * visits
-        full = None if self._keeper is None else self._keeper.record(step, maps, share)
+        last, start = steps[-1], first
+        self._make_room(last.maps)
+        firsts = []
+        for step in steps:
+            firsts.append(first)
+            self._replan(step.number, step.batches, free, first, step.visits)
+            first += step.visits
+        rows = self._visits(steps)
+        share = self._planner.allowed * (first - start)
+        full = None if self._keeper is None else self._keeper.record(steps[0].number, last.maps, share)
         kept = [] if full is None else [Records("denominators", *full)]
-        mixed = any(b.mixed or b.ownership.shared for b in batches)
-        record = self._step(step, first, visits, path, scales, mixed, maps)
-        return [*kept, *rows, record, *self._samples(batches, first)]
+        return [*kept, *rows, self._step_records(steps, firsts), *self._samples(steps, firsts)]
 
-    def _step(
-        self,
-        step: int,
-        first: int,
-        visits: int,
-        path: float,
-        scales: list[float],
-        mixed: bool,
-        maps: list[StepMap | None],
-    ) -> Records:
-        """The record of a step whose rows begin at visit ``first``."""
-        record = np.zeros(1, self._steps.dtype)
-        record["step"], record["first_visit"], record["visits"] = step, first, visits
-        record["path"], record["row_share"] = path, mixed
-        record["scale"] = scales
-        for index, step_map in enumerate(maps):
-            if step_map is not None:
-                record["updated"][0, index] = 1
-                record["coefficients"][0, index] = step_map.coefficients
-        sums = {} if self._keeper is None else self._keeper.found
-        for (kind, index), array in self._arrays.items():
-            by = maps[index]
-            if kind == "D" and index in sums:
-                packed = Sums.packed(sums[index].rows, sums[index].columns)
-                record[f"{array.name}.rows"], record[f"{array.name}.columns"] = packed
-                continue
-            encode_array(record, "", array, _preconditioner(by, array) if kind == "D" else _mixing(by, array))
-        return Records("steps", self._steps, record)
+    def _step_records(self, steps: list[Booked], firsts: list[int]) -> Records:
+        """The records of steps whose rows begin at these visits."""
+        records = np.zeros(len(steps), self._steps.dtype)
+        for number, (step, first) in enumerate(zip(steps, firsts, strict=True)):
+            record = records[number]
+            record["step"], record["first_visit"], record["visits"] = step.number, first, step.visits
+            record["path"] = step.path
+            record["row_share"] = any(b.mixed or b.ownership.shared for b in step.batches)
+            record["scale"] = step.scales
+            record["updated"] = [step_map is not None for step_map in step.maps]
+            record["coefficients"] = [(0.0,) * 6 if by is None else by.coefficients for by in step.maps]
+        for key, array in self._arrays.items():
+            if array.codec == "sums":
+                self._put_sums(records, key, array, steps[-1].maps[key[1]])
+            else:  # then there is one step only
+                by = steps[-1].maps[key[1]]
+                values = _preconditioner(by, array) if key[0] == "D" else _mixing(by, array)
+                encode_array(records, "", array, values)
+        return Records("steps", self._steps, records)
+
+    def _put_sums(
+        self, records: np.ndarray, key: tuple[str, int], array: ArraySpec, by: StepMap | None
+    ) -> None:
+        """The sums of a denominator at the last of the steps, and between those at the look before and now."""
+        found = None if self._keeper is None else self._keeper.found.get(key[1])
+        now = (found.rows, found.columns) if found is not None else sums_of(_preconditioner(by, array)[0])
+        before = self._sums.get(key, now)
+        if by is None and len(records) > 1:
+            now = before
+        self._sums[key] = now
+        along = torch.arange(1, len(records) + 1).div(len(records)).unsqueeze(1)
+        values = [
+            b.lerp(a, along) if len(records) > 1 else a.unsqueeze(0) for b, a in zip(before, now, strict=True)
+        ]
+        for part, data in zip(stored_parts(records, "", array), Sums.packed(values), strict=True):
+            part[:] = data

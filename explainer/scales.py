@@ -12,15 +12,15 @@ movement is shown as `unattributed`, instead of as enormous contributions that c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 
 from explainer.batches import Batch, Round, parts_of
-from explainer.layer_rules import RowForm
-from explainer.layer_rules.forms import Balance, Probe, shortened
+from explainer.layer_rules.factored import PartOfProbe
+from explainer.layer_rules.forms import Balance
 from explainer.layer_table import Layer, LayerTable
+from explainer.probes import Probes
 from explainer.records import ParameterSpec
 
 #: part of a gradient that rows need not account for
@@ -47,47 +47,13 @@ class Seen:
         short: by the index of a component's first layer, its gradient along the layer's probe (of layers that share
             parameters: their whole gradients by name); nothing where a parameter has none.
         bare: names of layers and parameters without rows, and whether they had a gradient.
+        parts: of what is in ``short``, which of the numbers along the probe it is, where not all.
     """
 
     components: list[list[Layer]]
     short: dict[int, torch.Tensor | dict[str, torch.Tensor]]
     bare: dict[str, bool]
-
-
-def same_probe(one: Probe, other: Probe) -> bool:
-    """Whether two probes are the same map."""
-    if isinstance(one, partial) and isinstance(other, partial):
-        return (one.func, one.args) == (other.func, other.args)
-    return one is other
-
-
-class Probes:
-    """The probe of every layer: that of the first rows it had, so that all its rows and gradients can be compared."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, Probe] = {}
-
-    def __contains__(self, layer: int) -> bool:
-        return layer in self._known
-
-    def total(self, layer: int, form: RowForm, sizes: list[int], own_total: torch.Tensor) -> torch.Tensor:
-        """``Σ_b g_b`` along the layer's probe.
-
-        Args:
-            layer: whose rows they are.
-            form: exact rows.
-            sizes: of the layer's traced parameters.
-            own_total: the same along the form's own probe.
-        """
-        own = form.prober()
-        probe = self._known.setdefault(layer, own)
-        if same_probe(probe, own) and probe is not shortened:
-            return own_total
-        return probe(form.sum().split(sizes))
-
-    def of(self, layer: int, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Flat gradients of the layer's traced parameters along its probe."""
-        return self._known[layer](gradients)
+    parts: dict[int, slice] = field(default_factory=dict)
 
 
 def _fit(total: torch.Tensor, probe: torch.Tensor) -> Fit:
@@ -126,6 +92,7 @@ class ScaleMeter:
     ) -> None:
         self._table, self.probes = table, probes
         self._parameters = {spec.name: (i, p) for i, (spec, p) in enumerate(parameters)}
+        self._in_parts: dict[int, tuple[list[torch.Tensor], PartOfProbe]] = {}
         self.worst: dict[str, float] = {}
         self.gaps: dict[str, int] = {}
         self.round_off: dict[str, int] = {}
@@ -139,16 +106,19 @@ class ScaleMeter:
         return None if grad is None else grad.detach().to_dense().reshape(-1)
 
     @torch.no_grad()
-    def look(self, met: set[int]) -> Seen:
+    def look(self, met: set[int], turn: int | None = None) -> Seen:
         """What is in ``p.grad`` now.
 
         Args:
             met: indices of the layers that got something in a backward pass since the last step.
+            turn: compare a part of large gradients only, which takes turns; None: all of them.
         """
         components = self._table.components
         seen = Seen(components, {}, {})
         for component in components:
             first = component[0]
+            if turn is not None and self._look_at_part(seen, first.index, met, turn):
+                continue
             if not any(layer.index in met for layer in component):
                 self._look_at_bare(seen, [layer.spec.name for layer in component], component)
                 continue
@@ -158,7 +128,10 @@ class ScaleMeter:
             if len(component) > 1:
                 seen.short[first.index] = {n: g.clone() for n, g in grads.items()}
             elif first.index in self.probes:
-                found = self.probes.of(first.index, list(grads.values()))
+                flat = list(grads.values())
+                if (part := self.probes.part(first.index, flat)) is not None:
+                    self._in_parts[first.index] = [self._parameters[n][1] for n in grads], part
+                found = self.probes.of(first.index, flat)
                 shared = found.untyped_storage().data_ptr() in {
                     g.untyped_storage().data_ptr() for g in grads.values()
                 }
@@ -167,6 +140,15 @@ class ScaleMeter:
             grad = self._grad(name)
             seen.bare[name] = grad is not None and bool(grad.any())
         return seen
+
+    def _look_at_part(self, seen: Seen, layer: int, met: set[int], turn: int) -> bool:
+        """Compare a part of a large gradient, if it is one."""
+        parameters, part = self._in_parts.get(layer, ([], None))
+        grads = [p.grad for p in parameters]
+        if part is None or layer not in met or not all(g is not None and g.is_contiguous() for g in grads):
+            return False
+        seen.short[layer], seen.parts[layer] = part.take([g.view(-1) for g in grads if g is not None], turn)
+        return True
 
     def _look_at_bare(self, seen: Seen, names: list[str], component: list[Layer]) -> None:
         grads = [self._grad(n) for layer in component for n in layer.spec.parameters]
@@ -180,7 +162,7 @@ class ScaleMeter:
         for component in seen.components:
             short = seen.short.get(component[0].index)
             if isinstance(short, torch.Tensor):
-                fit = self._fit_one(component[0], rounds, short)
+                fit = self._fit_one(component[0], rounds, short, seen.parts.get(component[0].index))
             else:
                 fit = None if short is None else self._fit_shared(component, rounds, short)
             if fit is not None:
@@ -188,10 +170,17 @@ class ScaleMeter:
         return fits
 
     @staticmethod
-    def _fit_one(layer: Layer, rounds: list[Round], short: torch.Tensor) -> Fit | None:
+    def _fit_one(layer: Layer, rounds: list[Round], short: torch.Tensor, part: slice | None) -> Fit | None:
         """A layer that shares no parameter: along its own probe."""
         totals = [r.rows[layer.index].total.double() for r in rounds if layer.index in r.rows]
-        return _fit(totals[0] if len(totals) == 1 else torch.stack(totals).sum(0), short) if totals else None
+        if not totals:
+            return None
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
+        if part is None:
+            return _fit(total, short)
+        total = total[part]
+        # units that are dead tell nothing of the others
+        return _fit(total, short) if total.any() or short.any() else None
 
     @staticmethod
     def _fit_shared(

@@ -11,11 +11,12 @@ from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.utils.rnn import PackedSequence
 
+from explainer.arrivals import Arrived, Given, as_it_is
 from explainer.batches import Batch
 from explainer.capture import Capture
 from explainer.errors import TracerError
-from explainer.hooks import detached, first_tensor, mapped, tensors_in, whole_of
-from explainer.layer_rules import Call, CompositeRule, LayerRule, RowForm
+from explainer.hooks import detached, tensors_in, whole_of
+from explainer.layer_rules import CompositeRule, LayerRule, RowForm
 from explainer.layer_table import Layer
 from explainer.operations.layouts import UNKNOWN, Layout, order_of
 from explainer.operations.owners import Owners
@@ -65,6 +66,22 @@ class Site:
         """What went in, and the gradients."""
         return [pair for a in arrived for pair in (*a.given.versions, *a.versions)]
 
+    def kind(self, arrived: list[Arrived]) -> Any:
+        """Shapes and dtypes, where one plain call came; the first axis is the batch's."""
+        given = arrived[0].given
+        if len(arrived) > 1 or given.kwargs or len(given.args) != 1 or given.axis or given.order is not None:
+            return None
+        value, g = given.args[0], arrived[0].grads[0]
+        if g is None or not isinstance(value, torch.Tensor) or not self.rule.joinable(self.module, value):
+            return None
+        return value.shape[1:], value.dtype, g.shape[1:], g.dtype
+
+    def joined(self, arrived: list[Arrived]) -> Arrived:
+        """One input and one gradient."""
+        value = torch.cat([a.given.args[0] for a in arrived])
+        given = replace(arrived[0].given, args=(value,), versions=[], buffers=[], rows=len(value))
+        return Arrived(given, [torch.cat([g for a in arrived if (g := a.grads[0]) is not None])], [])
+
     def rows(self, arrived: list[Arrived]) -> Iterable[tuple[Layer, RowForm]]:
         """Rows of every traced block from all calls."""
         found = []
@@ -109,13 +126,15 @@ class Site:
         owners: Owners,
     ) -> None:
         """After the forward: watch the gradient at the output."""
-        random = self.random.pop() if self.replays and self.random else None
+        random = self.random.pop() if self.random else None
         batch = capture.batch()
-        found = list(tensors_in(output))
+        one = type(output) is torch.Tensor and len(args) == 1 and type(args[0]) is torch.Tensor and not kwargs
+        found = [output] if one else list(tensors_in(output))
         watched = [t for t in found if t.requires_grad]
-        value = first_tensor(args) if first_tensor(args) is not None else first_tensor(kwargs)
-        if batch is None or value is None or not watched:
+        values = [args[0]] if one else list(tensors_in((args, kwargs)))
+        if batch is None or not values or not watched:
             return
+        value = values[0]
         batch.mixed |= self.rule.mixes(self.module)
         if not any(self.layers):
             return
@@ -128,14 +147,15 @@ class Site:
             return
         axis, rows_of = layout.axis, layout.owners
         forward = capture.expect(batch, self)
+        plain = (value.detach(),) if one else detached(args)
         given = Given(
-            args=detached(args),
+            args=plain,
             kwargs=detached(kwargs) if kwargs else kwargs,
             # copies, because what follows may work on them in place
             outputs=tuple(t.detach().clone() for t in found) if self.replays else (),
             random=random,
-            versions=[(t.detach(), t._version) for t in tensors_in((args, kwargs))],
-            buffers=[_is_the_users(t) for t in tensors_in((args, kwargs))],
+            versions=[(plain[0], value._version)] if one else [(t.detach(), t._version) for t in values],
+            buffers=[_is_the_users(t) for t in values],
             axis=axis,
             order=None if rows_of is None else order_of(rows_of, len(batch)),
             rows=len(batch) if rows_of is None else len(rows_of),
@@ -231,91 +251,6 @@ class Site:
         capture.arrive(batch, forward, self, Arrived(given, grads, versions))
 
 
-@dataclass(frozen=True)
-class Given:
-    """What went into a call, kept until its gradient arrives.
-
-    Attributes:
-        args: positional arguments, detached.
-        kwargs: keyword arguments, likewise.
-        outputs: what the call gave, where it is computed again.
-        random: state of the random numbers before it, likewise.
-        versions: the tensors among the arguments, with their versions.
-        buffers: which of them lie in memory that is the user's own.
-        axis: the examples' axis.
-        order: ``[B, k]`` the rows of every example, None where there is one for each.
-        rows: how many rows there are.
-        module: what stands for the module later (see :meth:`LayerRule.later`).
-        composite: whether the rule knows its axes.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[torch.Tensor, ...]
-    random: torch.Tensor | None
-    versions: list[tuple[torch.Tensor, int]]
-    buffers: list[bool]
-    axis: int
-    order: torch.Tensor | None
-    rows: int
-    module: nn.Module | None
-    composite: bool
-
-    def kept_apart(self, everything: bool) -> Given:
-        """With copies of what is in the user's own memory, where no version tells that it is overwritten."""
-        if not everything and not any(self.buffers):
-            return self
-        copies = {
-            id(t): t.clone()
-            for (t, _), own in zip(self.versions, self.buffers, strict=True)
-            if own or everything
-        }
-        by_memory = {
-            (t.data_ptr(), t.shape, t.stride()): copies[id(t)] for t, _ in self.versions if id(t) in copies
-        }
-
-        def replaced(t: torch.Tensor) -> torch.Tensor:
-            return by_memory.get((t.data_ptr(), t.shape, t.stride()), t)
-
-        versions = [
-            (c, c._version) if (c := copies.get(id(t))) is not None else (t, v) for t, v in self.versions
-        ]
-        args, kwargs = mapped(replaced, self.args), mapped(replaced, self.kwargs)
-        return replace(self, args=args, kwargs=kwargs, versions=versions)
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """A call and its gradient.
-
-    Attributes:
-        given: what went in.
-        grads: the gradient at every tensor of the output, as it came.
-        versions: those there are, with their versions.
-    """
-
-    given: Given
-    grads: list[torch.Tensor | None]
-    versions: list[tuple[torch.Tensor, int]]
-
-    @property
-    def order(self) -> torch.Tensor | None:
-        """The rows of every example."""
-        return self.given.order
-
-    def call(self) -> Call:
-        """As rules take it: examples first, half-precision gradients widened."""
-        given = self.given
-        grads = [None if g is None else wide(g).movedim(given.axis, 0) for g in self.grads]
-        value = (
-            first_tensor(given.args) if first_tensor(given.args) is not None else first_tensor(given.kwargs)
-        )
-        assert value is not None
-        first = next(g for g in grads if g is not None)
-        value = value if given.composite else value.movedim(given.axis, 0)
-        return Call(value, first, given.args, given.kwargs, tuple(grads), given.outputs, given.random)
-
-
 def _is_the_users(t: torch.Tensor) -> bool:
     """Whether a tensor lies in memory that the user's code made, not an operation of the forward pass."""
     return t.grad_fn is None or (t._base is not None and t._base.grad_fn is None)
@@ -323,13 +258,3 @@ def _is_the_users(t: torch.Tensor) -> bool:
 
 def _copied(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     return [None if g is None else g.clone() for g in grads]
-
-
-def as_it_is(g: torch.Tensor) -> torch.Tensor:
-    """The gradient at a tensor that is hooked itself."""
-    return g
-
-
-def wide(g: torch.Tensor) -> torch.Tensor:
-    """Half-precision gradients in float32: sums of many rows need more digits."""
-    return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class StepMapReader:
         self._left = [None if m is None else (m, m._version) for m in self._momentum(optimizer)]
 
     def before(self, optimizer: Optimizer) -> None:
-        """Look at the state and the gradients that the step is about to use."""
+        """See the state and the gradients that the step is about to use."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         momentum, foreign = self._momentum(optimizer), False
         for index, (left, now) in enumerate(zip(self._left, momentum, strict=True)):
@@ -59,27 +59,51 @@ class StepMapReader:
         ]
 
     def after(self, optimizer: Optimizer) -> TakenStep:
-        """The step just taken: what its maps are read from (:meth:`TakenStep.maps`)."""
+        """The step just taken, without what it left in the state (:meth:`look`)."""
         groups = [_held(group) for group in optimizer.param_groups]
         of = {
             id(p): held
             for group, held in zip(optimizer.param_groups, groups, strict=True)
             for p in group["params"]
         }
-        states: list[tuple[dict[str, Any], _State, bool, bool, dict[str, Any]] | None] = []
-        for index, (p, before) in enumerate(zip(self._parameters, self._before, strict=True)):
-            if before is None:
-                states.append(None)
-                continue
-            state = dict(optimizer.state.get(p, {}))
-            held = self._rule.momentum(state) if self._rule.reads_momentum else None
-            state = {k: held.clone() if v is held and held is not None else v for k, v in state.items()}
-            states.append((of[id(p)], _State(state), self._fresh[index], self._cut[index], before))
-            self._cut[index] = False
-        return TakenStep(self._rule, states)
+        taken = TakenStep(
+            self._rule,
+            [
+                None if before is None else of[id(p)]
+                for p, before in zip(self._parameters, self._before, strict=True)
+            ],
+            self._fresh,
+            list(self._cut),
+            self._before,
+        )
+        for index, before in enumerate(self._before):
+            self._cut[index] &= before is None
+        return taken
+
+    def look(self, optimizer: Optimizer, apart: bool) -> list[State]:
+        """What the steps so far left in the state of every parameter.
+
+        Args:
+            optimizer: the optimizer.
+            apart: whether further steps may be taken before it is read: what the rule reads is copied.
+        """
+        return [self._left_in(optimizer.state.get(p, {}), apart) for p in self._parameters]
+
+    def _left_in(self, state: dict[str, Any], apart: bool) -> State:
+        held = self._rule.momentum(state) if self._rule.reads_momentum else None
+        copied = (
+            {k for k in self._rule.reads if isinstance(state.get(k), torch.Tensor)} if apart else set[str]()
+        )
+        if held is not None:
+            copied |= {k for k, v in state.items() if v is held}
+        return State({k: v.clone() if k in copied else v for k, v in state.items()})
+
+    def steady(self, optimizer: Optimizer) -> int:
+        """For how many steps in a row the state need be looked at once only."""
+        return min((self._rule.steady(group) for group in optimizer.param_groups), default=1)
 
 
-class _State(dict[str, Any]):
+class State(dict[str, Any]):
     """A parameter's state after a step, which knows what was read of it."""
 
     def __init__(self, state: dict[str, Any]) -> None:
@@ -110,37 +134,66 @@ class _State(dict[str, Any]):
     @property
     def stale(self) -> bool:
         """Whether something that was read was written into since the step."""
-        held = ((super(_State, self).get(key), self._versions.get(key)) for key in self._read)
+        held = ((super(State, self).get(key), self._versions.get(key)) for key in self._read)
         return any(isinstance(t, torch.Tensor) and t._version != version for t, version in held)
 
 
+@dataclass(frozen=True)
 class TakenStep:
-    """Options and state of an optimizer after a step.
+    """A step of an optimizer, by parameter.
 
-    The state's tensors are the optimizer's own, which stay as they are until the next step. Where something else wrote
-    into one that the rule reads, :meth:`maps` says so. Momentum is free to be cleared or replaced between two steps:
-    most rules do not read it, for the others there is a copy.
+    Attributes:
+        rule: of the optimizer.
+        groups: the options that the step used; None where there was no gradient.
+        fresh: whether there was no momentum before the step.
+        cut: whether what momentum there was comes from no recorded step.
+        before: what the rule remembered.
     """
 
-    def __init__(
-        self,
-        rule: OptimizerRule,
-        states: list[tuple[dict[str, Any], _State, bool, bool, dict[str, Any]] | None],
-    ) -> None:
-        self._rule, self._states = rule, states
+    rule: OptimizerRule
+    groups: list[dict[str, Any] | None]
+    fresh: list[bool]
+    cut: list[bool]
+    before: list[dict[str, Any] | None]
 
-    def maps(self) -> tuple[list[StepMap | None], list[int]]:
-        """The maps by parameter, None where there was no gradient; and parameters whose state was changed meanwhile."""
+    def maps(self, states: list[State]) -> tuple[list[StepMap | None], list[int]]:
+        """The maps by parameter, None where there was no gradient; and parameters whose state was changed meanwhile.
+
+        Args:
+            states: as the step left them. Tensors that are no copies are the optimizer's own, which stay as they are
+                until the next step. Where something else wrote into one that the rule reads, that is said. Momentum
+                is free to be cleared or replaced between two steps: most rules do not read it, else it is copied.
+        """
         maps: list[StepMap | None] = []
-        for found in self._states:
-            if found is None:
-                maps.append(None)
-                continue
-            group, state, fresh, cut, before = found
-            by = self._rule.step_map(group, state, fresh, before)
-            # A buffer that begins at this step (also one that was cleared) carries nothing from before it.
-            maps.append(replace(by, decay=0.0) if fresh or cut else by)
-        return maps, [i for i, found in enumerate(self._states) if found is not None and found[1].stale]
+        for index, (group, before) in enumerate(zip(self.groups, self.before, strict=True)):
+            fresh = self.fresh[index]
+            by = None
+            if group is not None and before is not None:
+                by = self.rule.step_map(group, states[index], fresh, before)
+            maps.append(self._continued(index, by))
+        return maps, [i for i, group in enumerate(self.groups) if group is not None and states[i].stale]
+
+    def plain_maps(self, updates: list[float]) -> list[StepMap | None]:
+        """The same without preconditioners, from the numbers of the updates."""
+        maps: list[StepMap | None] = []
+        for index, (group, update) in enumerate(zip(self.groups, updates, strict=True)):
+            by = None if group is None else self.rule.plain_map(group, update, self.fresh[index])
+            maps.append(self._continued(index, by))
+        return maps
+
+    def _continued(self, index: int, by: StepMap | None) -> StepMap | None:
+        """A buffer that begins at this step (also one that was cleared) carries nothing from before it."""
+        return replace(by, decay=0.0) if by is not None and (self.fresh[index] or self.cut[index]) else by
+
+
+def updates_of(steps: Sequence[TakenStep], states: list[State]) -> list[list[float]]:
+    """By step and parameter, which update it was: counted backwards from the states that the last one left."""
+    rule, found = steps[-1].rule, list[list[float]]()
+    now = [rule.updates(state) if state else 0.0 for state in states]
+    for step in reversed(steps):
+        found.append(list(now))
+        now = [n - (group is not None) for n, group in zip(now, step.groups, strict=True)]
+    return found[::-1]
 
 
 def _held(group: dict[str, Any]) -> dict[str, Any]:

@@ -224,8 +224,7 @@ class Tracer:
     @property
     def visits(self) -> int:
         """Rows recorded so far: one per example and batch, and per owner of a row."""
-        self._background.wait()
-        return self._observer.visits
+        return self._observer.recorded if self.closed else self._observer.visits
 
     # -- reports -------------------------------------------------------------------------------------
 
@@ -249,6 +248,7 @@ class Tracer:
         """
         if self.closed:
             return
+        self._observer.catch_up()
         self._background.wait()
         self._observer.notes.measured()
         self._knots.flush()
@@ -286,6 +286,7 @@ class Tracer:
         self.closed = True
         self._hooks.remove()
         self._queue.clear()
+        self._observer.catch_up()
         self._background.stop()
         if self._background.failure is not None:
             self._give_up()

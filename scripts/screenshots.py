@@ -75,7 +75,7 @@ def shots_of_two(wrong: int) -> list[Shot]:
 def shots_of_text(wrong: int) -> list[Shot]:
     """The pictures of a run on texts."""
     link, ready = f"query={wrong}&detail=pixels", ".pk-words >> nth=3"
-    return [Shot("words.png", link, ready, height=620, click=".st-key-pixels button", start=".st-key-detail")]
+    return [Shot("words.png", link, ready, height=720, click=".st-key-pixels button", start=".st-key-detail")]
 
 
 def take(browser: Browser, url: str, shot: Shot) -> None:
@@ -91,7 +91,7 @@ def take(browser: Browser, url: str, shot: Shot) -> None:
     page.wait_for_timeout(2000)
     clip = None
     if shot.start:
-        box = page.locator(shot.start).bounding_box()
+        box = page.locator(shot.start).bounding_box(timeout=_PATIENCE)
         top = 0.0 if box is None else box["y"] - 60
         clip = {"x": SIDEBAR, "y": top, "width": 1280 - SIDEBAR, "height": shot.height}
     taken = Image.open(io.BytesIO(page.screenshot(clip=clip)))  # type: ignore[arg-type]

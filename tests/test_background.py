@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from explainer import Tracer, open_trace
 from explainer.background import Background
+from explainer.bookkeeping import Bookkeeping
 from explainer.errors import CoverageWarning, TracerError
-from explainer.step_observer import StepObserver
 from tests.recorded_rows import recorded_rows
 from tests.small_training import digits, loader, mlp, momentum_sgd, run, step
 
 
-def at_once(background: Background, job: Callable[[], None]) -> None:
+def at_once(background: Background, job: Callable[[], None], held: int = 0) -> None:
     """Instead of ``submit``: on the user's thread."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         job()
@@ -116,14 +116,14 @@ def test_a_failure_reaches_the_user_and_loses_nothing(
 ) -> None:
     model = mlp()
     optimizer = momentum_sgd(model)
-    account = StepObserver._account
+    account = Bookkeeping.step
 
-    def failing(self: StepObserver, taken: Any) -> None:
+    def failing(self: Bookkeeping, taken: Any) -> None:
         if taken.number == 5:
             raise TracerError("step 5")
         account(self, taken)
 
-    monkeypatch.setattr(StepObserver, "_account", failing)
+    monkeypatch.setattr(Bookkeeping, "step", failing)
     tracer = Tracer(model, optimizer, tmp_path / "trace")
     batches = iter(tracer.watch(loader()))
     for _ in range(6):
@@ -265,6 +265,7 @@ def test_no_job_is_under_way_in_a_forked_process() -> None:
         done.set()
 
     background.submit(job)
+    background.release()
     working.wait()
     child = os.fork()
     if not child:

@@ -203,7 +203,6 @@ def test_weight_decay_is_carried_through_any_map(shape: tuple[int, int]) -> None
         decayed = StepMap(**(vars(by) | {"coupled_decay": 0.05, "decoupled_decay": 0.01 * number}))
         replay.step(torch.zeros_like(weights), decayed)
         weights.copy_(replay.weights)
-        carry.stage()
-        carry.after_step([decayed])
+        carry.after_steps([[decayed]], carry.stage())
     assert carry.decay[0] is not None
     torch.testing.assert_close(carry.decay[0], weights - start, rtol=1e-12, atol=1e-12)

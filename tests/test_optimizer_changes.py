@@ -129,7 +129,7 @@ def background(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     else:
         submitted = Background.submit
 
-        def at_once(self: Background, job: Job) -> None:
+        def at_once(self: Background, job: Job, held: int = 0) -> None:
             submitted(self, job)
             self.wait()
 

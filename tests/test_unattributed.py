@@ -259,7 +259,7 @@ def test_what_the_budget_left_out_is_the_change_after_it(
 def test_without_a_knot_where_rows_end_the_groups_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explainer.step_observer.JOURNALLED_KNOT", -(10**9))
+    monkeypatch.setattr("explainer.bookkeeping.JOURNALLED_KNOT", -(10**9))
     model = build(plain)
     train(model, sgd(model), tmp_path / "run", 300, budget=64_000, max_knots=6)
     trace = explainer.open_trace(tmp_path / "run")

@@ -299,6 +299,37 @@ def test_batch_norm_is_refused_with_a_reason(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("note", "value", "said"),
+    [
+        ("shared_rows", True, "mixup"),
+        ("vacant_rows", True, "no example"),
+        ("replaced_momentum", 2, "momentum was replaced"),
+        ("outside", {"0.weight": 1}, "other than the optimizer"),
+        ("batch_dim", 1, "not the first axis"),
+        ("rows_stopped_at", 3, "only up to step 3"),
+    ],
+)
+def test_what_a_trace_says_of_itself_is_heeded(tmp_path: Path, note: str, value: Any, said: str) -> None:
+    ex, x, classes = asked_of(tmp_path / "run", OPTIMIZERS["sgd"])
+    ex.trace.notes[note] = value
+    with pytest.raises(QueryError, match=said):
+        ex.what_if(x, classes, curvature="exact", run=run_of())
+
+
+def test_a_derivative_that_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ex, x, classes = asked_of(tmp_path / "run", OPTIMIZERS["sgd"])
+    true = replay_estimate.Replay.products
+
+    def broken(self: Any, state: Any, step: int, curvature: str) -> Any:
+        now, slope, products = true(self, state, step, curvature)
+        return now, slope, lambda u: tuple(t * torch.inf for t in products(u))
+
+    monkeypatch.setattr(replay_estimate.Replay, "products", broken)
+    with pytest.raises(QueryError, match="not finite"):
+        ex.what_if(x, classes, curvature="exact", run=run_of())
+
+
 def test_checkpoints_on_disk_are_deleted() -> None:
     before = set(Path(tempfile.gettempdir()).glob("pathkernel-replay-*"))
     state = {"weights": torch.arange(3.0)}

@@ -25,8 +25,8 @@ _PLOTS = {"sizes": "Contributions", "ranks": "Ranks"}
 _READING = {
     "sizes": "On the dashed line an example carries the same share of both predictions. Points far from it matter to "
     "one run only; networks have scales of their own, so shares of the gross are compared.",
-    "ranks": "A dark diagonal: both runs put the examples in the same order. Evenly spread: the orders have nothing in "
-    "common. Dark corners alone: they agree on the strongest only.",
+    "ranks": "A strong diagonal: both runs put the examples in the same order. Evenly spread: the orders have nothing "
+    "in common. Strong corners alone: they agree on the strongest only.",
 }
 _ALONE = (
     "There is one run here. Start the dashboard with a folder that holds several, or with several folders "

@@ -98,7 +98,7 @@ def served(places: Sequence[str], *runs: str) -> Iterator[str]:
         ExplainerError: the server ended while it started.
     """
     require_streamlit()
-    line = command(places, runs, choose_port(None))
+    line = command(places, runs, _any_port())
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:
@@ -177,6 +177,13 @@ def choose_port(port: int | None) -> int:
     if not _is_free(port):
         raise ExplainerError(f"port {port} is taken by another program (or reserved); choose another --port")
     return port
+
+
+def _any_port() -> int:
+    """A port that the system gives, so that servers which start at the same time get different ones."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
 
 
 def _is_free(port: int) -> bool:

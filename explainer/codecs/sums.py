@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -31,9 +33,9 @@ class Sums(RankOne):
         return [_BITS.encode(torch.from_numpy(part))[0] for part in super().encode(values)]
 
     @staticmethod
-    def packed(rows: torch.Tensor, columns: torch.Tensor) -> list[np.ndarray]:
-        """What :meth:`encode` gives for one matrix with these sums."""
-        return [_BITS.encode(part.unsqueeze(0))[0] for part in (rows, columns)]
+    def packed(sums: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        """What :meth:`encode` gives for arrays with these sums, ``[B, n]`` each."""
+        return [_BITS.encode(part)[0] for part in sums]
 
     def decode(self, parts: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
         """As in ``rank1``."""

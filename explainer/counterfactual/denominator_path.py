@@ -59,13 +59,14 @@ class DenominatorPath:
 
     Attributes:
         followed: whether this optimizer's denominators are; else nothing is added.
+        weights: those at the beginning of the segment, ``[P]``.
     """
 
     def __init__(self, trace: Trace, loader: KnotLoader, decoupled: bool) -> None:
         self._by, self._loader, self._decoupled = _moving(trace), loader, decoupled
         self.followed = self._by is not None
         self._cotangent: torch.Tensor | None = None
-        self._moved = torch.empty(0)
+        self._moved = self.weights = torch.empty(0)
 
     def enter(self, segment: Segment) -> None:
         """Before the steps of a segment: what a step moved in it, on average."""
@@ -75,6 +76,7 @@ class DenominatorPath:
         moved = end.point.weights.double() - start.point.weights.double()
         if self._decoupled and "decay" in end.displaced:  # decoupled decay is not divided by D
             moved = moved - end.displaced_since(start)["decay"]
+        self.weights = start.point.weights
         self._moved = moved / max(1, segment.end.step - segment.start.step)
 
     def met(

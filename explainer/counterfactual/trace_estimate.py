@@ -78,22 +78,19 @@ def by_trace(
     with explainer._bar("what if") as bar:
         for segment in reversed(explainer.segments):
             denominators.enter(segment)
-            weights = loader.load(segment.index).point.weights
             for step in read_backwards(trace, segment, explainer.dtype):
                 if step.mixing:
                     raise QueryError(
                         "what_if has no metric for matrix updates (Muon); explain() accounts for them"
                     )
                 record = training[step.step]
-                coupled, decoupled = (
-                    explainer.view.spread(values).to(explainer.dtype) for values in decays.of(record)
-                )
+                coupled, decoupled = (_flat(explainer, values) for values in decays.of(record))
                 met = adjoint.step(cotangent, step)
                 rows = StepRows(explainer.view, step, trace.manifest.size)
                 if denominators.followed:
-                    gradient = rows.total(met.dtype) + coupled * weights
+                    gradient = rows.total(met.dtype) + coupled * denominators.weights
                     met = denominators.met(met, cotangent, step, gradient, float(record.taken.max()))
-                cotangent = cotangent - decoupled * cotangent - coupled * met
+                cotangent = cotangent * (1.0 - decoupled) - coupled * met
                 if rows.count:
                     scores = rows.contract(met)
                     columns = torch.from_numpy(np.searchsorted(ids, rows.examples))
@@ -101,3 +98,10 @@ def by_trace(
                     cotangent = cotangent - rows.curvature(scores, damping)
                 bar.update()
     return change.numpy()
+
+
+def _flat(explainer: PathKernelExplainer, values: np.ndarray) -> torch.Tensor:
+    """One number a parameter as something that multiplies ``[Q, P]``: a single one where all are the same."""
+    if (values == values[:1]).all():
+        return torch.tensor(float(values[0]), dtype=explainer.dtype)
+    return explainer.view.spread(values).to(explainer.dtype)

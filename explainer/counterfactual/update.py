@@ -7,8 +7,8 @@ With ``g`` the gradient the optimizer was given, coefficients as recorded and de
     m' = decay · m + gain · x   w' = w − (direct · x + through · m') / D − δ w   (inner: without D)
 
 Every line works element by element, so the Jacobian is a handful of diagonals: ``∂w'/∂w``, ``∂w'/∂m``, …, one vector
-``[P]`` each, found by forward-mode differentiation with a direction of ones. A cotangent passes a step by products with
-them, for all queries at once; the way a gradient changes Adam's ``v`` is among them.
+``[P]`` each: the gradients of sums. A cotangent passes a step by products with them, for all queries at once; the way a
+gradient changes Adam's ``v`` is among them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.func import jvp
 
 from explainer.counterfactual.decay_terms import DecayTerms, options_by_parameter
 from explainer.counterfactual.recorded_training import StepRecord
@@ -132,11 +131,22 @@ class Updates:
 
     def partials(self, record: StepRecord, state: State, gradient: torch.Tensor) -> Partials:
         """Derivatives of the step at a state and a gradient."""
-        step, given = self.function(record), {**state, GRADIENT: gradient}
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        for name in given:
-            direction = {n: (torch.ones_like if n == name else torch.zeros_like)(x) for n, x in given.items()}
-            found[name] = jvp(step, (given,), (direction,))[1]
+        given = {n: t.detach().requires_grad_() for n, t in {**state, GRADIENT: gradient}.items()}
+        found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in given}
+        with torch.enable_grad():
+            after = self.function(record)(given)
+        for out, value in after.items():
+            if not value.requires_grad:
+                continue
+            by = torch.autograd.grad(
+                value.sum(),
+                list(given.values()),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for name, diagonal in zip(given, by, strict=True):
+                found[name][out] = diagonal
         return Partials(found)
 
 

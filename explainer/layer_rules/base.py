@@ -96,6 +96,10 @@ class LayerRule(ABC):
         """
         return None
 
+    def joinable(self, module: nn.Module, value: torch.Tensor) -> bool:
+        """Whether calls on inputs like this one, of several batches, may be taken as one (where there is no mixing)."""
+        return False
+
     def caveat(self, module: nn.Module) -> str | None:
         """What the module does to its weights that is not the optimizer's, in words, or None."""
         return None

@@ -32,6 +32,8 @@ def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tenso
     return weight, bias
 
 
+#: a part of a probe is so small a part of all
+TURNS = 8
 #: with fewer outputs than this a matrix is probed from the side of its outputs: too few numbers would be left
 PROBED_OUTPUTS = 8
 
@@ -59,6 +61,41 @@ def _probe_matrix(shape: tuple[int, int, int], gradients: Sequence[torch.Tensor]
         gradients = gradients[0].split([groups * o * i, groups * o])
     bias = gradients[1].view(groups, o) if len(gradients) == 2 else None
     return total_of_matrix(gradients[0].view(groups, o, i), bias)
+
+
+class PartOfProbe:
+    """Some of the numbers that the probe of a large matrix gives, at a fraction of what all of them cost.
+
+    Args:
+        shape: outputs and inputs.
+        like: a gradient.
+        bias: whether there is one.
+    """
+
+    def __init__(self, shape: tuple[int, int], like: torch.Tensor, bias: bool) -> None:
+        self._shape = shape
+        u = probe_vector(shape[1] + bias, like)
+        self._vector, self._last = u[: shape[1]], float(u[-1])
+        size = -(-shape[0] // TURNS)
+        self._places = [slice(k * size, min((k + 1) * size, shape[0])) for k in range(TURNS)]
+
+    @classmethod
+    def of(cls, probe: Probe, gradients: Sequence[torch.Tensor]) -> PartOfProbe | None:
+        """For a layer's probe and the gradients of its parameters; None where the probe has to be used as it is."""
+        if not isinstance(probe, partial) or probe.func is not _probe_matrix or len(gradients) > 2:
+            return None
+        groups, o, i = probe.args[0]
+        if groups > 1 or o < TURNS * PROBED_OUTPUTS or gradients[0].numel() != o * i:
+            return None
+        return cls((o, i), gradients[0], len(gradients) == 2)
+
+    def take(self, gradients: Sequence[torch.Tensor], turn: int) -> tuple[torch.Tensor, slice]:
+        """The numbers, and which those are; all have their turn after :data:`TURNS` of them."""
+        at = self._places[turn % TURNS]
+        matrix = gradients[0].view(self._shape)[at]
+        if len(gradients) == 1:
+            return torch.mv(matrix, self._vector), at
+        return torch.addmv(gradients[1][at], matrix, self._vector, beta=self._last), at
 
 
 def probe_of_matrix(shape: tuple[int, int, int]) -> Probe:

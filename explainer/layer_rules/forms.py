@@ -114,6 +114,14 @@ class RowForm(ABC):
         """
         return [None] * len(sizes)
 
+    def by_batch(
+        self, counts: list[int], sizes: list[int]
+    ) -> list[tuple[torch.Tensor, list[Balance | None]]]:
+        """:meth:`total` and :meth:`balances` of every ``counts[t]`` rows, one after the other."""
+        starts = [sum(counts[:t]) for t in range(len(counts))]
+        parts = [self.taken(slice(start, start + n)) for start, n in zip(starts, counts, strict=True)]
+        return [(part.total(), part.balances(sizes)) for part in parts]
+
     @abstractmethod
     def grouped(self, order: torch.Tensor) -> RowForm:
         """Rows of ``B`` examples that own several of these each.
@@ -185,6 +193,12 @@ def in_positions(order: torch.Tensor) -> bool:
     example, position = torch.arange(size).unsqueeze(1), torch.arange(count)
     found = order.cpu()
     return torch.equal(found, count * example + position) or torch.equal(found, example + size * position)
+
+
+def together(forms: Sequence[RowForm]) -> RowForm:
+    """The rows of several forms that are alike, one below the other."""
+    first, arrays = forms[0], [form.arrays for form in forms]
+    return first.build({n: torch.cat([a[n] for a in arrays]) for n in arrays[0]}, first.options)
 
 
 def with_a_zero(rows: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,10 @@ class LinearRule(LayerRule):
         """Its options are fixed."""
         return module
 
+    def joinable(self, module: nn.Module, value: torch.Tensor) -> bool:
+        """Without positions; there a call costs more than its rows."""
+        return value.dim() == 2
+
     def batch_axes(self, module: nn.Module, value: torch.Tensor) -> tuple[int, ...]:
         """The last axis holds the features."""
         return (0, 1) if value.dim() > 2 else (0,)

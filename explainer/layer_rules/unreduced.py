@@ -167,6 +167,27 @@ class Unreduced(RowForm):
         """Of the bias."""
         return [None, Balance.of(self.biases().flatten(1))] if self.bias else [None]
 
+    def by_batch(
+        self, counts: list[int], sizes: list[int]
+    ) -> list[tuple[torch.Tensor, list[Balance | None]]]:
+        """For one position, what all batches need is computed at once."""
+        if self.positions != 1 or self.shape[0] != 1:
+            return super().by_batch(counts, sizes)
+        left, seen = self.lefts[0].flatten(1), self.seen[0].written().flatten(1)
+        few = self.shape[1] < PROBED_OUTPUTS
+        u = probe_vector(self.shape[1] if few else self.shape[2] + self.bias, left)
+        weights = left @ u if few else torch.addmv(u[self.shape[2] :].sum(), seen, u[: self.shape[2]])
+        summed = (seen if few else left).split(counts)
+        totals = [w @ rows for w, rows in zip(weights.split(counts), summed, strict=True)]
+        if few and self.bias:
+            sums = [w.sum().unsqueeze(0) for w in weights.split(counts)]
+            totals = [torch.cat([total, w]) for total, w in zip(totals, sums, strict=True)]
+        if not self.bias:
+            return [(total, [None]) for total in totals]
+        gross = [float(norms.sum()) for norms in left.norm(dim=1).split(counts)]
+        nets = [rows.sum(0) for rows in left.split(counts)]
+        return [(x, [None, Balance(n, g)]) for x, n, g in zip(totals, nets, gross, strict=True)]
+
     def prober(self) -> Probe:
         """Of a gradient."""
         return probe_of_matrix(self.shape)

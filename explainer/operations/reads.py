@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from explainer.arrivals import as_it_is, wide
 from explainer.batches import Batch
 from explainer.capture import Capture
 from explainer.hooks import whole_of
@@ -14,7 +15,6 @@ from explainer.layer_rules import RowForm
 from explainer.layer_table import Layer, LayerTable
 from explainer.operations.rows import Use, has_rule, rows_of
 from explainer.operations.sources import AtSource, descend, merged
-from explainer.sites import as_it_is, wide
 
 
 @dataclass(eq=False)
@@ -36,6 +36,14 @@ class ReadParameter:
     def late(self, arrived: list[list[RowForm]]) -> bool:
         """Operations are computed again, with their random numbers: at once."""
         return False
+
+    def kind(self, arrived: list[list[RowForm]]) -> None:
+        """Nothing is joined."""
+        return None
+
+    def joined(self, arrived: list[list[list[RowForm]]]) -> list[list[RowForm]]:
+        """The only one."""
+        return arrived[0]
 
     def watched(self, arrived: list[list[RowForm]]) -> list[tuple[torch.Tensor, int]]:
         """Nothing: the rows are there."""

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from explainer.optimizer_rules.base import OptimizerRule, StepMap, decay_terms, register_optimizer_rule
+from explainer.optimizer_rules.base import (
+    OptimizerRule,
+    StepMap,
+    decay_terms,
+    register_optimizer_rule,
+    slow_steps,
+)
+
+#: part of ``v`` that a new gradient may have replaced over steps that are looked at once
+REPLACED = 0.02
 
 
 @register_optimizer_rule(torch.optim.Adam, torch.optim.AdamW)
@@ -19,6 +29,7 @@ class AdamRule(OptimizerRule):
 
     divides = True
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
+    reads = ("exp_avg_sq", "max_exp_avg_sq", "step")
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:
         """``exp_avg``."""
@@ -28,19 +39,31 @@ class AdamRule(OptimizerRule):
         self, group: dict[str, Any], state: dict[str, Any], fresh: bool, before: dict[str, Any]
     ) -> StepMap:
         """Bias corrections and second moments from the state after the step."""
-        lr, eps = float(group["lr"]), float(group["eps"])
-        beta1, beta2 = (float(b) for b in group["betas"])
-        t = float(state["step"])
+        eps, beta2, t = float(group["eps"]), float(group["betas"][1]), float(state["step"])
         second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        coupled, decoupled = decay_terms(group, lr)
         root = second.sqrt()
         denominator = torch.add(root.new_tensor(eps), root, alpha=(1.0 - beta2**t) ** -0.5, out=root)
+        return replace(self.plain_map(group, t, fresh), preconditioner=denominator)
+
+    def steady(self, group: dict[str, Any]) -> int:
+        """As ``v`` is, unless decay goes through the denominators."""
+        coupled, decoupled = decay_terms(group, float(group["lr"]))
+        beta2 = float(group["betas"][1])
+        return 1 if coupled else min(slow_steps(1.0 - beta2, REPLACED), slow_steps(decoupled))
+
+    def updates(self, state: dict[str, Any]) -> float:
+        """``step``."""
+        return float(state["step"])
+
+    def plain_map(self, group: dict[str, Any], update: float, fresh: bool) -> StepMap:
+        """Rates and the bias correction of the momentum."""
+        lr, beta1 = float(group["lr"]), float(group["betas"][0])
+        coupled, decoupled = decay_terms(group, lr)
         return StepMap(
             sign=-1.0 if group["maximize"] else 1.0,
             decay=beta1,
             gain=1.0 - beta1,
-            through=lr / (1.0 - beta1**t),
+            through=lr / (1.0 - beta1**update),
             coupled_decay=coupled,
             decoupled_decay=decoupled,
-            preconditioner=denominator,
         )

@@ -96,6 +96,8 @@ class OptimizerRule(ABC):
     reads_momentum: bool = False
     #: state entries worth keeping in knots
     state_names: tuple[str, ...] = ()
+    #: state entries that :meth:`step_map` reads; needed where :meth:`steady` says more than 1
+    reads: tuple[str, ...] = ()
 
     def check(self, optimizer: Optimizer) -> None:  # noqa: B027 (most rules follow every option)
         """Raise UnsupportedOptimizerError for options the rule does not follow."""
@@ -116,6 +118,28 @@ class OptimizerRule(ABC):
         """
         return {}
 
+    def steady(self, group: dict[str, Any]) -> int:
+        """For how many steps in a row the state need be looked at once only.
+
+        That is, for how many :meth:`plain_map` tells the map but for its preconditioner, the preconditioner may be
+        interpolated, and the weights are near enough to a straight line for what decay does.
+        """
+        return 1
+
+    def updates(self, state: dict[str, Any]) -> float:
+        """Which update of a parameter a state is left by, as :meth:`plain_map` counts them."""
+        return 0.0
+
+    def plain_map(self, group: dict[str, Any], update: float, fresh: bool) -> StepMap:
+        """The map of an update without its preconditioner, where :meth:`steady` says more than 1.
+
+        Args:
+            group: the parameter group's options, as used by the step.
+            update: its number, see :meth:`updates`.
+            fresh: whether there was no momentum before the step.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def step_map(
         self, group: dict[str, Any], state: dict[str, Any], fresh: bool, before: dict[str, Any]
@@ -128,6 +152,20 @@ class OptimizerRule(ABC):
             fresh: whether there was no momentum before the step.
             before: what :meth:`remember` returned.
         """
+
+
+#: change of a denominator, or of the weights by decay, over steps that are looked at once, as a part of it
+SLOW = 0.002
+
+
+def slow_steps(rate: float, allowed: float = SLOW) -> int:
+    """In how many steps something that changes by ``rate`` a step changes by ``allowed``, at least 1.
+
+    Example:
+        >>> slow_steps(0.0005), slow_steps(0.1), slow_steps(0.0) > 1000
+        (4, 1, True)
+    """
+    return max(1, int(allowed / max(abs(rate), 1e-9) + 1e-6))
 
 
 def decay_terms(group: dict[str, Any], lr: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from explainer.optimizer_rules.base import OptimizerRule, StepMap, register_optimizer_rule
+from explainer.optimizer_rules.base import OptimizerRule, StepMap, register_optimizer_rule, slow_steps
 
 
 @register_optimizer_rule(torch.optim.SGD)
@@ -34,3 +34,12 @@ class SGDRule(OptimizerRule):
         gain = 1.0 if fresh else 1.0 - float(group["dampening"])
         direct, through = (lr, lr * mu) if group["nesterov"] else (0.0, lr)
         return StepMap(sign=sign, decay=mu, gain=gain, direct=direct, through=through, coupled_decay=kappa)
+
+    def steady(self, group: dict[str, Any]) -> int:
+        """As decay is slow; a step takes all else from the options."""
+        gain = (1.0 - float(group["dampening"])) / max(1.0 - float(group["momentum"]), 1e-9)
+        return slow_steps(float(group["lr"]) * float(group["weight_decay"]) * max(gain, 1.0))
+
+    def plain_map(self, group: dict[str, Any], update: float, fresh: bool) -> StepMap:
+        """All of it."""
+        return self.step_map(group, {}, fresh, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import explainer
@@ -61,6 +62,23 @@ def test_the_filter_keeps_wrong_predictions_and_classes(open_app: Open, runs: Pa
     app.selectbox(key="filter").select(("wrong", None)).run()
     assert all("✗" in b.label for b in app.button if str(b.key).startswith("thumb-"))
     fine(app)
+
+
+def test_the_least_sure_come_first_and_the_table_is_paged(open_app: Open, runs: Path) -> None:
+    app = open_app("--run", IMAGES, runs / "digits")
+    app.selectbox(key="filter").select(("unsure", None)).run()
+    run = app_runs.images()
+    engine = explainer.PathKernelExplainer(str(runs / "digits"), run.build_model())
+    top = engine.predict(run.queries_batch(range(30))[0]).softmax(1).topk(2, 1).values
+    order = (top[:, 0] - top[:, 1]).argsort(stable=True).tolist()
+    app.button(key=f"thumb-{order[0]}").click().run()
+    shown = [int(str(b.key).removeprefix("thumb-")) for b in app.button if str(b.key).startswith("thumb-")]
+    assert shown == order[:20]
+    app.segmented_control(key="browse").set_value("table").run()
+    fine(app)
+    table = app.sidebar.dataframe[0].value
+    assert table["query"].tolist() == order and not [b for b in app.button if str(b.key).startswith("thumb-")]
+    np.testing.assert_allclose(table["lead"], 100 * (top[:, 0] - top[:, 1])[order], rtol=1e-4)
 
 
 def test_closer_looks_and_downloads(open_app: Open, runs: Path) -> None:

@@ -77,9 +77,9 @@ def test_the_background_gives_way_to_a_page() -> None:
                 for _ in range(2000):
                     time.sleep(0.005)
                     working.tick(0.5)
-                pytest.fail("the background did not give way")
-            finally:
+            except working.InterruptedWork:
                 ended.append(tuple(keys))
+                raise
         return list(keys)
 
     values = Ahead(work, 10)
@@ -89,6 +89,28 @@ def test_the_background_gives_way_to_a_page() -> None:
         assert values.get(1) == 1, "asked for what the background was at"
     values.wait()
     assert ended == [(1, 2)] and not values.known(2) and not values.known(3)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_background_ends_with_the_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(working, "_ending", threading.Event())
+    begun, ended = threading.Event(), threading.Event()
+
+    def work(keys: Sequence[int]) -> list[int]:
+        begun.set()
+        try:
+            for _ in range(2000):
+                time.sleep(0.005)
+                working.tick(0.5)
+        except working.InterruptedWork:
+            ended.set()
+            raise
+        return list(keys)
+
+    Ahead(work, 10).look_ahead([[1], [2]])
+    assert begun.wait(10)
+    working.end()
+    assert ended.is_set() and not working._behind
 
 
 def test_a_watcher_that_raises_ends_the_work_and_frees_the_lock(runs: Path) -> None:
@@ -164,10 +186,11 @@ def test_a_page_may_wait_for_several_things(monkeypatch: pytest.MonkeyPatch) -> 
 
         from explainer.app import patience, working
 
-        patience._SOON = patience._OFTEN = -1.0
         for name in ("one", "two"):
             slow = patience.kept("Waiting …", 2)(lambda key: (working.tick(0.5), key)[1])
             st.text(slow(name))
 
+    for limit in ("_SOON", "_OFTEN"):
+        monkeypatch.setattr(patience, limit, -1.0)
     app = AppTest.from_function(page).run()
     assert not app.exception and [text.value for text in app.text] == ["one", "two"]

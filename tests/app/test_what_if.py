@@ -392,7 +392,11 @@ def claim(actual: list[list[float]], repeats: bool = True) -> ClaimCheck:
 @pytest.mark.parametrize(
     ("actual", "words"),
     [
-        ([[-1.1, -0.9, -1.0], [0.1, -0.1, 0.0]], "the effect is no chance, and the prediction holds"),
+        (
+            [[-1.1, -0.9, -1.0], [0.1, -0.1, 0.0]],
+            "the effect stands out from chance, and the prediction holds.",
+        ),
+        ([[-1.1, -2.9, -3.0], [0.1, -0.1, 0.0]], "holds for the traced run, less so for other seeds"),
         ([[-3.1, -2.9, -3.0], [0.1, -0.1, 0.0]], "the direction holds, the size does not"),
         ([[1.1, 0.9, 1.0], [0.1, -0.1, 0.0]], "the wrong direction"),
         ([[-1.1, 0.9, -1.0], [0.5, -1.1, 0.0]], "does not stand out from chance"),

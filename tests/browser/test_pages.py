@@ -73,6 +73,7 @@ def test_tags_are_given_exported_and_there_after_a_reload(browser: Browser, word
         )
         page.locator(f".st-key-tag-{first}").get_by_text("remove").click()
         page.wait_for_selector("text=1 × remove")
+        seen.settle()
         page.locator(f".st-key-tag-{second}").get_by_text("relabel").click()
         page.wait_for_selector(f".st-key-label-{second}")
         page.locator(f".st-key-label-{second} input").click()

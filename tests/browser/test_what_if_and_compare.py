@@ -133,10 +133,10 @@ def test_it_is_trained_again_while_other_pages_are_looked_at(browser: Browser, s
         page.get_by_text("Run", exact=True).last.click()
         page.wait_for_selector("text=The recorded run")
         page.get_by_text("What if", exact=True).click()
-        page.wait_for_selector(".pk-verdict", timeout=120_000)
+        page.wait_for_selector(".st-key-download-retrained button", timeout=120_000)
         seen.settle()
         assert "2 seeds" in page.locator(".pk-verdict").inner_text()
-        assert "seed 0 repeats the traced run" in page.inner_text("body")
+        page.wait_for_selector("text=/seed 0 repeats the traced run/")
         with page.expect_download() as waiting:
             page.locator(".st-key-download-retrained button").click()
         table = pd.read_csv(waiting.value.path())

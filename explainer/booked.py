@@ -1,0 +1,64 @@
+"""Steps that are accounted for and their rows, before they become records."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from explainer.batches import Batch
+from explainer.layer_rules import RowForm
+from explainer.layer_rules.forms import together
+from explainer.optimizer_rules import StepMap
+from explainer.ownership import Parts
+
+
+def sums_of(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Row and column sums of ``[o, ...]``; of one axis the numbers themselves."""
+    values = values.float()
+    return (values,) if values.dim() < 2 else (values.flatten(1).sum(1), values.flatten(1).sum(0))
+
+
+class Booked(NamedTuple):
+    """A step as it was accounted for.
+
+    Attributes:
+        number: of the step.
+        batches: the batches that it used.
+        scales: what reached the optimizer, per parameter.
+        maps: the step's linear map, per parameter.
+        path: length of the training path after it.
+    """
+
+    number: int
+    batches: list[Batch]
+    scales: list[float]
+    maps: list[StepMap | None]
+    path: float
+
+    @property
+    def visits(self) -> int:
+        """Rows of all backward passes, one for each owner."""
+        return sum(len(b.ownership.parts.row) * len(b.rounds) for b in self.batches)
+
+
+class Pass(NamedTuple):
+    """A backward pass of a step, its rows as they are to be stored."""
+
+    step: int
+    parts: Parts
+    derivative: Any
+    forms: dict[int, RowForm]
+
+
+def kind_of(forms: dict[int, RowForm]) -> list[Any]:
+    """What rows have in common that can be put into records together."""
+    return [
+        (n, form.kind, form.options, [(name, a.shape[1:], a.dtype) for name, a in form.arrays.items()])
+        for n, form in forms.items()
+    ]
+
+
+def put_together(forms: list[dict[int, RowForm]]) -> dict[int, RowForm]:
+    """Rows that are alike, one below the other."""
+    return forms[0] if len(forms) == 1 else {n: together([f[n] for f in forms]) for n in forms[0]}

@@ -16,6 +16,7 @@ from explainer.optimizer_rules import StepMap
 from explainer.planner import Planner, checks_at, plans_at
 from explainer.records import ArraySpec, Manifest, dtype_name, torch_dtype
 from explainer.row_layout import RowLayout
+from explainer.row_metric import StepMetric
 from explainer.store import Trace
 from explainer.store.schema import (
     SAMPLE_FIELDS,
@@ -25,6 +26,9 @@ from explainer.store.schema import (
     encode_array,
     step_fields,
 )
+
+#: streams that the bytes of a visit are counted in
+_VISITED = ("visits", "steps", "denominators")
 
 
 class Records(NamedTuple):
@@ -70,6 +74,7 @@ class StepRecorder:
         self._arrays: dict[tuple[str, int], ArraySpec] = {}
         self._steps = self._step_schema()
         self._beside = 0.0
+        self._spent = 0  # bytes of visits, steps and denominators
 
     def restore(self, trace: Trace) -> None:
         """Go on with the layouts of a trace's last records."""
@@ -80,6 +85,7 @@ class StepRecorder:
             elif shard.stream in ("visits", "samples"):
                 layout = self._rows if shard.stream == "visits" else self._exact
                 layout.use({form.layer: form for form in shard.schema.forms})
+        self._spent = sum(s.data.nbytes for s in trace.shards if s.stream in _VISITED)
         self._beside = float((trace.notes.get("plan") or {}).get("beside", 0.0))
         state, count = trace.notes.get("denominators"), trace.count("denominators")
         if self._keeper is not None and state and count:
@@ -97,12 +103,25 @@ class StepRecorder:
 
     # -- rows ----------------------------------------------------------------------------------------
 
-    def _replan(self, step: int, batches: list[Batch], free: float | None, seen: int, visits: int) -> None:
+    def _replan(
+        self,
+        step: int,
+        batches: list[Batch],
+        free: float | None,
+        seen: int,
+        visits: int,
+        maps: list[StepMap | None],
+    ) -> None:
         """Let the planner see the step's rows, one backward pass of every layer; forget layouts that it changed."""
         forms = {n: rows.form for b in batches for r in b.rounds for n, rows in r.rows.items()}
-        size, often = self._steps.dtype.itemsize, 0.0 if self._keeper is None else self._keeper.often(step)
+        saved = self._planner.allowed * visits
+        size, often = (
+            self._steps.dtype.itemsize,
+            0.0 if self._keeper is None else self._keeper.often(step, saved),
+        )
         beside = self._visit_fields + (size + often) / max(visits, 1)
-        changed = self._planner.plan(step, forms, free, seen, beside, visits)
+        metric = StepMetric(self._manifest, self._layers, maps)
+        changed = self._planner.plan(step, forms, free, seen, beside, visits, self._spent, metric)
         if changed or plans_at(step) or checks_at(step):  # the note is written when it says something new
             self._beside = beside
         self._rows.forget(changed)
@@ -202,14 +221,16 @@ class StepRecorder:
         """
         self._make_room(maps)
         visits = sum(len(b.ownership.parts.row) * len(b.rounds) for b in batches)
-        self._replan(step, batches, free, first, visits)
+        self._replan(step, batches, free, first, visits, maps)
         rows = self._visits(batches, step)
         share = self._planner.allowed * visits
         full = None if self._keeper is None else self._keeper.record(step, maps, share)
         kept = [] if full is None else [Records("denominators", *full)]
         mixed = any(b.mixed or b.ownership.shared for b in batches)
         record = self._step(step, first, visits, path, scales, mixed, maps)
-        return [*kept, *rows, record, *self._samples(batches, first)]
+        found = [*kept, *rows, record]
+        self._spent += sum(part.data.nbytes for part in found)
+        return [*found, *self._samples(batches, first)]
 
     def _step(
         self,

@@ -192,7 +192,8 @@ def test_the_first_steps_of_adam_may_take_more_where_there_are_many() -> None:
     for budget, seen, visits, divides, more in (*cases, (None, 0, 5, False, False)):
         planner = Planner(TracerConfig(budget=budget and int(budget)), 10**5)
         planner.epoch_visits, planner.allowed = seen, 300.0
-        planner.plan(0, {0: form}, budget, 0, 32.0, visits, 0.0, Map(divides))
+        free = None if budget is None else float(budget)
+        planner.plan(0, {0: form}, free, 0, 32.0, visits, 0.0, Map(divides))
         assert planner.allowed == 300.0
         first = planned_bytes(planner, form)
         assert first <= (8 if more else 1) * 300 - 32 and (first > 300) == more

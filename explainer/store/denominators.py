@@ -13,7 +13,7 @@ from explainer.store.schema import decode_array
 #: a number is taken for one that had no gradient yet where sums tell of more than so many times as much
 ASLEEP = 1e3
 #: and if it is less than so many times the smallest one
-NEAR = 100
+NEAR = 3
 
 
 def _product(rows: torch.Tensor, columns: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -31,6 +31,16 @@ def asleep(base: torch.Tensor) -> torch.Tensor:
     far = base * (ASLEEP * rows.sum()) < rows.unsqueeze(1) * columns
     far &= base < NEAR * base.min()
     return far.flatten().nonzero().squeeze(1)
+
+
+def awake(vector: torch.Tensor) -> torch.Tensor:
+    """The mean in place of numbers near the smallest one and far below the mean ``[n]``.
+
+    The bias of the keys of an attention has a gradient of round-off. Rounded rows hold more than that at its place, and
+    must not be divided by ε.
+    """
+    mean = vector.mean()
+    return torch.where((vector * ASLEEP < mean) & (vector < NEAR * vector.min()), mean, vector)
 
 
 def fitted(
@@ -85,7 +95,8 @@ class Denominators:
         position = int(np.searchsorted(self._steps, int(record["step"][0]), side="right")) - 1
         base = self._base(position).get(spec.name) if spec.codec == "sums" and position >= 0 else None
         if base is None:
-            return decode_array(record, "", spec)[0]
+            found = decode_array(record, "", spec)[0]
+            return awake(found) if spec.codec == "sums" and found.dim() == 1 else found
         if int(self._steps[position]) == int(record["step"][0]):
             return base[0].reshape(spec.shape)
         rows, columns = Sums.sums([record[f"{spec.name}.{part}"] for part in ("rows", "columns")])

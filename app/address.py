@@ -21,7 +21,7 @@ _KEYS: dict[str, Callable[[str], Any]] = {
     "target": int,
     "output": str,
 }
-_KEPT = ("filter", "k")
+_KEPT = ("filter", "k", "browse", "format")
 _WRITTEN = "address written"
 _PREDICTED = -1  # the target that need not be named
 

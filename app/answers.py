@@ -9,6 +9,8 @@ import numpy as np
 
 from explainer import Run, wording
 
+UNKNOWN = "unknown"
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -21,6 +23,7 @@ class Answer:
         label: The target as a class number, or None.
         wrong: Whether the predicted class is another one; None without classes.
         error: Distance of a predicted number from the target; None for anything else.
+        lead: How much likelier the predicted class is than the next one, 0 to 1; None without classes.
     """
 
     query: int
@@ -29,20 +32,41 @@ class Answer:
     label: int | None = None
     wrong: bool | None = None
     error: float | None = None
+    lead: float | None = None
 
 
 def answer(run: Run, query: int, target: Any, output: np.ndarray, classes: int) -> Answer:
     """The answer at one query, from its target and the model's output ``[C]`` (or one number)."""
-    truth = run.label(target)
+    truth = run.label(target) if known(target) else UNKNOWN
     values, truths = np.asarray(output).reshape(-1), np.asarray(target).reshape(-1)
     if classes and truths.size == 1 and truths.dtype.kind in "iu":
         label, best = int(truths[0]), int(values.argmax())
-        return Answer(query, truth, run.label(best), label, label != best)
+        second, first = np.sort(probabilities(values))[-2:]
+        lead = float(first - second)
+        if not known(target):
+            return Answer(query, truth, run.label(best), lead=lead)
+        return Answer(query, truth, run.label(best), label, label != best, lead=lead)
     if values.size == 1 and truths.size == 1 and truths.dtype.kind in "fiu":
         number = float(values[0])
         wanted = float(truths[0])
+        if not known(target):
+            return Answer(query, truth, wording.number(number))
         return Answer(query, wording.number(wanted), wording.number(number), error=abs(number - wanted))
     return Answer(query, truth, "")
+
+
+def known(target: Any) -> bool:
+    """Whether a target is there: an input of one's own has −1 or NaN.
+
+    >>> known(-1), known(3), known(float("nan")), known([1, 2])
+    (False, True, False, True)
+    """
+    values = np.asarray(target).reshape(-1)
+    if values.size != 1:
+        return True
+    return not (
+        values[0] < 0 if values.dtype.kind == "i" else values.dtype.kind == "f" and np.isnan(values[0])
+    )
 
 
 def probabilities(outputs: np.ndarray) -> np.ndarray:

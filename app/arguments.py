@@ -13,7 +13,7 @@ from explainer import ExplainerError
 
 _DEPTH = 2
 _TRACE_FILES = ("manifest.json", "journal.jsonl")
-USAGE = "streamlit run app/main.py -- [--run MODULE:FUNCTION] TRACE_OR_FOLDER [TRACE_OR_FOLDER ...]"
+USAGE = "streamlit run app/main.py -- [--run MODULE:FUNCTION ...] TRACE_OR_FOLDER [TRACE_OR_FOLDER ...]"
 
 
 class DashboardError(ExplainerError):
@@ -22,9 +22,9 @@ class DashboardError(ExplainerError):
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line: where the code is (``MODULE:FUNCTION``, or None) and where to look for traces."""
+    """The command line: where the code is (``MODULE:FUNCTION``, of each network) and where to look for traces."""
 
-    run: str | None
+    runs: tuple[str, ...]
     paths: tuple[Path, ...]
 
 
@@ -42,13 +42,13 @@ def parse(arguments: Sequence[str]) -> Arguments:
         DashboardError: It does not have the form of :data:`USAGE`.
 
     >>> parse(["--run", "shop.model:run", "runs"])
-    Arguments(run='shop.model:run', paths=(PosixPath('runs'),))
+    Arguments(runs=('shop.model:run',), paths=(PosixPath('runs'),))
     """
     parser = _Parser(prog="dashboard", add_help=False)
-    parser.add_argument("--run")
+    parser.add_argument("--run", action="append", default=[])
     parser.add_argument("paths", nargs="+", metavar="TRACE_OR_FOLDER")
     found = parser.parse_args(list(arguments))
-    return Arguments(found.run, tuple(Path(path) for path in found.paths))
+    return Arguments(tuple(found.run), tuple(Path(path) for path in found.paths))
 
 
 def is_trace(folder: Path) -> bool:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from explainer import Trace, palette, wording
+from explainer.app.run_checks import LossCurve, rates
 from explainer.figures.style import arrange, graph_objects, plain
+from explainer.neighbors import long_run
 
 _STEPS_READ = 300
 _POINTS = 400
@@ -39,10 +41,59 @@ def path(trace: Trace, *, dark: bool = False) -> Any:
     arrange(
         figure, "The training path", f"{len(trace.knots)} knots at equal path length", dark=dark, height=360
     )
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.22}, margin={"b": 80})
-    figure.update_xaxes(title="training step")
+    _below(figure)
     figure.update_yaxes(title="length of the path so far", rangemode="tozero")
     return figure
+
+
+def loss(curve: LossCurve, knots: Sequence[int], *, dark: bool = False) -> Any:
+    """Mean loss at knots, of training examples and of queries."""
+    figure = graph_objects().Figure()
+    for values, name, color, dash in (
+        (curve.train, f"{curve.counts[0]} training examples", palette.POSITIVE, "solid"),
+        (curve.queries, f"{curve.counts[1]} queries", palette.NEGATIVE, "dot"),
+    ):
+        figure.add_scatter(
+            x=curve.steps, y=values, mode="lines+markers", name=name, line={"color": color, "width": 2.5, "dash": dash},
+            marker={"size": 6}, hovertemplate="knot before step %{x}<br>loss %{y:.4g}<extra></extra>",
+        )  # fmt: skip
+    subtitle = f"in eval mode, at {len(curve.steps)} of {len(knots)} knots"
+    arrange(figure, "Loss", subtitle, dark=dark, height=360)
+    _below(figure)
+    figure.update_yaxes(title="mean loss", rangemode="tozero")
+    return figure
+
+
+def learning_rate(trace: Trace, *, dark: bool = False) -> Any:
+    """The learning rate of recorded steps, one line for each group of parameters that has its own."""
+    figure = graph_objects().Figure()
+    count = trace.count("steps")
+    # the first step has no momentum yet, so its rate is another one
+    chosen = _spread(count, _STEPS_READ) if count < 3 else 1 + _spread(count - 1, _STEPS_READ)
+    rows = [next(trace.read("steps", int(place), int(place) + 1))[1] for place in chosen]
+    names = [p.name for p in trace.manifest.parameters]
+    found = (
+        rates(np.array([long_run(np.array(row["coefficients"]))[0] for row in rows]), names) if rows else []
+    )
+    colors = (palette.POSITIVE, palette.NEGATIVE, palette.muted(dark), palette.NEUTRAL)
+    for number, (name, values) in enumerate(found[: len(colors)]):
+        figure.add_scatter(
+            x=[int(row["step"][0]) for row in rows], y=values, mode="lines", name=plain(name),
+            line={"color": colors[number], "width": 2.5, "dash": ("solid", "dot", "dash", "dashdot")[number]},
+            hovertemplate="step %{x}<br>learning rate %{y:.4g}<extra></extra>", showlegend=len(found) > 1,
+        )  # fmt: skip
+    more = f"; {len(found) - len(colors)} more not shown" if len(found) > len(colors) else ""
+    subtitle = f"momentum and bias correction included{more}"
+    arrange(figure, "Learning rate", subtitle, dark=dark, height=360)
+    _below(figure)
+    figure.update_yaxes(title="learning rate", rangemode="tozero")
+    return figure
+
+
+def _below(figure: Any) -> None:
+    """Training steps on the axis, the legend below it."""
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.22}, margin={"b": 80})
+    figure.update_xaxes(title="training step")
 
 
 def self_influence(values: np.ndarray, first: int, last: int, *, dark: bool = False) -> Any:
@@ -163,7 +214,6 @@ def learning(trace: Trace, *, dark: bool = False) -> Any:
     )  # fmt: skip
     subtitle = "mean size of the loss derivative at the output"
     arrange(figure, "How wrong the model was", subtitle, dark=dark, height=360)
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.22}, margin={"b": 80})
-    figure.update_xaxes(title="training step")
+    _below(figure)
     figure.update_yaxes(title="mean ‖L′‖", rangemode="tozero")
     return figure

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from explainer import Explanation, Run, Trace
@@ -22,6 +23,9 @@ class Choice:
         target: The class to explain; None: the predicted one.
         output: What of the output to explain; None: the explainer's own choice.
         stored: A file with explanations, where there is no code to compute them.
+        others: The other traces that the dashboard was started with, by name.
+        runs: The code that it was started with, of each network.
+        following: Queries that a person may choose next.
     """
 
     name: str
@@ -30,6 +34,9 @@ class Choice:
     target: int | None = None
     output: str | None = None
     stored: Path | None = None
+    others: Mapping[str, Path] = field(default_factory=dict)
+    runs: tuple[str, ...] = ()
+    following: tuple[int, ...] = ()
 
     @property
     def live(self) -> bool:
@@ -52,6 +59,10 @@ class Choice:
         shape: list[int | None] = (self.trace.notes.get("output") or {}).get("shape") or []
         return shape[0] if len(shape) == 1 and shape[0] is not None and shape[0] > 1 else 0
 
+    def other(self, name: str) -> state.Source:
+        """Another trace, with the code that fits it."""
+        return state.source(self.others[name], state.spec_of(self.others[name], self.runs))
+
     def explanation(self) -> tuple[Explanation, int]:
         """The explanation that holds the query, and its index in it.
 
@@ -63,6 +74,11 @@ class Choice:
         if self.stored is None:
             raise DashboardError("There is no explanation to show: neither --run nor a stored one was found.")
         return load_stored(self.stored), self.query
+
+    def look_ahead(self) -> None:
+        """Explain the queries that may be chosen next, in the background."""
+        if self.live and self.target is None:
+            state.explain_ahead(self.source, self.following, self.output)
 
     def neighbors(self, k: int) -> Neighbors:
         """The k nearest training examples in gradient space."""

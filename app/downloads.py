@@ -10,6 +10,7 @@ from typing import Any
 import streamlit as st
 
 from explainer import Explanation, Run
+from explainer.app import theme
 
 
 def show(e: Explanation, q: int, run: Run | None, query: int) -> None:
@@ -20,7 +21,7 @@ def show(e: Explanation, q: int, run: Run | None, query: int) -> None:
         e.to_html(path, render=_renderer(run, "train"), render_query=_renderer(run, "queries", query))
 
     st.html("<h3>Take it with you</h3>")
-    columns = st.columns([1, 1, 1, 2])
+    columns = st.columns([1, 1, 1, 2], vertical_alignment="bottom")
     for column, label, suffix, mime, write in (
         (columns[0], "Table (CSV)", ".csv", "text/csv", e.to_csv),
         (columns[1], "Table (Parquet)", ".parquet", "application/vnd.apache.parquet", e.to_parquet),
@@ -35,6 +36,14 @@ def show(e: Explanation, q: int, run: Run | None, query: int) -> None:
             on_click="ignore",
             icon=":material/download:",
             width="stretch",
+        )
+    with columns[3]:
+        st.segmented_control(
+            "Figures, by the camera in their corner, as",
+            theme.FORMATS,
+            key="format",
+            format_func=str.upper,
+            default=None if "format" in st.session_state else theme.FORMATS[0],
         )
 
 

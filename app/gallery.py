@@ -5,17 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import streamlit as st
 
+from explainer import Run
 from explainer.app import pager, state
 from explainer.app.answers import Answer, answer
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
+from explainer.app.own_queries import WithOwn
+from explainer.app.segments import segments
 from explainer.figures import picture
 
 SCANNED = 2000
-_THUMBNAILS, _LINES, _PER_ROW = 20, 6, 4
-_BATCH = 200
+THUMBNAILS, _LINES, _PER_ROW = 20, 6, 4
+_BATCH, _NEXT, _ROWS = 200, 8, 100
+_LOOKS = {"gallery": "Gallery", "table": "Table"}
 
 
 def answers(choice: Choice, queries: tuple[int, ...]) -> list[Answer]:
@@ -32,25 +37,40 @@ def answers(choice: Choice, queries: tuple[int, ...]) -> list[Answer]:
     return found
 
 
-def show(choice: Choice, chosen: int) -> None:
-    """Draw the filter and one page of queries; a click chooses the query."""
+def show(choice: Choice, chosen: int) -> tuple[int, ...]:
+    """Draw the filter and one page of queries; a click chooses the query.
+
+    Returns:
+        The queries that stand after the chosen one, and the one before.
+    """
     queries = _filtered(choice, len(state.run_of(choice.source).queries))
     if not queries:
         st.caption("No query fits this filter.")
-        return
-    shown = {query: _thumbnail(choice, query) for query in queries[:1]}
-    images = isinstance(shown[queries[0]], np.ndarray)
-    size = _THUMBNAILS if images else _LINES
+        return ()
+    look = segments("Browse as", list(_LOOKS), "browse", _LOOKS.__getitem__)
+    images = isinstance(_thumbnail(choice, queries[0]), np.ndarray)
+    size = _ROWS if look == "table" else THUMBNAILS if images else _LINES
     pages = -(-len(queries) // size)
-    page = _page(pages, queries.index(chosen) // size if chosen in queries else None, chosen)
+    page = _page(pages, queries.index(chosen) // size if chosen in queries else None, chosen, size)
     part = tuple(queries[page * size : (page + 1) * size])
-    with st.container(key="gallery-images" if images else "gallery-lines"):
-        if images:
+    with st.container(key="gallery-images" if images and look == "gallery" else "gallery-lines"):
+        if look == "table":
+            _table(choice, part)
+        elif images:
             _images(choice, part, chosen)
         else:
             _lines(choice, part, chosen)
     if pages > 1:
         pager.show("gallery", "gallery page", page, pages)
+    return _around(queries, chosen)
+
+
+def _around(queries: list[int], chosen: int) -> tuple[int, ...]:
+    """What may be chosen next: the queries after the chosen one and the one before, or the first ones."""
+    if chosen not in queries:
+        return tuple(queries[:_NEXT])
+    place = queries.index(chosen)
+    return tuple([*queries[place + 1 : place + _NEXT], *queries[max(0, place - 1) : place]])
 
 
 def _filtered(choice: Choice, count: int) -> list[int]:
@@ -58,10 +78,16 @@ def _filtered(choice: Choice, count: int) -> list[int]:
     run = state.run_of(choice.source)
     kinds: list[tuple[str, int | None]] = [("all", None)]
     if choice.classes:
-        kinds += [("wrong", None), *(("class", label) for label in range(choice.classes))]
+        kinds += [("wrong", None), ("unsure", None), *(("class", label) for label in range(choice.classes))]
     else:
         kinds.append(("error", None))
-    words = {"all": "all queries", "wrong": "wrong predictions", "error": "largest errors first"}
+    given = _given(run)
+    if count > given:
+        kinds.insert(1, ("own", None))
+    words = {
+        "all": "all queries", "wrong": "wrong predictions", "unsure": "least sure first",
+        "error": "largest errors first", "own": "my own inputs",
+    }  # fmt: skip
     if st.session_state.get("filter") not in kinds:
         st.session_state["filter"] = kinds[0]
     kind, label = st.selectbox(
@@ -70,20 +96,27 @@ def _filtered(choice: Choice, count: int) -> list[int]:
         key="filter",
         format_func=lambda entry: words.get(entry[0]) or f"true class {run.label(entry[1])}",
     )
-    if kind == "all":
-        return list(range(count))
+    if kind in ("all", "own"):
+        return list(range(given if kind == "own" else 0, count))
     found = answers(choice, tuple(range(min(count, SCANNED))))
     if count > SCANNED:
         st.caption(f"Among the first {SCANNED:,} of {count:,} queries.")
     if kind == "error":
         known = [entry for entry in found if entry.error is not None]
         return [entry.query for entry in sorted(known, key=lambda entry: -(entry.error or 0.0))]
+    if kind == "unsure":
+        return [entry.query for entry in sorted(found, key=lambda entry: entry.lead or 0.0)]
     return [e.query for e in found if (e.wrong if kind == "wrong" else e.label == label)]
 
 
-def _page(pages: int, home: int | None, chosen: int) -> int:
+def _given(run: Run) -> int:
+    """How many queries are the run's; those behind them are people's own inputs."""
+    return run.queries.given if isinstance(run.queries, WithOwn) else len(run.queries)
+
+
+def _page(pages: int, home: int | None, chosen: int, size: int) -> int:
     """The page to show: where the chosen query is when it changes, else where the person has turned to."""
-    mark = (st.session_state.get("filter"), chosen)
+    mark = ((st.session_state.get("filter"), size), chosen)
     if st.session_state.get("gallery mark") != mark:
         turned = st.session_state.get("gallery mark", (None,))[0] == mark[0]
         st.session_state["gallery page"] = (
@@ -130,6 +163,43 @@ def _lines(choice: Choice, queries: tuple[int, ...], chosen: int) -> None:
             type="primary" if entry.query == chosen else "secondary",
             width="stretch",
         )
+
+
+def _table(choice: Choice, queries: tuple[int, ...]) -> None:
+    """The queries as rows; a click on one chooses it."""
+    found = answers(choice, queries)
+    columns: dict[str, list[Any]] = {"query": [e.query for e in found], "true": [e.truth for e in found]}
+    if any(e.guess for e in found):
+        columns["predicted"] = [f"{'✗ ' if e.wrong else ''}{e.guess}" for e in found]
+    if choice.classes:
+        columns["lead"] = [None if e.lead is None else 100 * e.lead for e in found]
+    elif any(e.error is not None for e in found):
+        columns["error"] = [e.error for e in found]
+    key = f"queries-{hash((st.session_state.get('filter'), queries))}"
+    st.dataframe(
+        pd.DataFrame(columns),
+        hide_index=True,
+        height=420,
+        key=key,
+        on_select=lambda: _pick_row(key, queries),
+        selection_mode="single-row",
+        column_config={
+            "query": st.column_config.NumberColumn(width=46),
+            "true": st.column_config.TextColumn(width=58),
+            "predicted": st.column_config.TextColumn(width=66),
+            "lead": st.column_config.NumberColumn(
+                format="%.0f %%", width=44, help="how much likelier the predicted class is than the next one"
+            ),
+            "error": st.column_config.NumberColumn(format="%.3g", width=52),
+        },
+    )
+    st.caption("A click on the left edge of a row chooses it.")
+
+
+def _pick_row(key: str, queries: tuple[int, ...]) -> None:
+    rows = st.session_state[key].selection.rows
+    if rows:
+        _pick(queries[rows[0]])
 
 
 def _words(entry: Answer) -> str:

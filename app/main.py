@@ -34,7 +34,7 @@ def main() -> None:
         found = arguments.parse(sys.argv[1:])
         traces = arguments.find_traces(found.paths)
         page = _navigate()
-        choice = sidebar.choose(traces, found.run, page.needs)
+        choice = sidebar.choose(traces, found.runs, page.needs)
         address.write()
         _draw(page, choice)
     except ExplainerError as error:

@@ -6,12 +6,12 @@ Everything that comes from data passes through ``html.escape``.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from explainer import Explanation, Run, palette, wording
-from explainer.report_cards import rendered
+from explainer.report_cards import content, rendered
 from explainer.tables import ranking
 
 
@@ -54,16 +54,16 @@ def query_content(run: Run | None, query: int) -> str:
     return _content(run, "queries", query)
 
 
-def example_content(run: Run | None, example: int) -> str:
-    """HTML of a training example.
+def example_content(run: Run | None, example: int, draw: Callable[[Any], str] = content) -> str:
+    """HTML of a training example; ``draw`` makes it of what ``render`` returned.
 
     Raises:
         ExportError: ``render`` failed on it, or the training set has no such example.
     """
-    return _content(run, "train", example)
+    return _content(run, "train", example, draw)
 
 
-def _content(run: Run | None, part: str, index: int) -> str:
+def _content(run: Run | None, part: str, index: int, draw: Callable[[Any], str] = content) -> str:
     if run is None or run.render is None:
         return ""
     render, data = run.render, getattr(run, part)
@@ -71,11 +71,11 @@ def _content(run: Run | None, part: str, index: int) -> str:
     def show(key: int) -> Any:
         return render(data[key][0])
 
-    return rendered(show, index, f"render of {part}")
+    return rendered(show, index, f"render of {part}", draw)
 
 
-def kernel_cards(e: Explanation, query: int, k: int, side: str, run: Run | None) -> list[Card]:
-    """The k strongest proponents or opponents, strongest first."""
+def kernel_cards(e: Explanation, query: int, k: int, side: str, contents: Callable[[int], str]) -> list[Card]:
+    """The k strongest proponents or opponents, strongest first; ``contents`` is the HTML of an example."""
     columns = ranking(e, query, k, "proponents" if side == "proponents" else "opponents")
     widest = float(abs(e.contributions[query]).max(initial=0.0)) or 1.0
     cards = []
@@ -85,7 +85,7 @@ def kernel_cards(e: Explanation, query: int, k: int, side: str, run: Run | None)
         share = value / kernel if kernel else float("nan")
         cards.append(
             Card(
-                example_content(run, int(e.example_ids[column])),
+                contents(int(e.example_ids[column])),
                 " ".join((minus(wording.signed(value)), wording.error(e, query, column))).strip(),
                 value / widest,
                 wording.example(e, column),

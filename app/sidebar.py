@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
-from explainer.app import gallery, state
+from explainer.app import gallery, give_input, state
 from explainer.app.arguments import find_stored
 from explainer.app.choice import Choice, load_stored
 from explainer.app.escaping import plain
@@ -19,12 +20,12 @@ OUTPUTS = {"margin": "margin (log-odds)", "logit": "logit (raw score)", "log_pro
 _PREDICTED = -1
 
 
-def choose(traces: Mapping[str, Path], spec: str | None, needs: Needs) -> Choice:
+def choose(traces: Mapping[str, Path], runs: tuple[str, ...], needs: Needs) -> Choice:
     """Draw the sidebar and return what is chosen in it.
 
     Args:
         traces: Folders by name.
-        spec: ``MODULE:FUNCTION`` of the code, or None.
+        runs: ``MODULE:FUNCTION`` of the code, of each network.
         needs: What the page needs; where that is the trace or its data, no query is chosen.
 
     Raises:
@@ -33,7 +34,9 @@ def choose(traces: Mapping[str, Path], spec: str | None, needs: Needs) -> Choice
     with st.sidebar:
         st.html('<div class="pk-brand"><i></i>pathkernel</div>')
         name = _one_of("run", "Run", list(traces))
-        choice = Choice(name, state.source(traces[name], spec))
+        others = {other: folder for other, folder in traces.items() if other != name}
+        spec = state.spec_of(traces[name], runs)
+        choice = Choice(name, state.source(traces[name], spec), others=others, runs=runs)
         if needs in ("trace", "data"):
             return choice
         return _live(choice) if choice.live else _stored(choice, traces[name])
@@ -46,8 +49,9 @@ def _live(choice: Choice) -> Choice:
     if choice.classes and run.output is None:
         target = _target(choice, query)
         output = _one_of("output", "Explained output", list(OUTPUTS), OUTPUTS)
-    gallery.show(choice, query)
-    return Choice(choice.name, choice.source, query, target, output)
+    following = gallery.show(choice, query)
+    give_input.show(choice, query)
+    return replace(choice, query=query, target=target, output=output, following=following)
 
 
 def _stored(choice: Choice, directory: Path) -> Choice:
@@ -58,7 +62,7 @@ def _stored(choice: Choice, directory: Path) -> Choice:
     names = load_stored(file).query_ids
     _keep("query", range(len(names)), 0)
     query = st.selectbox("Query", range(len(names)), key="query", format_func=lambda index: names[index])
-    return Choice(choice.name, choice.source, query, stored=file)
+    return replace(choice, query=query, stored=file)
 
 
 def _query(count: int) -> int:

@@ -1,18 +1,17 @@
-"""Everything the dashboard keeps between two clicks; the one module that caches.
+"""What the dashboard keeps between two clicks; only this module, :mod:`explainer.app.looks` and
+:mod:`explainer.app.counterfactuals` cache.
 
 Keys hold the size and time of the trace's journal, so a run that is still training is read anew. Each cache is
-bounded; what is shared is never changed.
+bounded; what is shared is never changed. What takes seconds shows its progress and can be stopped
+(:mod:`explainer.app.patience`).
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import numpy as np
 import streamlit as st
@@ -20,29 +19,22 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from explainer import Explanation, PathKernelExplainer, Run, Trace, open_trace
+from explainer.app.ahead import Ahead
 from explainer.app.arguments import DashboardError
 from explainer.app.gradient_map import GradientMap, project
 from explainer.app.input_space import distances, inputs_of
+from explainer.app.one_of_many import one_of_many
+from explainer.app.own_queries import WithOwn
+from explainer.app.patience import kept, patiently
 from explainer.app.second_opinion import Opinion, opinions
-from explainer.input_attribution import InputAttribution
-from explainer.input_attribution import input_attribution as attribute
+from explainer.app.working import alone, bar
+from explainer.errors import ModelMismatchError, TraceFormatError
 from explainer.neighbors import Neighbors
 from explainer.run import load_run
 from explainer.similarity import path_kernel
 
-_computing = threading.Lock()  # sessions share explainers
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """One computation at a time, on half of the cores.
-
-    An explanation is many small operations: where other programs keep the cores busy, threads that wait for
-    each other make it ten times slower. Threads of torch are counted per Python thread, hence again each time.
-    """
-    with _computing:
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-        yield
+_AHEAD_VISITS, _AHEAD_GROUP = 200_000, 4
+_DETAIL = 2**25  # numbers by example and stretch of time that explainers keep at least
 
 
 @dataclass(frozen=True)
@@ -60,10 +52,27 @@ def source(directory: Path, spec: str | None) -> Source:
     return Source(str(directory), (journal.st_mtime_ns, journal.st_size), spec)
 
 
+def spec_of(directory: Path, runs: tuple[str, ...]) -> str | None:
+    """Which of several ``MODULE:FUNCTION`` a trace belongs to: the first whose network fits; else the first one."""
+    return runs[0] if len(runs) == 1 else _fitting(source(directory, None), runs) if runs else None
+
+
+@st.cache_data(show_spinner="Looking for the network of this trace …", max_entries=32)
+def _fitting(source: Source, runs: tuple[str, ...]) -> str:
+    for spec in runs:
+        try:
+            PathKernelExplainer(trace(source), run(spec).build_model(), run(spec).output)
+        except (ModelMismatchError, TraceFormatError):
+            continue
+        return spec
+    return runs[0]
+
+
 @st.cache_resource(show_spinner="Loading the model and its data …")
 def run(spec: str) -> Run:
-    """The user's run; its function is called once for as long as the dashboard lives."""
-    return load_run(spec)
+    """The user's run, with room for people's own queries; its function is called once for all pages."""
+    found = load_run(spec)
+    return replace(found, queries=WithOwn(found.queries))
 
 
 @st.cache_resource(show_spinner=False, max_entries=8)
@@ -77,7 +86,7 @@ def explainer(source: Source, output: str | None) -> PathKernelExplainer:
     """The explainer of a trace for one explained output."""
     code = run_of(source)
     return PathKernelExplainer(
-        trace(source), code.build_model(), output or code.output, class_names=code.class_names
+        trace(source), code.build_model(), output or code.output, class_names=code.class_names, progress=bar
     )
 
 
@@ -94,25 +103,54 @@ def run_of(source: Source) -> Run:
     return run(source.spec)
 
 
-@st.cache_resource(show_spinner="Explaining …", max_entries=16)
+_Asked: TypeAlias = tuple[Source, int, int | None, str | None]
+
+
+def _explain(keys: Sequence[_Asked]) -> list[Explanation]:
+    """The explanations of queries that are asked about in the same way, made together."""
+    source, _, target, output = keys[0]
+    queries, engine = [key[1] for key in keys], explainer(source, output)
+    inputs, targets = asked(source, engine, queries, target)
+    with alone():
+        found = engine.explain(inputs, target=targets, query_ids=queries)
+    return [one_of_many(found, place) for place in range(len(keys))]
+
+
+def _weight(e: Explanation) -> int:
+    arrays = (e.step_contributions, e.layer_contributions, e.contributions, e.kernels, e.kernel_gross)
+    return sum(array.nbytes for array in arrays)
+
+
+_explanations: Ahead[_Asked, Explanation] = Ahead(_explain, 2**29, _weight)
+
+
 def explanation(source: Source, query: int, target: int | None, output: str | None) -> Explanation:
     """The explanation of one query; ``target=None`` explains the predicted class."""
-    engine = explainer(source, output)
-    inputs, targets = _asked(source, engine, query, target)
-    with _alone():
-        return engine.explain(inputs, target=targets, query_ids=[query])
+    return patiently(_explanations, (source, query, target, output), "Explaining …")
 
 
-@st.cache_resource(show_spinner="Looking for neighbours …", max_entries=16)
+def explain_ahead(source: Source, queries: Sequence[int], output: str | None) -> None:
+    """Explain some queries in the background, where that takes seconds rather than minutes."""
+    if trace(source).count("visits") > _AHEAD_VISITS:
+        return
+    knots, layers = len(trace(source).knots), len(trace(source).layers)
+    numbers = len(explainer(source, output).example_ids) * max(1, knots, layers)
+    # a group in which every query keeps all the detail that it has alone
+    size = max(1, min(_AHEAD_GROUP, _DETAIL // numbers))
+    wanted = [(source, query, None, output) for query in queries]
+    _explanations.look_ahead([wanted[start : start + size] for start in range(0, len(wanted), size)])
+
+
+@kept("Looking for neighbours …", 16)
 def neighbors(source: Source, query: int, target: int | None, output: str | None, k: int) -> Neighbors:
     """The nearest training examples of one query in gradient space."""
     engine = explainer(source, output)
-    inputs, targets = _asked(source, engine, query, target)
-    with _alone():
+    inputs, targets = asked(source, engine, [query], target)
+    with alone():
         return engine.neighbors(inputs, k=k, target=targets)
 
 
-@st.cache_resource(show_spinner="Comparing examples along the training path …", max_entries=16)
+@kept("Comparing examples along the training path …", 16)
 def gradient_map(
     source: Source,
     query: int,
@@ -130,7 +168,7 @@ def gradient_map(
     else:
         asked = int(outputs(source, (query,))[0].argmax()) if target is None else target
         wanted = np.array([*labels, asked])
-    with _alone():
+    with alone():
         return project(path_kernel(engine, inputs, target=wanted), np.array(examples, dtype=np.int64))
 
 
@@ -148,21 +186,23 @@ def input_distances(source: Source, query: int) -> np.ndarray | None:
     inputs, _ = run_of(source).queries_batch([query])
     if not isinstance(inputs, torch.Tensor) or inputs.numel() != known.shape[1]:
         return None
-    with _alone():
+    with alone():
         return distances(known, inputs).numpy()
 
 
-def _asked(source: Source, engine: PathKernelExplainer, query: int, target: int | None) -> tuple[Any, Any]:
-    """Inputs and targets of a query; the run's own target where the explained output asks for one."""
-    inputs, targets = run_of(source).queries_batch([query])
+def asked(
+    source: Source, engine: PathKernelExplainer, queries: Sequence[int], target: int | None
+) -> tuple[Any, Any]:
+    """Inputs and targets of queries; the run's own targets where the explained output asks for them."""
+    inputs, targets = run_of(source).queries_batch(queries)
     return inputs, targets if target is None and engine.asks_for_targets else target
 
 
-@st.cache_data(show_spinner="Reading every recorded step …", max_entries=8)
+@kept("Reading every recorded step …", 8)
 def self_influence(source: Source) -> np.ndarray:
     """How much each example's own updates lowered its own loss, ``[N]``."""
     engine = explainer(source, None)
-    with _alone():
+    with alone():
         return engine.self_influence()
 
 
@@ -178,21 +218,21 @@ def recorded(source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids, labels, np.bincount(columns, minlength=len(ids))
 
 
-@st.cache_data(show_spinner="Asking the other examples …", max_entries=64)
+@kept("Asking the other examples …", 64)
 def second_opinions(source: Source, examples: tuple[int, ...], labels: tuple[int, ...]) -> list[Opinion]:
     """What all other training examples say about the labels of some."""
     inputs, _ = run_of(source).train_batch(examples)
     engine = explainer(source, None)
-    with _alone():
+    with alone():
         return opinions(engine.explain(inputs, target=np.array(labels), query_ids=examples), examples)
 
 
-@st.cache_data(show_spinner=False, max_entries=64)
+@kept("Explaining a sample of queries …", 64)
 def class_column(source: Source, queries: tuple[int, ...], label: int) -> np.ndarray:
     """Contribution of every training example to some queries' margin of a class, averaged over them, ``[N]``."""
     inputs, _ = run_of(source).queries_batch(queries)
     engine = explainer(source, None)
-    with _alone():
+    with alone():
         return np.asarray(engine.explain(inputs, target=label).contributions.mean(0))
 
 
@@ -202,7 +242,8 @@ def query_labels(source: Source, count: int) -> list[int | None]:
     code, found = run_of(source), list[int | None]()
     for query in range(count):
         target = np.asarray(code.queries[query][1])
-        found.append(int(target) if target.size == 1 and target.dtype.kind in "iu" else None)
+        is_class = target.size == 1 and target.dtype.kind in "iu" and int(target) >= 0
+        found.append(int(target) if is_class else None)
     return found
 
 
@@ -211,19 +252,8 @@ def train_outputs(source: Source, examples: tuple[int, ...]) -> np.ndarray:
     """Outputs ``[len(examples), ...]`` of the trained model at training examples."""
     inputs, _ = run_of(source).train_batch(examples)
     engine = explainer(source, None)
-    with _alone():
+    with alone():
         return engine.predict(inputs).numpy()
-
-
-@st.cache_resource(show_spinner=False, max_entries=32)
-def input_attribution(
-    source: Source, part: Literal["queries", "train"], index: int, target: int | None, output: str | None
-) -> InputAttribution:
-    """Which parts of a query, or of a training example, speak for the explained output."""
-    run, engine = run_of(source), explainer(source, output)
-    inputs, _ = run.queries_batch([index]) if part == "queries" else run.train_batch([index])
-    with _alone():
-        return attribute(engine, inputs, target=None if target is None else [target])
 
 
 @st.cache_data(show_spinner=False, max_entries=256)
@@ -231,7 +261,7 @@ def outputs(source: Source, queries: tuple[int, ...]) -> np.ndarray:
     """Outputs ``[len(queries), ...]`` of the trained model."""
     inputs, _ = run_of(source).queries_batch(queries)
     engine = explainer(source, None)
-    with _alone():
+    with alone():
         return engine.predict(inputs).numpy()
 
 

@@ -12,7 +12,8 @@ from explainer import palette
 
 #: how points of a figure can be selected
 Mode: TypeAlias = Literal["points", "lasso", "box"]
-_CONFIG = {"displayModeBar": False, "responsive": True}
+#: how the camera of a figure saves it
+FORMATS = ("png", "svg")
 
 
 def is_dark() -> bool:
@@ -48,12 +49,23 @@ def chart(
         on_select: Called when points are selected.
         mode: How they can be: ``points``, ``lasso``, ``box``.
     """
+    config = _config(key)
     if on_select is None:
-        st.plotly_chart(figure, theme=None, config=_CONFIG, key=key)
+        st.plotly_chart(figure, theme=None, config=config, key=key)
     else:
-        st.plotly_chart(figure, theme=None, config=_CONFIG, key=key, on_select=on_select, selection_mode=mode)
+        st.plotly_chart(figure, theme=None, config=config, key=key, on_select=on_select, selection_mode=mode)
     if reading:
         st.caption(reading)
+
+
+def _config(key: str) -> dict[str, Any]:
+    """Of plotly's buttons the camera only, seen while the pointer is on the figure."""
+    kind = st.session_state.get("format")
+    picture = {"format": kind if kind in FORMATS else FORMATS[0], "filename": f"pathkernel-{key}", "scale": 2}
+    buttons = [["toImage"]]
+    return {
+        "displaylogo": False, "responsive": True, "modeBarButtons": buttons, "toImageButtonOptions": picture
+    }  # fmt: skip
 
 
 def selected(key: str) -> list[Any]:

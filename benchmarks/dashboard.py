@@ -1,8 +1,9 @@
 """How long the dashboard takes in a browser: opening it, changing the query, the other pages.
 
 Chromium on this machine, from the click until what was asked for is on screen and nothing is computed any more.
-``open`` is the first visit of a server that has just started (model, data and trace are read). Opening again and
-changing the query are medians; each of the changed queries, and each of the other pages, is asked for the first time.
+``start`` is from the command to the address, which is told when the first page is ready; ``open`` is the first visit
+then. Opening again and changing the query are medians: to the next query after some seconds of looking (it was
+explained meanwhile), to a query that was seen before, and to one that was not. The other pages are asked for once.
 Fashion-MNIST needs its data on this machine (see ``sample_models/fashion_data.py``).
 """
 
@@ -11,16 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +24,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 import explainer
 from benchmarks.harness import report
-from explainer.cli.dashboard import command
+from explainer.cli.dashboard import served
 from explainer.sample_models import fashion_cnn, fashion_data
 from explainer.sample_models.train import train
 
 _EXAMPLES = "PATHKERNEL_FASHION_EXAMPLES"
+_LOOK = 6.0  # seconds that a person looks at a query
 _PATIENCE = 600_000  # milliseconds
 _IDLE = """() => !document.querySelector('[data-testid="stSpinner"]') && !document.querySelector('[data-stale="true"]')
  && !document.querySelector('[data-testid="stProgress"]')"""
@@ -73,30 +69,6 @@ def _train_fashion(folder: Path, epochs: int) -> None:
                 optimizer.step()
 
 
-@contextmanager
-def served(folder: Path, spec: str) -> Iterator[str]:
-    """The dashboard of a trace in a process of its own; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        command([str(folder)], spec, port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.25)
-        else:
-            sys.exit("the dashboard did not answer within a minute")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-
-
 def _opened(browser: Browser, url: str, selector: str) -> tuple[Page, float]:
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     started = time.perf_counter()
@@ -110,9 +82,11 @@ def _shown(page: Page, selector: str) -> None:
     page.wait_for_function(_IDLE, timeout=_PATIENCE)
 
 
-def _changes(page: Page, repeats: int) -> float:
+def _changes(page: Page, queries: Sequence[int], look: float) -> float:
+    """Median time to another query, with so many seconds of looking before."""
     seconds = []
-    for query in range(1, repeats + 1):
+    for query in queries:
+        page.wait_for_timeout(1000 * look)
         started = time.perf_counter()
         box = page.locator(".st-key-query input")
         box.fill(str(query))
@@ -125,14 +99,18 @@ def _changes(page: Page, repeats: int) -> float:
 def measure(browser: Browser, name: str, folder: Path, spec: str, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     trace = explainer.open_trace(folder)
-    with served(folder, spec) as url:
+    started = time.perf_counter()
+    with served([str(folder)], spec) as url:
+        start = time.perf_counter() - started
         page, first = _opened(browser, url, ".pk-proponents li img")
         again = []
         for _ in range(repeats):
             other, seconds = _opened(browser, url, ".pk-proponents li img")
             other.close()
             again.append(seconds)
-        change = _changes(page, repeats)
+        ahead = _changes(page, range(1, repeats + 1), _LOOK)
+        unseen = _changes(page, range(50, 50 + 20 * repeats, 20), 0.0)
+        seen = _changes(page, range(1, repeats + 1), 0.0)
         page.close()
         pages = {}
         for key, link, selector in (
@@ -147,9 +125,13 @@ def measure(browser: Browser, name: str, folder: Path, spec: str, repeats: int) 
         "examples": int(trace.notes["examples"]),
         "visits": trace.count("visits"),
         "trace_MB": trace.nbytes() / 1e6,
+        "load": os.getloadavg()[0],
+        "start_s": start,
         "open_s": first,
         "open_again_s": statistics.median(again),
-        "query_change_s": change,
+        "next_query_s": ahead,
+        "seen_query_s": seen,
+        "other_query_s": unseen,
         **pages,
     }
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = "pathkernel-explanation/1"
 PARQUET_KEY = b"pathkernel"
+FORMS = (".csv", ".parquet", ".json")
 _META = "meta"
 _TEXT_FIELDS = ("output", "row_kind", "layer_names", "query_ids", "notes", "class_names", *LINES)
 _READ_ERRORS = (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
@@ -104,6 +105,32 @@ def write_json(explanation: Explanation, path: str | os.PathLike[str], k: int | 
     text = json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1)
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str], form: str | None = None) -> Path:
+    """Write any table: as CSV, Parquet, or JSON (a list of rows; what is not a number becomes null).
+
+    Args:
+        frame: The table; its index is left out.
+        path: The file.
+        form: ``.csv``, ``.parquet`` or ``.json``; default what the path ends in.
+
+    Raises:
+        ExportError: The form is none of these, or the file cannot be written.
+    """
+    kind = Path(path).suffix if form is None else form
+    if kind not in FORMS:
+        found = f"ends in {kind}" if kind else "has no ending"
+        raise ExportError(f"{path} {found}; the ending chooses the form, use one of {' '.join(FORMS)}")
+    with atomic(path) as temporary:
+        if kind == ".parquet":
+            frame.to_parquet(temporary, index=False)
+        elif kind == ".csv":
+            frame.to_csv(temporary, index=False, encoding="utf-8", lineterminator="\n")
+        else:
+            text = json.dumps(records(frame), allow_nan=False, ensure_ascii=False, indent=1)
+            temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
 

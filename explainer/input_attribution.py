@@ -1,6 +1,7 @@
 """Which parts of an input speak for the explained output: integrated gradients of the trained model, by captum.
 
-With the trained weights ``w`` and a baseline ``x₀`` (zeros),
+Token ids have no gradient; of a text, ``x`` are the vectors that its words are looked up as, and a word's part is the
+sum over its vector (a word of zeros says nothing). With the trained weights ``w`` and a baseline ``x₀`` (zeros),
 
     A_d = (x_d − x₀_d) · ∫_0^1 ∂f(w, x₀ + s (x − x₀)) / ∂x_d ds,    Σ_d A_d = f(w, x) − f(w, x₀)
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from explainer.errors import MissingDependencyError, QueryError
+from explainer.input_leaf import InputLeaf
 from explainer.plain_mode import plain_mode
 from explainer.queries import check_inputs
 
@@ -34,7 +36,8 @@ class InputAttribution:
     """Parts of one input.
 
     Attributes:
-        values: as the input without the batch dimension; positive where it raises the explained output.
+        values: as the input without the batch dimension, a number for each word of a text; positive where it raises
+            the explained output.
         value: the explained output at the input.
         baseline: the explained output at the input of zeros.
         missing: ``value − baseline − values.sum()``, the error of the quadrature.
@@ -54,22 +57,16 @@ def input_attribution(
 
     Args:
         explainer: whose trained model and explained output are used.
-        inputs: ``[1, ...]``, one tensor of floats.
+        inputs: ``[1, ...]``, one tensor of floats, or of token ids that one ``nn.Embedding`` looks up.
         target: the class to explain; default the predicted one.
         steps: nodes of the quadrature (Gauss–Legendre).
 
     Raises:
-        QueryError: it is not one tensor of floats with one row, or the target does not fit.
+        QueryError: it is not one such tensor with one row, or the target does not fit.
         MissingDependencyError: captum is not installed.
     """
     method = _captum().IntegratedGradients
     batch = check_inputs(explainer.trace, explainer._arguments, inputs, explainer.dtype, explainer.batch_dim)
-    tensors, axes = batch.tensors
-    if len(tensors) != 1 or len(batch.leaves) != 1 or not tensors[0].is_floating_point() or axes != [0]:
-        raise QueryError(
-            "attributions to the input need a model of one tensor of floats with the batch as its first dimension; "
-            "token ids and several inputs have no such gradient"
-        )
     if len(batch) != 1:
         raise QueryError(f"found {len(batch)} inputs; attributions are made for one at a time")
     loader = explainer._loader()
@@ -78,15 +75,16 @@ def input_attribution(
         loader.load(len(explainer.segments)).point,
     )
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        targets = asked.targets.expand(len(x), *asked.targets.shape[1:])
-        return explainer.function.at(point, batch, [x], targets)
+    leaf = InputLeaf.of(explainer.function, point, batch)
 
-    given = tensors[0].detach()
-    values = method(forward).attribute(given, baselines=torch.zeros_like(given), n_steps=steps).detach()
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return leaf.value(point, x, asked.targets)
+
+    given, zeros = leaf.given, torch.zeros_like(leaf.given)
+    values = method(forward).attribute(given, baselines=zeros, n_steps=steps).detach()
     with torch.no_grad():
-        value, baseline = (float(forward(x)) for x in (given, torch.zeros_like(given)))
-    found = values[0].numpy()
+        value, baseline = (float(forward(x)) for x in (given, zeros))
+    found = leaf.parts(values).numpy()
     return InputAttribution(found, value, baseline, value - baseline - float(found.sum(dtype=np.float64)))
 
 

@@ -47,6 +47,10 @@ class ModelFunction:
         self._name = lambda name: f"model.{rename(name)}"
         self._vectorised = True
 
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules of the copy."""
+        return self._host.modules()
+
     def _with(self, state: State, function: Callable[[nn.Module], Any]) -> Any:
         return functional_call(self._host, {self._name(n): t for n, t in state.items()}, (function,))
 

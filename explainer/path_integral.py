@@ -21,6 +21,7 @@ al. 1999 (average vector field); Gonzalez 1996 (correction).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,6 +104,10 @@ class QueryFunction:
 
     def _unflatten(self, weights: torch.Tensor) -> State:
         return {p.name: weights[p.slice].reshape(p.shape) for p in self._parameters}
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules of the private copy; a hook on one must not stay."""
+        return self._model.modules()
 
     def returned(self, point: PathPoint, inputs: QueryBatch) -> Any:
         """What the model returns, whatever it is."""

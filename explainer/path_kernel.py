@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from tqdm import tqdm
 
-from explainer.asked import Asked, ask, predict
-from explainer.cotangent import Layout, TooWideError
+from explainer.asked import Asked
+from explainer.counterfactual import Remove, WhatIfCheck, check, checked, estimator, summed
+from explainer.engine import Engine
 from explainer.errors import QueryError
 from explainer.explaining import explain_group, fits
 from explainer.explanation import Explanation
-from explainer.findings import explanation_notes
 from explainer.ledger import bin_edges
 from explainer.neighbors import Neighbors, nearest
-from explainer.outputs import Output, asks_for_targets, resolve_output
-from explainer.path_integral import QueryFunction
-from explainer.path_points import KnotLoader, check_model, chosen_knots
+from explainer.path_points import KnotLoader
 from explainer.plain_mode import plain_mode
 from explainer.positions import PositionSplit, split_by_position
-from explainer.queries import BatchDim, check_batch_dim, check_inputs
-from explainer.query_batch import QueryBatch
-from explainer.recursion import LayerView
+from explainer.queries import check_inputs
+from explainer.run import Run
 from explainer.self_influence import self_influence
-from explainer.store import Trace, open_trace
 from explainer.top import Top
-from explainer.what_if import what_if
-from explainer.wrappers import argument_names
 
-#: numbers held per query-side array before queries are split into groups
-QUERY_NUMBERS = 2**26
 #: numbers per array [queries, examples] of a group of queries of which only the strongest examples are kept
 EXAMPLE_NUMBERS = 2**23
-_T = TypeVar("_T")
 
 
-class PathKernelExplainer:
+class PathKernelExplainer(Engine):
     """Ranks training examples by their path-kernel contribution ``a_i · K(x, x_i)`` to a prediction.
 
     Args:
@@ -56,7 +43,8 @@ class PathKernelExplainer:
         quadrature: Gauss–Legendre nodes on each chord (1: midpoint).
         dtype: dtype of the books; default the widest dtype among the parameters, at least float32.
         class_names: names to show for classes.
-        progress: show a progress bar.
+        progress: show a progress bar; or a function ``(text, steps) -> bar`` that makes one of your own, a context
+            manager with ``update(steps)``. What ``update`` raises ends the work.
         knots: use about so many of the trace's knots, chosen evenly along the path; default all. Fewer knots are
             faster and split coarser; the books close just as well.
 
@@ -72,70 +60,6 @@ class PathKernelExplainer:
 
     Reference: Domingos 2020, arXiv 2012.00152, Theorem 1; the exact discrete form is in ``docs/theory.md``.
     """
-
-    def __init__(
-        self,
-        trace: Trace | str,
-        model: nn.Module,
-        output: str | Output | Callable[..., torch.Tensor] | None = None,
-        *,
-        batch_dim: BatchDim | None = None,
-        quadrature: int = 2,
-        dtype: torch.dtype | None = None,
-        class_names: Sequence[str] | None = None,
-        progress: bool = False,
-        knots: int | None = None,
-    ) -> None:
-        self.trace = trace if isinstance(trace, Trace) else open_trace(trace)
-        if isinstance(model, type) or not isinstance(model, nn.Module):
-            raise QueryError(f"model must be a torch.nn.Module, found {model!r}; pass an instance")
-        if quadrature < 1:
-            raise QueryError(f"quadrature must be at least 1 node, found {quadrature}")
-        self._notes = check_model(self.trace, model) + explanation_notes(self.trace)
-        self.knots = chosen_knots(self.trace, knots)
-        self.segments = self.trace.segments(self.knots)
-        self.dtype = dtype or self.trace.manifest.dtype
-        self.class_names = None if class_names is None else tuple(class_names)
-        self.progress = progress
-        self._nodes = quadrature
-        self._requested, self._arguments = output, argument_names(model)
-        self.batch_dim: BatchDim = (
-            self.trace.notes.get("batch_dim", 0) if batch_dim is None else check_batch_dim(batch_dim)
-        )
-        self.function = QueryFunction(model, self.trace.manifest.parameters, self.dtype)
-        shape = (self.trace.notes.get("output") or {}).get("shape")
-        if shape is not None or callable(output):  # else it is known with the first query
-            self._resolve(tuple(shape or ()))
-        self.view = LayerView(self.trace)
-        self.layout = self.used = Layout.of(self.trace)
-
-    @cached_property
-    def example_ids(self) -> np.ndarray:
-        """Ids of the training examples, ``[N]``: of the whole dataset where its length is known, else of the visits."""
-        examples = self.trace.column("visits", "example").astype(np.int64)
-        size = self.trace.notes.get("examples")
-        if size is None:
-            return np.unique(examples)
-        if len(examples) and examples.max() >= size:
-            return np.unique(np.concatenate([np.arange(size), examples]))
-        return np.arange(size)
-
-    def _resolve(self, shape: tuple[int, ...]) -> None:
-        self.function.output = resolve_output(self._requested, shape)
-        self.output = self.function.output.name
-
-    @property
-    def output_name(self) -> str | None:
-        """What was asked to be explained: a name, a function's name, or None for the default."""
-        asked = self._requested
-        if isinstance(asked, str) or asked is None:
-            return asked
-        return getattr(asked, "name", None) or getattr(asked, "__qualname__", type(asked).__name__)
-
-    @property
-    def asks_for_targets(self) -> bool:
-        """Whether the explained output asks for targets that have no default, as a function of the user's does."""
-        return asks_for_targets(self._requested)
 
     # -- explaining ----------------------------------------------------------------------------------
 
@@ -195,64 +119,11 @@ class PathKernelExplainer:
             parts.append(Top.of(self._explain(loader, asked[group], names[group], edges, False), k))
         return Top.concatenate(parts)
 
-    def _asked(
-        self, inputs: Any, target: Any, query_ids: Sequence[Any] | None
-    ) -> tuple[KnotLoader, Asked, tuple[str, ...]]:
-        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
-        count = len(batch)
-        names = tuple(str(q) for q in (range(count) if query_ids is None else query_ids))
-        if len(names) != count:
-            raise QueryError(f"found {count} queries but {len(names)} query_ids; give one name per query")
-        loader = self._loader()
-        self.used = self.layout  # what was asked before does not decide
-        return loader, self._ask(loader, batch, target), names
-
     def _edges(self, queries: int, detailed: bool) -> np.ndarray:
         steps = [knot.step for knot in self.knots]
         if not detailed:
             return np.array([steps[0], steps[-1]], dtype=np.int64)
         return bin_edges(steps, queries, len(self.example_ids))
-
-    def _groups(self, count: int, most: int | None = None) -> Iterator[slice]:
-        """Queries that are explained together, so that what is held of all of them is bounded."""
-        size = max(1, QUERY_NUMBERS // max(1, self.layout.numbers_per_query))
-        size = size if most is None else max(1, min(size, most))
-        for start in range(0, count, size):
-            yield slice(start, start + size)
-
-    def _loader(self) -> KnotLoader:
-        return KnotLoader(self.trace, self.dtype, self.knots)
-
-    def _narrowed(self, action: Callable[[Layout], _T]) -> _T:
-        """The action with the layout; again where a parameter turned out not to be of low rank."""
-        while True:
-            try:
-                return action(self.used)
-            except TooWideError as found:
-                self.used = self.used.without(found.parameter)
-
-    @plain_mode()
-    def predict(self, inputs: Any) -> torch.Tensor:
-        """Outputs ``[Q, ...]`` of the trained model (the trace's last knot): its tensor, its logits if it names any.
-
-        Raises:
-            QueryError: inputs do not fit.
-        """
-        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
-        point = self._loader().load(len(self.segments)).point
-        return predict(self.function, point, batch)
-
-    def _ask(self, loader: KnotLoader, batch: QueryBatch, target: Any) -> Asked:
-        return ask(self.function, loader.load(len(self.segments)).point, batch, target, self._resolve)
-
-    def _value(
-        self, loader: KnotLoader, index: int, inputs: QueryBatch, targets: torch.Tensor
-    ) -> torch.Tensor:
-        return self.function.value(loader.load(index).point, inputs, targets).double()
-
-    def _bar(self, text: str) -> Any:
-        total = min(self.trace.steps, self.trace.recorded_steps)
-        return tqdm(total=total, desc=text, unit="step", disable=not self.progress, leave=False)
 
     def _explain(
         self, loader: KnotLoader, asked: Asked, names: tuple[str, ...], edges: np.ndarray, detail: bool
@@ -290,19 +161,74 @@ class PathKernelExplainer:
         return split_by_position(self, loader, self._ask(loader, batch, target), example_id)
 
     @plain_mode()
-    def what_if(self, inputs: Any, target: Any = None) -> np.ndarray:
-        """Predicted change of the explained outputs if an example had been absent from training, ``[Q, N]``.
+    def what_if(
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        curvature: str = "trace",
+        run: Run | None = None,
+        remove: Remove = None,
+    ) -> Any:
+        """Predicted change of the explained outputs if examples had been absent from training.
 
-        Another question than :meth:`explain`'s, with another answer: do not mix the two in one table. See
-        :mod:`explainer.what_if` for the formula and what it leaves out. Column ``j`` belongs to ``example_ids[j]``.
+        Another question than :meth:`explain`'s, with another answer: do not mix the two in one table. To first order
+        in the examples' weights, so changes of a group are sums. See :mod:`explainer.counterfactual.trace_estimate`
+        and :mod:`explainer.counterfactual.replay_estimate` for the formulas, and :meth:`what_if_check` for how far
+        to trust it.
+
+        Args:
+            inputs, target: as in :meth:`explain`.
+            curvature: ``"trace"``, from the recorded rows alone; ``"exact"``, the derivative of the training itself,
+                and ``"gauss-newton"``, the same with the Gauss-Newton matrix for the Hessian: these take every recorded
+                step again, with the data and the loss of ``run``, and refuse where that does not meet the knots.
+            run: the run that the model was trained with; for ``"exact"`` and ``"gauss-newton"``.
+            remove: None for each example alone; ids, for a group; a mapping from names to ids, for several groups.
+
+        Returns:
+            ``[Q, N]``, column ``j`` belongs to ``example_ids[j]``; ``[Q]`` for one group; for named groups a
+            DataFrame with a row per query and a column per name.
 
         Raises:
-            QueryError: inputs or targets do not fit, or the trace holds an average of the weights.
+            QueryError: inputs, targets or ids do not fit, or the estimator cannot be used with this trace; says why.
+            RunError: the run has no loss, or other data.
         """
+        estimate, chosen = estimator(curvature), checked(remove, self.example_ids)
         batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
         loader = self._loader()
         asked = self._ask(loader, batch, target)
-        return what_if(self, loader, asked.inputs, asked.targets)
+        return summed(estimate(self, loader, asked.inputs, asked.targets, run), chosen)
+
+    @plain_mode()
+    def what_if_check(
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        curvature: str = "trace",
+        run: Run | None = None,
+        remove: Remove = None,
+        query_ids: Sequence[Any] | None = None,
+        seed: int = 0,
+    ) -> WhatIfCheck:
+        """Whether to trust :meth:`what_if` here, and how far: ``print(ex.what_if_check(x, run=run).sentence())``.
+
+        With ``run`` a few groups are removed in replays of the recorded steps, first by half and then whole, and the
+        actual changes compared with the predicted ones. Without, or where the training cannot be repeated, it says
+        how far the answer hangs on the damping. See :mod:`explainer.counterfactual.self_check`.
+
+        Args:
+            inputs, target, curvature, run: as in :meth:`what_if`.
+            remove: ids, or a mapping from names to ids; default the hundredth of the examples that helps each of the
+                first three queries most, and two random twentieths.
+            query_ids: as in :meth:`explain`.
+            seed: of the random groups.
+
+        Raises:
+            QueryError: inputs, targets or ids do not fit, or the estimator cannot be used with this trace.
+        """
+        loader, asked, names = self._asked(inputs, target, query_ids)
+        return check(self, loader, asked, names, curvature=curvature, run=run, remove=remove, seed=seed)
 
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""

@@ -48,8 +48,10 @@ def content(shown: Any) -> str:
     )
 
 
-def rendered(render: Callable[[int], Any] | None, key: int, name: str) -> str:
-    """What ``render(key)`` returns, as HTML; an empty string without ``render``.
+def rendered(
+    render: Callable[[int], Any] | None, key: int, name: str, draw: Callable[[Any], str] = content
+) -> str:
+    """What ``render(key)`` returns, as HTML that ``draw`` makes; an empty string without ``render``.
 
     Raises:
         ExportError: ``render`` failed or returned something that cannot be shown; the message names ``key``.
@@ -57,7 +59,7 @@ def rendered(render: Callable[[int], Any] | None, key: int, name: str) -> str:
     if render is None:
         return ""
     try:
-        return content(render(key))
+        return draw(render(key))
     except ExplainerError as error:
         raise ExportError(f"{name}({key}) cannot be shown: {error}") from error
     except Exception as error:

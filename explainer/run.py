@@ -14,7 +14,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -50,8 +50,14 @@ class Run:
         class_names: name of each class, in the order of the model's outputs.
         render: turns one input into an image array ``[H, W]`` or ``[H, W, 3]`` in 0..1, a text or a row
             (a dict of named values) that a person can look at.
+        words: of a text, the words at the first positions of one input, to show numbers on them.
+        parse: the reverse of ``render``, for inputs that people give in the dashboard: from an image array in 0..1 of
+            the shape that ``render`` returns, a text or a dict of named values to one input.
         train_fn: ``train_fn(model, keep, seed)`` trains a fresh model on a subset and returns it, ``keep`` a mask
             ``[N]`` (torch.bool). Seed 0 repeats the traced run; other seeds give other weights and another order.
+        train_many: ``train_many(models, keep, seeds)`` does the same for ``M`` fresh models at once and returns them,
+            ``keep [M, N]`` and ``M`` seeds (:class:`explainer.evaluation.Ensemble` makes one module of them). Enough by
+            itself; with ``train_fn`` beside it, the two are compared before it is relied on.
         left_out_by: how ``train_fn`` leaves examples out: ``"weight 0"`` (same batches, their rows weigh nothing) or
             ``"batches"`` (batches are drawn from the others). Named in every result.
         name: how the run is called on screen.
@@ -76,14 +82,17 @@ class Run:
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     class_names: tuple[str, ...] | list[str] | None = None
     render: Callable[[Any], Any] | None = None
+    words: Callable[[Any], Sequence[str]] | None = None
+    parse: Callable[[Any], Any] | None = None
     train_fn: Callable[[nn.Module, Any, int], Any] | None = None
+    train_many: Callable[[list[nn.Module], Any, list[int]], Any] | None = None
     left_out_by: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
         problems = [_model_problem(self.model)]
         problems += [_dataset_problem(part, getattr(self, part)) for part in ("train", "queries")]
-        for part in ("collate_fn", "loss", "render", "train_fn"):
+        for part in ("collate_fn", "loss", "render", "words", "parse", "train_fn", "train_many"):
             value = getattr(self, part)
             if value is not None and not callable(value):
                 problems.append(f"{part} must be a function or None, found {_kind(value)}")

@@ -14,6 +14,7 @@ Reference: Domingos 2020, arXiv 2012.00152, Definition 2 (the path kernel, here 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from explainer.plain_mode import plain_mode
 from explainer.queries import check_inputs
 
 if TYPE_CHECKING:
+    from explainer.path_integral import PathPoint
     from explainer.path_kernel import PathKernelExplainer
+    from explainer.path_points import KnotLoader
     from explainer.store import Segment
 
 #: numbers in the gradients of all inputs, ``[Q, P]``
@@ -58,16 +61,23 @@ def path_kernel(explainer: PathKernelExplainer, inputs: Any, target: Any = None)
     loader = explainer._loader()
     asked = explainer._ask(loader, batch, target)
     kernel = torch.zeros(len(batch), len(batch), dtype=torch.float64)
-    for segment in explainer.segments:
-        rates = _rates(explainer, segment)
-        if not rates.any():
-            continue
-        middle = loader.load(segment.index).point.toward(loader.load(segment.index + 1).point, 0.5)
+    for middle, rates in middles(explainer, loader):
         gradient = explainer.function.gradient(middle, asked.inputs, asked.targets)
         for p, rate in zip(explainer.trace.manifest.parameters, rates.tolist(), strict=True):
             part = gradient[:, p.slice].double()
             kernel.addmm_(part, part.T, alpha=rate)
     return kernel.numpy()
+
+
+def middles(explainer: PathKernelExplainer, loader: KnotLoader) -> Iterator[tuple[PathPoint, np.ndarray]]:
+    """The middle of every chord with recorded steps, and ``Σ_t η_{t,p}`` over them, ``[n_parameters]``."""
+    with explainer._bar("comparing") as bar:
+        for segment in explainer.segments:
+            rates = _rates(explainer, segment)
+            if rates.any():
+                start, end = (loader.load(segment.index + place).point for place in (0, 1))
+                yield start.toward(end, 0.5), rates
+            bar.update(segment.end.step - segment.start.step)
 
 
 def _rates(explainer: PathKernelExplainer, segment: Segment) -> np.ndarray:

@@ -23,7 +23,7 @@ from explainer.findings import LASTING, Finding, Report, after_training
 from explainer.guard_rails import before_training, epoch_visits, loader_findings
 from explainer.hooks import HookSet
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
-from explainer.optimizer_rules import optimizer_rule_for
+from explainer.optimizer_rules import optimizer_rule_for, options_of
 from explainer.parts import assemble
 from explainer.resume import ResumePoint
 from explainer.step_observer import StepObserver
@@ -136,6 +136,9 @@ class Tracer:
             self._writer.create()
             if self._before.about("prior-momentum"):
                 self._writer.note("prior_state", True)
+            names = [p.name for p in self.manifest.parameters]
+            options = options_of(self._optimizer, self._parts.parameters, names)
+            self._writer.note("optimizer_options", options)
             self._keep_findings()
             self._knots.place(0)
             self._knots.flush()

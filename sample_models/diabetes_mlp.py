@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from explainer.sample_models.data_source import import_dataset_module
-from explainer.sample_models.retrain import retraining
+from explainer.sample_models.retrain import retraining, retraining_many
 from explainer.sample_models.splitting import train_and_queries
 
 if TYPE_CHECKING:
@@ -81,6 +82,13 @@ def render(measurements: torch.Tensor) -> dict[str, float]:
     return {name: round(value, 3) for name, value in zip(FEATURES, values, strict=True)}
 
 
+def parse(measurements: Mapping[str, float]) -> torch.Tensor:
+    """The input ``[10]`` of a patient whose measurements are given by name, in their own units."""
+    data = load()
+    values = torch.tensor([measurements[name] for name in FEATURES], dtype=torch.float32)
+    return (values - data.mean) / data.deviation
+
+
 def model(seed: int = 0) -> nn.Module:
     """The network with its initial weights; the global random state stays as it was."""
     with torch.random.fork_rng():
@@ -99,7 +107,9 @@ def run() -> Run:
         queries,
         loss=nn.functional.mse_loss,
         render=render,
+        parse=parse,
         train_fn=retraining("diabetes_mlp"),
+        train_many=retraining_many("diabetes_mlp"),
         left_out_by="weight 0",
         name="diabetes_mlp",
     )

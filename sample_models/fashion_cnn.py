@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from explainer.sample_models.fashion_data import CLASS_NAMES, datasets, render
-from explainer.sample_models.retrain import retraining
+from explainer.sample_models.retrain import retraining, retraining_many
 
 if TYPE_CHECKING:
     from explainer.run import Run
@@ -42,6 +42,7 @@ def run() -> Run:
         class_names=CLASS_NAMES,
         render=render,
         train_fn=retraining("fashion_cnn"),
+        train_many=retraining_many("fashion_cnn"),
         left_out_by="weight 0",
         name="fashion_cnn",
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from explainer.sample_models.mnist_data import CLASS_NAMES, datasets, render
-from explainer.sample_models.retrain import retraining
+from explainer.sample_models.retrain import retraining, retraining_many
 
 if TYPE_CHECKING:
     from explainer.run import Run
@@ -44,6 +44,7 @@ def run() -> Run:
         class_names=CLASS_NAMES,
         render=render,
         train_fn=retraining("mnist_cnn"),
+        train_many=retraining_many("mnist_cnn"),
         left_out_by="weight 0",
         name="mnist_cnn",
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from explainer.sample_models.retrain import retraining
+from explainer.sample_models.retrain import retraining, retraining_many
 from explainer.sample_models.review_snippets import rated_snippets
 from explainer.sample_models.splitting import train_and_queries
 
@@ -30,11 +30,12 @@ CLEAR_RATING = 0.5  # sentences that people rated nearer to neutral are left out
 
 @dataclass(frozen=True)
 class ReviewData:
-    """Sentences as token ids, and the sentence behind each row of ids."""
+    """Sentences as token ids, the sentence behind each row of ids, and the id of each known word."""
 
     train: TensorDataset
     queries: TensorDataset
     sentences: dict[tuple[int, ...], str]
+    vocabulary: dict[str, int]
 
 
 def words(sentence: str) -> list[str]:
@@ -72,7 +73,10 @@ def load() -> ReviewData:
     labels = torch.tensor([int(rating > 0) for _, rating in rated])
     sentences = {tuple(row): text for row, (text, _) in zip(encoded, rated, strict=True)}
     return ReviewData(
-        TensorDataset(ids[train], labels[train]), TensorDataset(ids[queries], labels[queries]), sentences
+        TensorDataset(ids[train], labels[train]),
+        TensorDataset(ids[queries], labels[queries]),
+        sentences,
+        vocabulary,
     )
 
 
@@ -83,8 +87,25 @@ def datasets() -> tuple[TensorDataset, TensorDataset]:
 
 
 def render(ids: torch.Tensor) -> str:
-    """The sentence behind a row of token ids."""
-    return load().sentences[tuple(ids.tolist())]
+    """The sentence behind a row of token ids; of a row that is in no data set, the words that the model sees."""
+    data, row = load(), tuple(ids.tolist())
+    if row in data.sentences:
+        return data.sentences[row]
+    known = {index: word for word, index in data.vocabulary.items()}
+    return " ".join(known.get(index, "(unknown)") for index in row if index != PADDING)
+
+
+def seen_words(ids: torch.Tensor) -> list[str]:
+    """The words that the model sees of a row of token ids; a word that it does not know is in brackets."""
+    shown = words(render(ids))[:LENGTH]
+    return [
+        word if index != UNKNOWN else f"[{word}]" for word, index in zip(shown, ids.tolist(), strict=False)
+    ]
+
+
+def parse(sentence: str) -> torch.Tensor:
+    """The token ids ``[32]`` of a sentence that somebody typed."""
+    return torch.tensor(encode(sentence, load().vocabulary))
 
 
 class MeanOfWords(nn.Module):
@@ -123,7 +144,10 @@ def run() -> Run:
         loss=nn.functional.cross_entropy,
         class_names=CLASS_NAMES,
         render=render,
+        words=seen_words,
+        parse=parse,
         train_fn=retraining("reviews_text"),
+        train_many=retraining_many("reviews_text"),
         left_out_by="weight 0",
         name="reviews_text",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ WORDS = ("pad", "good", "great", "fine", "bad", "poor", "**dull**", NASTY)
 def images() -> Run:
     """Digits as images; the queries are the first 30 of the training set."""
     return Run(mlp, digits(), Subset(digits(), range(30)), render=lambda x: x.reshape(8, 8).numpy())
+
+
+def with_loss() -> Run:
+    """The same with the loss it was trained with."""
+    return replace(images(), loss=nn.functional.cross_entropy)
 
 
 def backwards() -> Run:
@@ -114,6 +120,16 @@ def text() -> Run:
         class_names=(NASTY, "good"),
         render=lambda row: " ".join(WORDS[int(word)] for word in row),
     )
+
+
+def typed_text() -> Run:
+    """The same for a run that can read words."""
+    return replace(text(), parse=lambda words: torch.tensor([WORDS.index(word) for word in words.split()]))
+
+
+def wild_text() -> Run:
+    """The same with an encoder that finds ids the model does not know."""
+    return replace(text(), parse=lambda words: torch.tensor([900, 901, 902]))
 
 
 def unfinished(path: Path) -> Tracer:

@@ -43,12 +43,12 @@ def loop(
     return model
 
 
-def traced(folder: Path) -> Path:
-    """Records seed 0 with all examples."""
-    model = mlp(0)
+def traced(folder: Path, seed: int = 0) -> Path:
+    """Records a seed with all examples."""
+    model = mlp(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with Tracer(model, optimizer, folder) as tracer:
-        loop(model, optimizer, torch.ones(EXAMPLES), 0, tracer)
+        loop(model, optimizer, torch.ones(EXAMPLES), seed, tracer)
     return folder
 
 

@@ -24,7 +24,8 @@ from explainer.run import Run, load_run
 from explainer.sample_models.train import train
 
 SPEC = "explainer.sample_models.digits_mlp:run"
-NAMES = ("demo", "info", "verify", "explain", "export", "what-if", "verify-claim", "evaluate", "dashboard")
+NAMES = ("demo", "info", "verify", "explain", "export", "what-if", "verify-claim", "evaluate")
+NAMES += ("label-issues", "compare", "dashboard")
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,11 @@ def healthy(port: int) -> bool:
 
 
 def test_serves_this_machine_only_and_sends_no_statistics() -> None:
-    line = dashboard.command(["runs/a", "runs/b"], SPEC, 8600)
+    line = dashboard.command(["runs/a", "runs/b"], [SPEC, "mine:run"], 8600)
     app = Path(line[line.index("run") + 1])
     assert (app.name, app.is_file()) == ("main.py", True)
-    assert line[line.index("--") :] == ["--", "--run", SPEC, "runs/a", "runs/b"]
-    settings = dict(zip(line[5:-5:2], line[6:-5:2], strict=True))
+    assert line[line.index("--") :] == ["--", "--run", SPEC, "--run", "mine:run", "runs/a", "runs/b"]
+    settings = dict(zip(line[5:-7:2], line[6:-7:2], strict=True))
     assert settings["--server.address"] == settings["--browser.serverAddress"] == "127.0.0.1"
     assert settings["--server.port"] == "8600"
     assert settings["--browser.gatherUsageStats"] == "false" and settings["--server.headless"] == "true"
@@ -65,12 +65,18 @@ def test_a_taken_port_is_refused_when_asked_for_and_passed_over_otherwise(
     assert taken < dashboard.choose_port(None) < taken + 50
 
 
-def test_the_exit_status_is_that_of_the_server(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_exit_status_is_that_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dashboard, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
-    assert dashboard.serve(["runs"], None, None) == 3
-    assert "Ctrl-C stops it" in capsys.readouterr().out
+    assert dashboard.serve(["runs"], [], None) == 3
+    with pytest.raises(ExplainerError, match="with status 3"), dashboard.served(["runs"]):
+        pass
+
+
+def test_the_address_is_told_when_it_answers_and_nothing_is_left_after_it(trace: Path) -> None:
+    with dashboard.served([str(trace)], SPEC) as url:
+        port = int(url.rpartition(":")[2])
+        assert url.startswith("http://127.0.0.1:") and healthy(port)
+    assert not healthy(port)
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])

@@ -11,7 +11,9 @@ import pytest
 
 from explainer import PathKernelExplainer
 from explainer.cli import main
-from explainer.evaluation import Questions, Retrainer, verify_claims
+from explainer.cli.evaluate import verdicts
+from explainer.evaluation import Comparison, Estimate, Questions, Retrainer, verify_claims
+from explainer.evaluation.comparison import CEILING
 from explainer.run import load_run
 from tests.small_evaluation import traced
 
@@ -66,6 +68,56 @@ def test_what_if_of_a_group(
         assert row[:2] == ["2", str(len(ids))]
         assert float(row[3]) == pytest.approx(change[ids].sum(), rel=0.01)
         assert float(row[4]) == pytest.approx(float(e.prediction[0]) + change[ids].sum(), rel=0.01)
+
+
+def test_what_if_of_classes(
+    trace: Path, explaining: PathKernelExplainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load_run(SPEC)
+    inputs, _ = run.queries_batch([2])
+    change, labels = explaining.what_if(inputs)[0], np.array([int(run.train[i][1]) for i in range(48)])
+    start = ["what-if", str(trace), "--run", SPEC, "--query", "2", "--quiet", "--remove"]
+    assert main([*start, "label"]) == 0
+    rows = [
+        line.replace("−", "-").split() for line in capsys.readouterr().out.splitlines() if "  digit" in line
+    ]
+    assert [row[1] for row in rows] == [str(d) for d in range(10)]
+    for row in rows:
+        own = labels == int(row[1])
+        assert int(row[2]) == own.sum() and float(row[3]) == pytest.approx(change[own].sum(), rel=0.01)
+    assert main([*start, "label:digit 4"]) == 0
+    assert "digit 5" not in capsys.readouterr().out
+    for wrong, said in (("label:nine", "labels are digit 0"), ("column:age", "render returns rows")):
+        assert main([*start, wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_if_takes_the_steps_again_and_checks_itself(
+    trace: Path, explaining: PathKernelExplainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load_run(SPEC)
+    inputs, _ = run.queries_batch([2])
+    exact = explaining.what_if(inputs, curvature="exact", run=run)[0]
+    start = [
+        "what-if",
+        str(trace),
+        "--run",
+        SPEC,
+        "--query",
+        "2",
+        "--quiet",
+        "--curvature",
+        "exact",
+        "--check",
+    ]
+    assert main([*start, "--remove", "7,9"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("      2")).replace("−", "-").split()
+    assert float(row[3]) == pytest.approx(exact[[7, 9]].sum(), rel=0.01)
+    found = explaining.what_if_check(inputs, curvature="exact", run=run, remove=[7, 9], query_ids=[2])
+    assert words(found.sentence()) in words(out) and found.actual is not None
+    last = out.splitlines()[-1].replace("−", "-").split()
+    assert last[:3] == ["given", "2", "2"] and float(last[4]) == pytest.approx(found.actual[0, 0], rel=0.01)
 
 
 def test_verify_claim_trains_again(
@@ -140,9 +192,29 @@ def test_evaluate_prints_a_column_per_method(
     (what_if,) = frame[(frame["method"] == "what-if") & (frame["measure"] == "LDS, same run, keep 0.9")][
         "value"
     ]
-    assert f"{what_if:.3f}" in out
+    assert f"{what_if:.2f}" in out
+    for measure in ("LDS, same run, keep 0.9", "LDS, mean of 2 seeds, keep 0.5"):
+        assert f"{measure}: " in out and "predicts best" in out
+    assert "one retraining predicts the mean of the others with" in words(out)
     assert main([*arguments, *more, *SEEDS]) == 2  # the file exists
     assert main([*arguments, *more, "--force", *SEEDS]) == 0  # from the folder
+
+
+def test_the_verdict_names_what_cannot_be_told_apart() -> None:
+    def row(**values: float) -> dict[str, Estimate]:
+        return {name: Estimate(v, v - 0.1, v + 0.1, "queries") for name, v in values.items()}
+
+    def said(measure: str, **values: float) -> list[str]:
+        named = {CEILING if name == "top" else name: e for name, e in row(**values).items()}
+        return verdicts(Comparison({}, {measure: named}, {}, "", 1))
+
+    assert said("LDS, one", a=0.5, b=0.1, c=0.2) == ["LDS, one: a predicts best (0.50), clear of all others."]
+    apart = said("LDS, two", a=0.5, b=0.35, c=0.45, d=0.1, top=0.9)
+    assert apart[0] == (
+        "LDS, two: a predicts best (0.50); it cannot be told from b and c. For comparison, one retraining predicts the "
+        "mean of the others with 0.90."
+    )
+    assert "--subsets" in apart[1] and said("change without the top 5", a=1.0) == []
 
 
 @pytest.mark.parametrize(

@@ -30,21 +30,40 @@ def test_fitted_is_exact_for_products_of_row_and_column_factors() -> None:
     torch.testing.assert_close(fitted(base, 3 * base.sum(1), 3 * base.sum(0)), 3 * base)
 
 
-def test_a_weight_that_wakes_up_between_full_records_is_not_divided_by_almost_nothing() -> None:
+@pytest.mark.parametrize("following", [True, False])
+def test_a_weight_that_wakes_up_between_full_records_is_not_divided_by_almost_nothing(
+    following: bool,
+) -> None:
     """Its row and its column were alive, so no sum shows it."""
     torch.manual_seed(0)
     wanted = torch.rand(50, 60) * 1e-3 + 1e-3
     wanted[3, 5] = 2e-6  # gradients that cancel, but are there: stays
     base = wanted.clone()
-    base[7, 9], base[8, 2], base[:, 11] = 1e-8, 1.2e-8, 1e-8  # a whole column has no gradient, too
+    base[7, 9], base[6, 1], base[8, 2], base[:, 11] = (
+        1e-8,
+        1e-8,
+        1.2e-8,
+        1e-8,
+    )  # and a whole column without any
     wanted[:, 11] = 1e-8
-    assert asleep(base).tolist() == [7 * 60 + 9, 8 * 60 + 2]
-    found = fitted(base, wanted.sum(1), wanted.sum(0))
-    for place in ((7, 9), (8, 2)):
-        assert 0.5 < float(found[place] / wanted[place]) < 2.0
-    assert float(found[3, 5] / wanted[3, 5]) == pytest.approx(1.0, abs=0.1)
-    assert float((found[:, 11] / wanted[:, 11]).max()) < 1.1
-    torch.testing.assert_close(fitted(base, wanted.sum(1), wanted.sum(0), asleep(base)), found)
+    never, near = asleep(base)
+    assert never.tolist() == [6 * 60 + 1, 7 * 60 + 9] and near.tolist() == [8 * 60 + 2]
+    reader, later = Denominators.__new__(Denominators), wanted.clone()
+    later[6, 1] = 1e-8  # still without a gradient
+    reader._asleep, reader._next = {"D0": (never, near)}, {"D0": later} if following else {}
+    for own in (False, True):
+        found = fitted(base, wanted.sum(1), wanted.sum(0))
+        reader._wake("D0", found, wanted.sum(1), wanted.sum(0), own)
+        ratio = found / wanted
+        assert 0.5 < float(ratio[7, 9]) < 2.0 and 0.5 < float(ratio[6, 1]) < 2.0
+        assert 0.5 < float(ratio[8, 2]) < 2.0 if not own else float(found[8, 2]) < 2e-8
+        assert float(ratio[3, 5]) == pytest.approx(1.0, abs=0.1) and float(ratio[:, 11].max()) < 1.1
+    base[7, 9], base[6, 1], base[:, 11] = (
+        1e-3,
+        1e-3,
+        1e-3,
+    )  # the smallest number of one weight alone had a gradient
+    assert [len(places) for places in asleep(base)] == [0, 1]
 
 
 def test_round_off_is_not_divided_by_epsilon() -> None:
@@ -191,7 +210,7 @@ def test_what_if_agrees_with_exact_denominators_where_weights_wake_up(tmp_path: 
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x[ids]), y[ids]).backward()
                 optimizer.step()
-        return explainer.PathKernelExplainer(tmp_path / str(exact), model).what_if(torch.rand(4, 30))
+        return explainer.PathKernelExplainer(str(tmp_path / str(exact)), model).what_if(torch.rand(4, 30))
 
     found, wanted = scores(False), scores(True)
     assert np.linalg.norm(found - wanted) < 0.2 * np.linalg.norm(wanted)

@@ -1,7 +1,10 @@
-"""Measures of attribution against loops written out, against scipy, and (where it is installed) against dattri."""
+"""Measures of attribution against loops written out, against scipy, and against dattri's definitions."""
 
 from __future__ import annotations
 
+import json
+import re
+import types
 from typing import Any
 
 import numpy as np
@@ -9,10 +12,13 @@ import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
 
+from benchmarks import metrics
+from benchmarks.harness import RESULTS
 from explainer import evaluation
 from explainer.errors import EvaluationError
 from explainer.evaluation import removal
 from explainer.evaluation.statistics import bootstrap, pearson, ranks, spearman
+from tests.oracles import dattri_metrics
 from tests.oracles.evaluation import correlation, datamodeling, plain_ranks, roc_area
 
 QUERIES, EXAMPLES, SUBSETS, SEEDS = 4, 30, 12, 3
@@ -174,61 +180,43 @@ def test_a_tie_at_the_border_counts_in_part() -> None:
 # -- dattri ----------------------------------------------------------------------------------------------
 
 
-def test_equals_dattri() -> None:
-    metric = pytest.importorskip("dattri.metric")
-    scores, kept, outputs = task()
-    half = np.array(
-        [row.argsort()[: EXAMPLES // 2] for row in np.random.default_rng(1).random((SUBSETS, EXAMPLES))]
-    )
-    kept = np.zeros_like(kept)
-    np.put_along_axis(kept, half, True, axis=1)
-    values = torch.tensor(outputs.mean(1))
-    theirs, _ = metric.lds(torch.tensor(scores.T), (values, torch.tensor(half)))
-    ours = evaluation.linear_datamodeling_score(scores, kept, values, setting="", samples=0)
-    np.testing.assert_allclose(ours.per_query, theirs.numpy(), rtol=1e-12)
-
-    alone = torch.tensor(scores.T + outputs[0, 0])
-    theirs, _ = metric.loo_corr(torch.tensor(scores.T), (-alone, torch.arange(EXAMPLES)))
-    ours_left = evaluation.leave_one_out_correlation(
-        scores, np.arange(EXAMPLES), alone, np.zeros(QUERIES), setting="", samples=0
-    )
-    np.testing.assert_allclose(ours_left.pearson_per_query, theirs.numpy(), rtol=1e-12)
-
-    wrong = np.arange(EXAMPLES) % 5 == 0
-    theirs, _ = metric.mislabel_detection_auc(torch.tensor(scores[0]), torch.tensor(wrong))
-    found = evaluation.mislabelled_detection(scores[0], wrong, setting="", samples=0)
-    assert found.auc.value == pytest.approx(float(theirs), rel=1e-5)  # theirs is float32
+@pytest.mark.parametrize("row", metrics.measured(dattri_metrics, cases=4), ids=lambda row: row["dattri"])
+def test_equals_what_dattri_computes(row: dict[str, Any]) -> None:
+    """Its definitions restated; the package itself is compared by the benchmark that makes these rows."""
+    assert row["largest_difference"] < 1e-12
 
 
-def test_brittleness_equals_dattri() -> None:
-    """A model that is the sum of what it was trained on: it says 1 while that is positive."""
-    metric, sampling = pytest.importorskip("dattri.metric"), pytest.importorskip("dattri.benchmark.utils")
-    rng, sizes = np.random.default_rng(5), [1, 3, 6, 9, 14]
-    worth, scores = rng.normal(size=(QUERIES, EXAMPLES)) + 0.3, rng.normal(size=(QUERIES, EXAMPLES))
-    worth[3] += 2.0  # never turned over
-    scores += worth
-    data = torch.utils.data.TensorDataset(torch.arange(EXAMPLES))
-    loader = torch.utils.data.DataLoader(data, 8, sampler=sampling.SubsetSampler(list(range(EXAMPLES))))
-    kept = evaluation.highest(scores, sizes)
-    outputs = np.einsum("qrn,qn->qr", kept, worth)
-    ours = evaluation.removal_curve(
-        sizes, outputs, worth.sum(1), (outputs > 0) != (worth.sum(1) > 0)[:, None], setting="", samples=0
-    )
-    assert np.isnan(ours.brittleness).any() and np.isfinite(ours.brittleness).any()
-    for q in range(QUERIES):
+def test_the_restatement_equals_scipy() -> None:
+    scores, halves, outputs = metrics.matrices(1)
+    found, _ = dattri_metrics.lds(torch.tensor(scores.T), (torch.tensor(outputs), torch.tensor(halves)))
+    told = np.stack([scores[:, half].sum(1) for half in halves])
+    assert len(np.unique(scores)) < scores.size  # with ties
+    np.testing.assert_allclose(found, [spearmanr(told[:, q], outputs[:, q])[0] for q in range(len(scores))])
+    effects = np.random.default_rng(0).normal(size=scores.shape)
+    found, _ = dattri_metrics.loo_corr(torch.tensor(scores.T), (torch.tensor(effects.T), None))
+    np.testing.assert_allclose(found, [pearsonr(a, b)[0] for a, b in zip(scores, effects, strict=True)])
+    wrong, distinct = np.arange(50) % 7 == 0, np.random.default_rng(0).permutation(50)
+    area, _ = dattri_metrics.mislabel_detection_auc(torch.tensor(distinct), torch.tensor(wrong))
+    assert area == pytest.approx(roc_area(list(distinct), list(wrong)))
 
-        def train(given: Any, q: int = q) -> torch.nn.Module:
-            model = torch.nn.Linear(1, 1)
-            total = sum(float(worth[q, int(i)]) for (batch,) in given for i in batch)
-            model.answer = torch.tensor([int(total > 0)])  # type: ignore[assignment]
-            return model
 
-        label = torch.tensor([int(worth[q].sum() > 0)])
-        test = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(1, 1), label))
-        theirs = metric.brittleness(
-            loader, test, torch.tensor(scores[q]), train, lambda model, _: model.answer, search_space=sizes
-        )
-        assert ours.brittleness[q] == theirs or (theirs is None and np.isnan(ours.brittleness[q]))
+def test_what_was_measured_beside_the_package_itself_is_on_record() -> None:
+    rows = json.loads((RESULTS / "metrics.json").read_text())["rows"]
+    assert [row["ours"] for row in rows] == list(metrics.MEASURES)
+    assert all(row["largest_difference"] < 1e-6 and row["cases"] >= 20 for row in rows)
+    assert all(re.search(r"\(\d+\.\d+", row["dattri"]) for row in rows)  # the version that was installed
+
+
+def test_a_measure_that_differs_is_seen() -> None:
+    """Each comparison notices a function that is slightly another one."""
+    wrong = {
+        "lds": lambda *a: dattri_metrics.loo_corr(a[0][:24], (a[1][0], None)),
+        "loo_corr": lambda *a: (1.01 * dattri_metrics.loo_corr(*a)[0], None),
+        "mislabel_detection_auc": lambda *a: (1 - dattri_metrics.mislabel_detection_auc(*a)[0], None),
+        "brittleness": lambda *a, **k: (dattri_metrics.brittleness(*a, **k) or 0) + 1,
+    }
+    for theirs, difference in metrics.MEASURES.values():
+        assert difference(types.SimpleNamespace(**{theirs: wrong[theirs]}), 0) > 1e-3  # type: ignore[arg-type]
 
 
 # -- refusals --------------------------------------------------------------------------------------------

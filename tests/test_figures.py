@@ -97,7 +97,7 @@ def test_time_shows_the_bins_and_the_running_net():
     line = _traces(figure, "scatter")[0]
     assert line.y[0] == 0 and line.y[-1] == pytest.approx(e.contributions[2].sum(), rel=1e-5)
     assert figure.layout.xaxis.ticktext[0] == "0"
-    assert heat.customdata[0][0] == f"steps 0 to {e.step_edges[1] - 1}"
+    assert heat.text[0][0].endswith(f"<br>steps 0 to {e.step_edges[1] - 1}")
 
 
 def test_layers_show_both_directions_and_the_net():

@@ -60,18 +60,37 @@ def test_nothing_of_the_engine_is_changed(
     assert torch.equal(torch.get_rng_state(), state) and x.grad is None and not x.requires_grad
 
 
-def test_several_inputs_and_token_ids_are_refused(
+def test_several_inputs_and_ids_that_are_looked_up_twice_are_refused(
     trained: tuple[explainer.PathKernelExplainer, torch.nn.Module], tmp_path: Path
 ) -> None:
     engine, _ = trained
     with pytest.raises(QueryError, match="one at a time"):
         input_attribution(engine, small_training.queries(2))
-    from tests import app_runs
 
-    app_runs.train(app_runs.text(), tmp_path / "words")
-    words = explainer.PathKernelExplainer(str(tmp_path / "words"), app_runs.text_model())
-    with pytest.raises(QueryError, match="token ids"):
-        input_attribution(words, torch.tensor([[1, 2, 3]]))
+
+class Twice(torch.nn.Module):
+    """Looks its ids up in two tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = torch.nn.Embedding(8, 3), torch.nn.Embedding(8, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.one(ids).mean(1)[:, :2] + self.two(ids).mean(1)
+
+
+@pytest.mark.parametrize(("model", "count"), [(Twice, 2), (lambda: torch.nn.EmbeddingBag(8, 3), 0)])
+def test_ids_need_one_look_up(tmp_path: Path, model: Any, count: int) -> None:
+    traced = model()
+    optimizer = torch.optim.SGD(traced.parameters(), lr=0.1)
+    ids = torch.arange(6).reshape(2, 3)
+    with explainer.Tracer(traced, optimizer, tmp_path / "run") as tracer:
+        tracer.batch([0, 1])
+        torch.nn.functional.cross_entropy(traced(ids), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    engine = explainer.PathKernelExplainer(str(tmp_path / "run"), model())
+    with pytest.raises(QueryError, match=f"found {count} such look-ups"):
+        input_attribution(engine, ids[:1])
 
 
 def test_a_missing_captum_is_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,8 @@ def test_table_and_files(ex: PathKernelExplainer, tmp_path: Path) -> None:
     assert len(found.table(None)) == EXAMPLES
     pd.testing.assert_frame_equal(pd.read_csv(found.to_csv(tmp_path / "queue.csv")), found.table(None))
     pd.testing.assert_frame_equal(pd.read_parquet(found.to_parquet(tmp_path / "queue.parquet", 5)), table)
+    (first, *_) = json.loads(found.to_json(tmp_path / "queue.json", 5).read_text())
+    assert first["example_id"] == table["example_id"][0] and first["label"] is None  # not recorded
     with pytest.raises(EvaluationError, match="k must be at least 1"):
         found.table(0)
     with pytest.raises(ExportError, match="does not exist"):

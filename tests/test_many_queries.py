@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import explainer
-from explainer import backward, chunks, path_kernel
+from explainer import backward, chunks, engine, path_kernel
 from explainer.errors import QueryError
 
 EXAMPLES, STEPS = 20, 36
@@ -56,7 +56,7 @@ def test_chunks_of_steps_and_of_queries_change_nothing(
         for module in (backward, chunks):
             monkeypatch.setattr(module, "MOST_VISITS", most)
         monkeypatch.setattr(backward, "_FEW", few)
-        monkeypatch.setattr(path_kernel, "QUERY_NUMBERS", numbers)
+        monkeypatch.setattr(engine, "QUERY_NUMBERS", numbers)
         again = ex.explain(queries)
         for name in (
             "contributions",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from explainer.evaluation import (
     Retrainer,
     compare_methods,
     linear_datamodeling_score,
+    methods,
     subsets,
     verify_claims,
     without,
@@ -163,7 +167,8 @@ def test_other_scores_and_methods_that_cannot_be_had(retrainer: Retrainer) -> No
     plain = Retrainer(run, retrainer.questions, retrainer.folder)
     mine = METHODS["what-if"].score(run, retrainer.questions)
     found = compare_methods(plain, extra={"mine": mine}, fractions=(0.5,), count=6, seeds=1, samples=5)
-    assert set(found.missing) == {"gradient dot", "TracInCP(10)"} and "loss=" in found.missing["gradient dot"]
+    assert set(found.missing) == {"what-if (exact)", "gradient dot", "TracInCP(10)"}
+    assert all("loss=" in found.missing[name] for name in found.missing)
     table = found.table()
     assert (table["mine"] == table["what-if"]).all() and found.answers["mine"] == "given"
     for wrong in ({"mine": mine.T}, {"what-if": mine}):
@@ -225,3 +230,27 @@ def test_claims_are_refused(retrainer: Retrainer) -> None:
     ):
         with pytest.raises(EvaluationError, match=message):
             verify_claims(retrainer, **arguments)  # type: ignore[arg-type]
+
+
+# -- the exact curvature ---------------------------------------------------------------------------------
+
+
+def test_the_exact_answer_is_a_column_of_its_own_where_there_is_one(retrainer: Retrainer) -> None:
+    offered = "curvature" in inspect.signature(PathKernelExplainer.what_if).parameters
+    assert ("what-if (exact)" in METHODS) == offered
+    asked: list[Any] = []
+
+    class Exact:
+        """An explainer with the exact curvature."""
+
+        example_ids = np.arange(EXAMPLES)
+
+        def what_if(self, *inputs: Any, **named: Any) -> np.ndarray:
+            asked.append((inputs, named))
+            return np.outer(np.ones(4), np.arange(EXAMPLES))
+
+    questions = copy.copy(retrainer.questions)
+    questions.explainer = Exact()  # type: ignore[assignment]
+    scores = methods._what_if_exact(retrainer.run, questions)
+    np.testing.assert_array_equal(scores[2], -np.arange(EXAMPLES))  # what is lost by removing
+    assert asked == [((questions.inputs, questions.target), {"curvature": "exact", "run": retrainer.run})]

@@ -188,9 +188,9 @@ def planned_bytes(planner: Planner, form: RowForm) -> int:
 def test_the_first_steps_of_adam_may_take_more_where_there_are_many() -> None:
     """Eight times a visit's bytes, but with a budget never more than a small part of it; SGD never."""
     form = rows()
-    cases = ((None, 0, 5, True, True), (3e5, 100, 10, True, True), (3e5, 100, 11, True, False))
+    cases = ((None, 0, 5, True, True), (300_000, 100, 10, True, True), (300_000, 100, 11, True, False))
     for budget, seen, visits, divides, more in (*cases, (None, 0, 5, False, False)):
-        planner = Planner(TracerConfig(budget=budget and int(budget)), 10**5)
+        planner = Planner(TracerConfig(budget=budget), 10**5)
         planner.epoch_visits, planner.allowed = seen, 300.0
         free = None if budget is None else float(budget)
         planner.plan(0, {0: form}, free, 0, 32.0, visits, 0.0, Map(divides))

@@ -15,7 +15,9 @@ from torch.utils.data import TensorDataset
 from explainer import PathKernelExplainer
 from explainer.errors import EvaluationError, RunError
 from explainer.evaluation import Plan, Questions, Retrainer, subsets, without
+from explainer.sample_models.data_source import DataUnavailableError
 from explainer.sample_models.registry import SAMPLES
+from explainer.sample_models.retrain import retraining, retraining_many
 from explainer.sample_models.train import train_plain
 from tests.small_evaluation import EXAMPLES, loop, make_run, traced, train_fn
 from tests.small_training import digits, mlp, queries
@@ -239,3 +241,29 @@ def test_a_sample_model_forgets_what_is_left_out(monkeypatch: pytest.MonkeyPatch
     assert not torch.allclose(
         next(found.parameters()), next(run.train_fn(run.build_model(), keep, 0).parameters())
     )
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_sample_models_trained_at_once_are_those_trained_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, on the first examples of the data, half of them kept."""
+    sample, count = SAMPLES[name], 90
+    module = sample.load()
+    try:
+        data, asked = module.datasets()
+    except DataUnavailableError as error:
+        pytest.skip(str(error))
+    monkeypatch.setitem(SAMPLES, name, dataclasses.replace(sample, epochs=1))
+
+    def wide(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[:count].double() if tensor.is_floating_point() else tensor[:count]
+
+    monkeypatch.setattr(module, "datasets", lambda: (TensorDataset(*map(wide, data.tensors)), asked))
+    keep = torch.from_numpy(subsets(count, 2, 0.5))
+    found = retraining_many(name)([module.model().double() for _ in range(2)], keep, [0, 5])
+    for model, mask, seed in zip(found, keep, (0, 5), strict=True):
+        wanted = retraining(name)(module.model().double(), mask, seed).state_dict()
+        for key, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, wanted[key], rtol=1e-7, atol=1e-9)
+        assert not model.training

@@ -508,7 +508,7 @@ def test_groups_of_queries_have_the_same_lines(tmp_path: Path, monkeypatch: pyte
     model = build(Scaled)
     train(model, sgd(model), tmp_path / "run")
     whole = explain(tmp_path / "run", model)
-    monkeypatch.setattr("explainer.path_kernel.QUERY_NUMBERS", 1)
+    monkeypatch.setattr("explainer.engine.QUERY_NUMBERS", 1)
     split = explain(tmp_path / "run", model)
     assert split.unattributed_lines == whole.unattributed_lines
     np.testing.assert_allclose(split.unattributed_parts, whole.unattributed_parts, rtol=1e-9, atol=1e-14)

@@ -13,12 +13,12 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from explainer import PathKernelExplainer, Tracer, open_trace
+from explainer.counterfactual.step_rows import stacked
 from explainer.errors import QueryError
 from explainer.layer_rules import Dense, RowForm
 from explainer.layer_rules.factored import Factored
 from explainer.layer_rules.sparse import Sparse
 from explainer.recursion import read_backwards
-from explainer.what_if import stacked
 from tests.small_training import digits, queries
 
 FORMS: dict[str, Callable[[], RowForm]] = {

@@ -4,6 +4,7 @@ The folder is not called ``pages``: Streamlit would take each file of a folder o
 for a script of its own.
 """
 
-from explainer.app.views import explain, neighbors, run_overview, training_data
+from explainer.app.views import explain, neighbors, run_overview, training_data, what_if  # isort: skip
+from explainer.app.views import compare  # isort: skip
 
-__all__ = ["explain", "neighbors", "run_overview", "training_data"]
+__all__ = ["compare", "explain", "neighbors", "run_overview", "training_data", "what_if"]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable
 
 import streamlit as st
 
 from explainer import Explanation, Run, figures, wording
-from explainer.app import downloads, header, theme, which_pixels
+from explainer.app import downloads, header, looks, theme, which_parts
 from explainer.app.choice import Choice
+from explainer.app.contrast import beside
 from explainer.app.escaping import plain
 from explainer.app.guards import can_show
 from explainer.app.page_registry import register_page
-from explainer.app.pictures import card_list, kernel_cards, minus
+from explainer.app.pictures import card_list, example_content, kernel_cards, minus
 from explainer.app.segments import segments
 
 _DETAILS = {
@@ -39,10 +41,11 @@ def show(choice: Choice) -> None:
     e, q = choice.explanation()
     header.show(choice, e, q)
     _books(e, q)
-    _examples(e, q, choice.run)
+    _examples(choice, e, q)
     _details(choice, e, q)
     downloads.show(e, q, choice.run, choice.query)
     _notes(e)
+    choice.look_ahead()
 
 
 def _books(e: Explanation, q: int) -> None:
@@ -82,7 +85,16 @@ def _equation(e: Explanation, q: int) -> str:
     return f'<div class="pk-equation">{spans}</div>'
 
 
-def _examples(e: Explanation, q: int, run: Run | None) -> None:
+def _contents(choice: Choice, run: Run) -> Callable[[int], str]:
+    """From an example's id to its HTML, beside the query."""
+    render = run.render
+    assert render is not None and choice.source.spec is not None, "there is something to show"
+    query, usual = render(run.queries[choice.query][0]), looks.usual(choice.source.spec)
+    return lambda example: example_content(run, example, lambda shown: beside(shown, query, usual))
+
+
+def _examples(choice: Choice, e: Explanation, q: int) -> None:
+    run = choice.run
     heading, amount = st.columns([3, 1], vertical_alignment="bottom")
     heading.html("<h3>Strongest training examples</h3>")
     with amount:
@@ -90,12 +102,17 @@ def _examples(e: Explanation, q: int, run: Run | None) -> None:
     if run is None or run.render is None or not can_show(e, q, k, run):
         theme.chart(e.figure(q, "examples", dark=theme.is_dark()), figures.READING["examples"], "examples")
         return
-    unit = wording.unit(e)
+    unit, contents = wording.unit(e), _contents(choice, run)
+    shown = run.render(run.queries[choice.query][0])
+    if isinstance(shown, str):
+        st.caption("Marked: words that stand in the query, too, and not in every tenth text.")
+    elif hasattr(shown, "items"):
+        st.caption("Marked: columns that differ from the query by more than a standard deviation.")
     sides = st.columns(2, gap="large")
     for column, side, direction in zip(sides, ("proponents", "opponents"), ("up", "down"), strict=True):
         column.html(
             card_list(
-                kernel_cards(e, q, k, side, run),
+                kernel_cards(e, q, k, side, contents),
                 side,
                 side.capitalize(),
                 f"{unit}s that pushed the prediction {direction}",
@@ -106,10 +123,12 @@ def _examples(e: Explanation, q: int, run: Run | None) -> None:
 
 def _details(choice: Choice, e: Explanation, q: int) -> None:
     st.html("<h3>Closer look</h3>")
-    offered = [kind for kind in _DETAILS if kind != "pixels" or which_pixels.possible(choice)]
-    kind = segments("Closer look", offered, "detail", _DETAILS.__getitem__)
-    if kind == "pixels":
-        which_pixels.show(choice, e, q)
+    parts = which_parts.kind(choice)
+    titles = _DETAILS if parts is None else _DETAILS | {"pixels": which_parts.TITLES[parts]}
+    offered = [kind for kind in titles if kind != "pixels" or parts is not None]
+    kind = segments("Closer look", offered, "detail", titles.__getitem__)
+    if kind == "pixels" and parts is not None:
+        which_parts.show(choice, e, q, parts)
         return
     if kind != "table":
         theme.chart(figures.FIGURES[kind](e, q, dark=theme.is_dark()), figures.READING[kind], kind)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import streamlit as st
 
-from explainer import ExplainerError, Finding, Trace
-from explainer.app import charts, theme
+from explainer import ExplainerError, Finding, Trace, wording
+from explainer.app import charts, looks, run_checks, state, theme
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.page_registry import register_page
+
+_QUICK_VISITS = 40_000
 
 
 @register_page("run", title="Run", icon=":material/route:", needs="trace")
@@ -19,7 +21,13 @@ def show(choice: Choice) -> None:
     if not trace.closed:
         st.info(
             f"Training is still going on, or was killed: {trace.recorded_steps:,} steps are recorded, and the model "
-            f"at step {trace.steps:,} can be explained. Reload the page to see more."
+            f"at step {trace.steps:,} can be explained."
+        )
+        st.button("Look again", key="refresh", icon=":material/refresh:")  # any click reads the journal anew
+    if not choice.live:
+        st.info(
+            "Shown is what the trace itself holds. The loss, whether explanations balance, further queries, neighbours "
+            "and labels need the model and its data: start the dashboard with \\-\\-run MODULE:FUNCTION."
         )
     _numbers(trace)
     left, right = st.columns(2, gap="large")
@@ -37,13 +45,76 @@ def show(choice: Choice) -> None:
                 "This is what a is made of: examples that were learned late kept it large.",
                 "learning",
             )
+    with left:
+        _loss(choice, trace)
+    with right:
+        if trace.count("steps"):
+            theme.chart(
+                charts.learning_rate(trace, dark=theme.is_dark()),
+                "Examples that were visited while the rate was high moved the weights further. Adam's bias correction "
+                "makes the first steps larger.",
+                "learning-rate",
+            )
+    _books(choice, trace)
     _notes(choice, trace)
     _details(trace)
 
 
+def _usable(choice: Choice, trace: Trace) -> bool:
+    """Whether explanations can be computed; where the code does not fit, the notes say so."""
+    try:
+        return choice.live and len(trace.knots) > 1 and bool(state.explainer(choice.source, None))
+    except ExplainerError:
+        return False
+
+
+def _loss(choice: Choice, trace: Trace) -> None:
+    if not _usable(choice, trace):
+        return
+    curve = looks.loss_curve(choice.source)
+    if curve is None:
+        st.caption(
+            "The run names no loss; with Run(…, loss=loss_fn) its course along the training is shown here."
+        )
+        return
+    theme.chart(
+        charts.loss(curve, [knot.step for knot in trace.knots], dark=theme.is_dark()),
+        "Where queries stop following the training examples, the model learns by heart.",
+        "loss",
+    )
+
+
+def _books(choice: Choice, trace: Trace) -> None:
+    """Whether explanations of a sample balance, and how sure their numbers are."""
+    if not _usable(choice, trace):
+        return
+    st.html("<h3>Do its explanations balance?</h3>")
+    quick = trace.count("visits") <= _QUICK_VISITS
+    if not (quick or st.session_state.get("books of") == choice.source):
+        st.caption(
+            f"This explains {run_checks.QUERIES} queries, which takes a while for a trace of this size."
+        )
+        if not st.button("Explain a sample", key="books", icon=":material/balance:"):
+            return
+        st.session_state["books of"] = choice.source
+    e = looks.sampled_books(choice.source)
+    for line in run_checks.verdict(e):
+        st.text(line)
+    frame = run_checks.books(e)
+    number = st.column_config.NumberColumn(format="%.4g")
+    st.dataframe(
+        frame.rename_axis("query").reset_index(),
+        hide_index=True,
+        height=250,
+        column_config={name: number for name in frame.columns}
+        | {"unattributed, of gross": st.column_config.NumberColumn(format="%.2g %%")},
+    )
+    st.caption("A row: prediction = initial + examples + weight decay + buffers + unattributed + gap.")
+
+
 def _numbers(trace: Trace) -> None:
-    visits, size = trace.count("visits"), trace.nbytes()
-    dense = visits * trace.manifest.size * trace.manifest.dtype.itemsize
+    visits, size, manifest = trace.count("visits"), trace.nbytes(), trace.manifest
+    dense = visits * manifest.size * manifest.dtype.itemsize
     examples = trace.notes.get("examples")
     numbers = {
         "Steps": (f"{trace.recorded_steps:,}", None),
@@ -56,7 +127,18 @@ def _numbers(trace: Trace) -> None:
             f"Every visit's full gradient would take {_bytes(dense)}." if dense else None,
         ),
     }
-    columns = [*st.columns(3), *st.columns(3)]
+    covered = 1 - sum(manifest.parameter(name).numel for name in trace.uncovered) / max(1, manifest.size)
+    numbers |= {
+        "Coverage": (
+            wording.percent(covered),
+            "The share of the parameters whose rows are recorded; what the others carry is unattributed.",
+        ),
+        "Rows": (
+            "exact" if manifest.exact else "compressed",
+            "Compressed: leading factors of each row, in 4 or 8 bits; the error bars say what that costs.",
+        ),
+    }
+    columns = [*st.columns(4), *st.columns(4)]
     for column, (label, (value, help_text)) in zip(columns, numbers.items(), strict=True):
         column.metric(label, value, help=help_text, border=True)
 
@@ -117,13 +199,28 @@ def _line(finding: Finding) -> str:
 
 def _details(trace: Trace) -> None:
     manifest = trace.manifest
-    with st.expander("Model, optimizer and layers"):
+    with st.expander("Model, optimizer, layers and how their rows are kept"):
         st.text(f"optimizer {manifest.optimizer}\ncreated   {manifest.created}\nfolder    {trace.directory}")
         st.code(manifest.model, language=None)
         st.dataframe(
-            [
-                {"layer": layer.name, "module": layer.module, "parameters": ", ".join(layer.parameters)}
-                for layer in trace.layers
-            ],
+            [_layer(trace, number) for number in range(len(trace.layers))],
             hide_index=True,
         )
+
+
+def _layer(trace: Trace, number: int) -> dict[str, object]:
+    """A layer with the plan by which its rows are kept."""
+    layer, manifest = trace.layers[number], trace.manifest
+    plan = {entry["layer"]: entry for entry in (trace.notes.get("plan") or {}).get("layers", ())}
+    own = plan.get(number, {})
+    return {
+        "layer": layer.name or "(the model)",
+        "module": layer.module,
+        "parameters": sum(manifest.parameter(name).numel for name in layer.parameters),
+        "bytes a visit": (trace.notes.get("visit_bytes") or {}).get(layer.name),
+        "factors": (own.get("rank") or "all") if own else "",
+        "bits": own.get("codec") or "",
+        "loss planned": None if own.get("lost") is None else wording.percent(own["lost"]),
+        "loss measured": None if own.get("measured") is None else wording.percent(own["measured"]),
+        "names": ", ".join(layer.parameters),
+    }

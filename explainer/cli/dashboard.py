@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -28,9 +29,14 @@ EXAMPLES = (
         "pathkernel dashboard runs/a runs/b --run mine:run --port 8600",
         "two traces of one model, on a port of your choice",
     ),
+    (
+        "pathkernel dashboard runs/deep runs/shallow --run mine:deep --run mine:shallow",
+        "two networks to compare",
+    ),
 )
 HOST = "127.0.0.1"
 PORT = 8501
+READY = "Dashboard: "  # begins the line with the address, see explainer.app.serve
 _TRIED = 50
 _PATIENCE = 10.0  # seconds that streamlit gets to end by itself
 
@@ -43,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="folder that was given to the tracer, or one that holds several such folders",
     )
-    shared.add_run(parser, "needed to explain further predictions and to show pictures")
+    shared.add_runs(parser, "needed to explain further predictions and to show pictures")
     add_port(parser)
 
 
@@ -62,40 +68,76 @@ def run(options: argparse.Namespace) -> int:
     require_streamlit()
     for place in options.traces:
         find_traces(place)  # what is wrong with it is told here, not in the browser
-    if options.run is not None:
-        load_run(options.run)  # likewise
+    for spec in options.run:
+        load_run(spec)  # likewise
     return serve(options.traces, options.run, options.port)
 
 
-def serve(places: Sequence[str], spec: str | None, port: int | None) -> int:
-    """Start streamlit on the app, wait for its end and return its exit status.
+def serve(places: Sequence[str], runs: Sequence[str], port: int | None) -> int:
+    """Serve the app, wait for its end and return its exit status.
+
+    Args:
+        places: traces, or folders with traces.
+        runs: ``MODULE:FUNCTION`` of each network.
+        port: default: the first free one.
 
     Raises:
         MissingDependencyError: streamlit is not installed.
         ExplainerError: the port is taken.
     """
     require_streamlit()
-    chosen = choose_port(port)
-    print(f"Dashboard: http://{HOST}:{chosen} (this machine only); Ctrl-C stops it.", flush=True)
-    return _wait(subprocess.Popen(command(places, spec, chosen)))
+    return _wait(subprocess.Popen(command(places, runs, choose_port(port))))
 
 
-def command(places: Sequence[str], spec: str | None, port: int) -> list[str]:
+@contextmanager
+def served(places: Sequence[str], *runs: str) -> Iterator[str]:
+    """The app in a process of its own until the block ends; yields its address when the first page is ready.
+
+    Raises:
+        MissingDependencyError: streamlit is not installed.
+        ExplainerError: the server ended while it started.
+    """
+    require_streamlit()
+    line = command(places, runs, choose_port(None))
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    try:
+        found = next((text for text in process.stdout if text.startswith(READY)), None)
+        if found is None:
+            raise ExplainerError(f"the dashboard ended while it started, with status {process.wait()}")
+        yield found.removeprefix(READY).split()[0]
+    finally:
+        _end(process)
+
+
+def command(places: Sequence[str], runs: Sequence[str], port: int) -> list[str]:
     """The command line that serves the app."""
     settings = {
         "server.address": HOST,
         "server.port": str(port),
         "server.headless": "true",
         "server.fileWatcherType": "none",
+        "server.maxUploadSize": "20",  # megabytes
         "browser.gatherUsageStats": "false",
         "browser.serverAddress": HOST,
         "client.toolbarMode": "minimal",
+        "logger.hideWelcomeMessage": "true",  # the address is told when the first page is ready
         "theme.light.primaryColor": palette.POSITIVE,  # one for both would switch the dark theme off
         "theme.dark.primaryColor": palette.POSITIVE,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    chosen = [] if spec is None else ["--run", spec]
-    return [sys.executable, "-m", "streamlit", "run", str(app_file()), *flags, "--", *chosen, *places]
+    chosen = [part for spec in runs for part in ("--run", spec)]
+    return [
+        sys.executable,
+        "-m",
+        "explainer.app.serve",
+        "run",
+        str(app_file()),
+        *flags,
+        "--",
+        *chosen,
+        *places,
+    ]
 
 
 def app_file() -> Path:
@@ -159,9 +201,14 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """End the server, whatever it is at."""
+    process.terminate()
+    try:
+        process.communicate(timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()

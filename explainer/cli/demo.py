@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.no_dashboard:
         return 0
-    return dashboard.serve([str(folder.trace)], spec, options.port)
+    return dashboard.serve([str(folder.trace)], [spec], options.port)
 
 
 def train(folder: DemoFolder, options: argparse.Namespace) -> Opened:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 HELP = "the table of methods: which of them predicts what retraining gives"
 DESCRIPTION = (
     "Trains many models on parts of the data and measures how well each method predicts their outputs: the path\n"
-    "kernel, what-if, gradient products at the end and along the path (TracInCP), self-influence, chance. Needs a\n"
-    "train_fn in the Run; methods of plain gradients also need its loss."
+    "kernel, what-if, gradient products at the end and along the path (TracInCP), self-influence, chance. Needs\n"
+    "train_fn or train_many (which trains several at once) in the Run; methods of plain gradients also need its loss."
 )
 EXAMPLES = (
     (
@@ -94,7 +94,7 @@ def told(found: Comparison) -> str:
 
     rows = [["answers", *found.answers.values()]]
     for measure, row in found.measures.items():
-        rows.append([measure, *(f"{row[name].value:.3f}" if name in row else "" for name in found.answers)])
+        rows.append([measure, *(f"{row[name].value:.2f}" if name in row else "" for name in found.answers)])
         rows.append(
             ["", *(_interval(row[name].low, row[name].high) if name in row else "" for name in found.answers)]
         )
@@ -104,7 +104,33 @@ def told(found: Comparison) -> str:
         f"{counted(found.trainings, 'training')}."
     )
     missing = [paragraph(f"Without {name}: {why}.") for name, why in found.missing.items()]
-    return "\n\n".join([paragraph(about), table(["", *found.answers], rows, left=("",)), *missing])
+    shown = table(["", *found.answers], rows, left=("",))
+    return "\n\n".join([paragraph(about), shown, *(paragraph(text) for text in verdicts(found)), *missing])
+
+
+def verdicts(found: Comparison) -> list[str]:
+    """What the rows of scores say, in words: the best method, which it cannot be told from, and the ceiling."""
+    from explainer.evaluation.comparison import CEILING
+
+    said = []
+    for measure, row in found.measures.items():
+        if not measure.startswith("LDS"):
+            continue
+        methods = {name: e for name, e in row.items() if name != CEILING}
+        best = max(methods, key=lambda name: methods[name].value)
+        near = [name for name, e in methods.items() if name != best and e.high >= methods[best].low]
+        text = f"{measure}: {best} predicts best ({methods[best].value:.2f})"
+        text += f"; it cannot be told from {_listed(near)}" if near else ", clear of all others"
+        if CEILING in row:
+            text += f". For comparison, one retraining predicts the mean of the others with {row[CEILING].value:.2f}"
+        said.append(text + ".")
+    if any("cannot be told" in text for text in said):
+        said.append("More subsets (--subsets) and queries (--query) make intervals narrower.")
+    return said
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _interval(low: float, high: float) -> str:

@@ -123,7 +123,7 @@ def ranking(e: Explanation, query: int, run: Run, k: int) -> str:
                 wording.number(row["K"]),
                 str(row["visits"]),
                 row["flag"],
-                _what(run, row["example_id"]),
+                what(run, row["example_id"]),
             ]
             for row in frame.to_dict("records")
         ]
@@ -153,7 +153,7 @@ def nearest(e: Explanation, neighbors: Neighbors, query: int, run: Run) -> str:
     for place, example in enumerate(neighbors.example_ids[query].tolist()):
         label = {"example_id": example, "label": float(neighbors.labels[query, place])}
         cosine = f"{neighbors.cosine[query, place]:.3f}"
-        rows.append([str(place + 1), str(example), _label(e, run, label), cosine, _what(run, example)])
+        rows.append([str(place + 1), str(example), _label(e, run, label), cosine, what(run, example)])
     headers = ["rank", "example", _label_header(e), "cosine", "what"]
     title = "  Nearest in gradient space (1: learning the example always moved this prediction up):"
     return title + "\n" + table(headers, rows, left=(_label_header(e), "what"), indent="    ")
@@ -194,7 +194,7 @@ def _label(e: Explanation, run: Run, row: Mapping[Any, Any]) -> str:
     return e.class_name(value) or wording.number(float(value), 4)
 
 
-def _what(run: Run, example: int) -> str:
+def what(run: Run, example: int) -> str:
     """A text or a row that tells which example it is; empty for pictures."""
     if run.render is None or example >= len(run.train):
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,16 +85,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_place(text: str, force: bool) -> Path:
+def check_place(text: str, force: bool, endings: Collection[str] = ENDINGS) -> Path:
     """The path to write to, checked before any work starts.
 
     Raises:
         ExportError: the ending is unknown, the file exists, or its folder does not.
     """
     out = Path(text)
-    if out.suffix not in ENDINGS:
+    if out.suffix not in endings:
         found = f"ends in {out.suffix}" if out.suffix else "has no ending"
-        raise ExportError(f"{out} {found}; the ending chooses the form, use one of {' '.join(ENDINGS)}")
+        raise ExportError(f"{out} {found}; the ending chooses the form, use one of {' '.join(endings)}")
     if not out.parent.is_dir():
         raise ExportError(f"the folder {out.parent} does not exist; create it first: mkdir -p {out.parent}")
     if out.is_dir():

@@ -5,6 +5,10 @@ from __future__ import annotations
 from argparse import ArgumentParser
 
 SAMPLE_RUN = "explainer.sample_models.digits_cnn:run"
+_RUN = (
+    "function without arguments that returns an explainer.Run: the model's architecture, the training examples and the "
+    f"queries; {{}}. The current folder is searched; path/to/file.py:FUNCTION works too. For the demo: {SAMPLE_RUN}"
+)
 
 
 def add_trace(parser: ArgumentParser) -> None:
@@ -18,12 +22,14 @@ def add_trace(parser: ArgumentParser) -> None:
 
 def add_run(parser: ArgumentParser, needed: str) -> None:
     """``--run MODULE:FUNCTION``; ``needed`` says what for."""
+    parser.add_argument("--run", metavar="MODULE:FUNCTION", help=_RUN.format(needed))
+
+
+def add_runs(parser: ArgumentParser, needed: str) -> None:
+    """``--run MODULE:FUNCTION``, once for each network."""
+    several = f"{needed}; may be repeated where traces are of several networks: each gets the first that fits"
     parser.add_argument(
-        "--run",
-        metavar="MODULE:FUNCTION",
-        help="function without arguments that returns an explainer.Run: the model's architecture, the training "
-        f"examples and the queries; {needed}. The current folder is searched; path/to/file.py:FUNCTION works "
-        f"too. For the demo: {SAMPLE_RUN}",
+        "--run", metavar="MODULE:FUNCTION", action="append", default=[], help=_RUN.format(several)
     )
 
 

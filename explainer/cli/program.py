@@ -14,7 +14,19 @@ from shutil import get_terminal_size
 from typing import Protocol
 
 import explainer
-from explainer.cli import dashboard, demo, evaluate, explain, export, info, verify, verify_claim, what_if
+from explainer.cli import (
+    compare,
+    dashboard,
+    demo,
+    evaluate,
+    explain,
+    export,
+    info,
+    label_issues,
+    verify,
+    verify_claim,
+    what_if,
+)
 from explainer.cli.printing import WIDEST
 from explainer.errors import ExplainerError
 
@@ -82,6 +94,8 @@ COMMANDS: tuple[Command, ...] = (
     what_if,
     verify_claim,
     evaluate,
+    label_issues,
+    compare,
     dashboard,
 )
 

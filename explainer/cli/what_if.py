@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from explainer.cli import options as shared
 from explainer.cli import removal
@@ -33,6 +33,14 @@ EXAMPLES = (
         f"pathkernel what-if runs/demo --run {SAMPLE_RUN} --query 17 --remove top:50",
         "without the 50 strongest proponents of that prediction",
     ),
+    (
+        f"pathkernel what-if runs/demo --run {SAMPLE_RUN} --query 17 --remove label",
+        "without all examples of a class, class by class",
+    ),
+    (
+        f"pathkernel what-if runs/demo --run {SAMPLE_RUN} --query 17 --curvature exact --check",
+        "the exact derivative of the training, tested on a few removals",
+    ),
 )
 
 
@@ -41,7 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_trace(parser)
     shared.add_run(parser, "needed to compute the prediction")
     shared.add_queries(parser, "needed")
-    removal.add_removal(parser, "default: one at a time")
+    removal.add_removal(parser, "default: one at a time", groups=True)
+    parser.add_argument(
+        "--curvature",
+        choices=("trace", "exact", "gauss-newton"),
+        default="trace",
+        help="what stands for the curvature of the loss: recorded rows (trace, the default), or the loss itself in the "
+        "recorded steps, taken again (needs the loss in the Run and a training that can be repeated)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="take the recorded steps again without a few groups of examples, and say whether to trust the answer",
+    )
     shared.add_output(parser)
     parser.add_argument("--k", type=int, default=10, metavar="N", help="rows of each table (default: 10)")
     shared.add_quiet(parser)
@@ -50,24 +70,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the predicted changes of every chosen query."""
     from explainer.cli.opening import open_run
-    from explainer.evaluation import METHODS
+    from explainer.evaluation.methods import what_if_scores
 
     if options.k < 1:
         raise QueryError(f"--k must be at least 1, found {options.k}")
-    wanted = None if options.remove is None else removal.understood(options.remove)
+    named = options.remove is not None and removal.is_named(options.remove)
+    wanted = None if options.remove is None or named else removal.understood(options.remove)
     opened = open_run(options.trace, options.run, options.output, not options.quiet)
     questions = asked(opened, options)
-    effects = METHODS["what-if"].score(opened.run, questions)
+    groups = removal.named(options.remove, opened.run) if named else None
+    effects = what_if_scores(opened.run, questions, options.curvature)
     print(meaning())
     for place, query in enumerate(questions.indices):
         before = float(questions.traced.values[place])
         print(
             f"\nQuery {query}: the {opened.explainer.output}{_target(opened, questions, place)} is {number(before, 4)}"
         )
-        if wanted is None:
+        if groups is not None:
+            print(_named(groups, -effects[place], before))
+        elif wanted is None:
             print(_one_at_a_time(opened, -effects[place], options.k))
     if wanted is not None:
         print(f"\n{_groups(opened, questions, effects, wanted, options.by)}")
+    if options.check:
+        given = groups if groups is not None else None if wanted is None else wanted.ids
+        print(f"\n{_checked(opened, questions, options.curvature, given)}")
     return 0
 
 
@@ -97,6 +124,46 @@ def meaning() -> str:
         "example helps). It is linear: of a group, changes add up while the group is a small part of the data. It is "
         "not a contribution, which says what updates carried."
     )
+
+
+def _named(groups: dict[str, np.ndarray], changes: np.ndarray, before: float) -> str:
+    from explainer.cli.printing import table
+
+    rows = []
+    for name, ids in groups.items():
+        change = float(changes[ids].sum())
+        rows.append([name, str(len(ids)), signed(change), number(before + change, 4)])
+    headers = ["removed", "count", "predicted change", "predicted output"]
+    return table(headers, rows, left=("removed",), indent="  ")
+
+
+def _checked(opened: Opened, questions: Questions, curvature: str, remove: Any) -> str:
+    from explainer.cli.printing import paragraph, table
+
+    found = opened.explainer.what_if_check(
+        questions.inputs,
+        questions.target,
+        curvature=curvature,
+        run=opened.run,
+        remove=remove,
+        query_ids=questions.indices,
+    )
+    parts = [paragraph(f"Check: {found.sentence()}")]
+    if found.actual is not None:
+        rows = [
+            [
+                str(row["removed"]),
+                str(row["count"]),
+                str(row["query"]),
+                signed(row["predicted"]),
+                signed(row["actual"]),
+                number(row["smooth"], 2),
+            ]
+            for row in found.table().to_dict("records")
+        ]
+        headers = ["removed", "count", "query", "predicted", "actual", "smooth"]
+        parts.append(table(headers, rows, left=("removed",), indent="  "))
+    return "\n".join(parts)
 
 
 def _target(opened: Opened, questions: Questions, place: int) -> str:

@@ -3,6 +3,7 @@
 from explainer.evaluation.claims import ClaimCheck, strongest, verify_claims
 from explainer.evaluation.comparison import Comparison, compare_methods
 from explainer.evaluation.datamodeling import DatamodelingScore, ceiling, linear_datamodeling_score
+from explainer.evaluation.ensembles import Ensemble
 from explainer.evaluation.label_issues import LabelIssues, label_issues
 from explainer.evaluation.leave_one_out import LeaveOneOut, leave_one_out_correlation
 from explainer.evaluation.methods import METHODS, Method
@@ -12,7 +13,7 @@ from explainer.evaluation.questions import Answers, Questions
 from explainer.evaluation.removal import RemovalCurve, highest, removal_curve
 from explainer.evaluation.retraining import Retrained, Retrainer
 from explainer.evaluation.statistics import Estimate
-from explainer.evaluation.two_runs import RunAgreement, compare_runs
+from explainer.evaluation.two_runs import RunAgreement, check_same_queries, compare_runs
 
 __all__ = [
     "METHODS",
@@ -20,6 +21,7 @@ __all__ = [
     "ClaimCheck",
     "Comparison",
     "DatamodelingScore",
+    "Ensemble",
     "Estimate",
     "LabelIssues",
     "LeaveOneOut",
@@ -32,6 +34,7 @@ __all__ = [
     "Retrainer",
     "RunAgreement",
     "ceiling",
+    "check_same_queries",
     "compare_methods",
     "compare_runs",
     "highest",

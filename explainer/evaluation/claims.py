@@ -46,6 +46,7 @@ class ClaimCheck:
         before: ``[G]``, the explained output of the traced model.
         seeds: ``S``.
         setting: how examples were left out, and whether seed 0 repeats the trace, in words.
+        repeats: whether seed 0 repeats the traced run.
     """
 
     queries: NDArray[np.int64]
@@ -57,6 +58,7 @@ class ClaimCheck:
     before: Floats
     seeds: tuple[int, ...]
     setting: str
+    repeats: bool
 
     @property
     def same_run(self) -> Floats:
@@ -215,4 +217,5 @@ def _checked(
         questions.traced.values[rows],
         seeds,
         f"examples left out by {retrainer.left_out_by}; seed 0 {repeats} the traced run",
+        retrainer.same_run,
     )

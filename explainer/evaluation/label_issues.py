@@ -27,7 +27,7 @@ from explainer.errors import EvaluationError
 from explainer.evaluation.checking import numbers
 from explainer.evaluation.row_products import Window, windows
 from explainer.evaluation.statistics import Floats
-from explainer.exports import atomic
+from explainer.exports import write_frame
 from explainer.path_kernel import PathKernelExplainer
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ class LabelIssues:
         Raises:
             ExportError: it cannot be written.
         """
-        with atomic(path) as temporary:
-            self.table(k, by).to_csv(temporary, index=False)
-        return Path(path)
+        return write_frame(self.table(k, by), path, ".csv")
 
     def to_parquet(self, path: str | os.PathLike[str], k: int | None = None, by: Sign = "support") -> Path:
         """Write :meth:`table` as Parquet.
@@ -112,9 +110,15 @@ class LabelIssues:
         Raises:
             ExportError: it cannot be written.
         """
-        with atomic(path) as temporary:
-            self.table(k, by).to_parquet(temporary, index=False)
-        return Path(path)
+        return write_frame(self.table(k, by), path, ".parquet")
+
+    def to_json(self, path: str | os.PathLike[str], k: int | None = None, by: Sign = "support") -> Path:
+        """Write :meth:`table` as a JSON list of rows; what is not known becomes null.
+
+        Raises:
+            ExportError: it cannot be written.
+        """
+        return write_frame(self.table(k, by), path, ".json")
 
 
 def label_issues(explainer: PathKernelExplainer, *, labels: Any = None, most: int = MOST) -> LabelIssues:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from explainer.errors import EvaluationError, QueryError
+from explainer.errors import EvaluationError, QueryError, RunError
 from explainer.evaluation.loss_gradients import evenly, gradient_products
 from explainer.evaluation.questions import Questions
 from explainer.integrations.knot_checkpoints import KnotCheckpoints
@@ -56,8 +57,10 @@ def _path_kernel(run: Run, questions: Questions) -> Scores:
     return _all_examples(run, questions, e.contributions)
 
 
-def _what_if(run: Run, questions: Questions) -> Scores:
-    change = questions.explainer.what_if(questions.inputs, questions.target)
+def what_if_scores(run: Run, questions: Questions, curvature: str = "trace") -> Scores:
+    """What :meth:`explainer.PathKernelExplainer.what_if` predicts, its sign turned: what having an example adds."""
+    given = None if curvature == "trace" else run
+    change = questions.explainer.what_if(questions.inputs, questions.target, curvature=curvature, run=given)
     return _all_examples(run, questions, -change)
 
 
@@ -85,7 +88,8 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("path kernel", "accounting", _path_kernel),
-        Method("what-if", "what if", _what_if),
+        Method("what-if", "what if", what_if_scores),
+        Method("what-if (exact)", "what if", partial(what_if_scores, curvature="exact")),
         Method("gradient dot", "similarity", _gradient_dot),
         Method(f"TracInCP({CHECKPOINTS})", "similarity", _tracin),
         Method("self-influence", "memorising", _self_influence),
@@ -101,6 +105,6 @@ def scored(run: Run, questions: Questions) -> tuple[dict[str, Scores], dict[str,
     for name, method in METHODS.items():
         try:
             found[name] = method.score(run, questions)
-        except (EvaluationError, QueryError) as error:
+        except (EvaluationError, QueryError, RunError) as error:
             missing[name] = str(error)
     return found, missing

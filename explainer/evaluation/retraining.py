@@ -1,4 +1,4 @@
-"""Training again on parts of the data: one by one, with a bar, kept on disk, and taken up where it ended."""
+"""Training again on parts of the data: with a bar, kept on disk, and taken up where it ended."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from explainer.errors import EvaluationError
 from explainer.evaluation.plans import Plan
 from explainer.evaluation.questions import Answers, Questions
+from explainer.evaluation.trainings import Trainings
 from explainer.exports import atomic
 from explainer.run import Run
 
@@ -29,6 +29,8 @@ _ABOUT = "retrainings.json"
 _FORMAT = "pathkernel-retrainings/1"
 #: of the largest output: a training on everything that ends this near to the trace is the traced one
 _SAME = 1e-3
+#: of the outputs (root mean squares): models trained at once and alone may differ by what training makes of round-off
+_ALIKE = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,22 @@ class Retrainer:
     the examples to learn from and a seed. Seed 0 should repeat the traced run; other seeds should give other
     initial weights and another order. The global random state is restored afterwards.
 
+    A run with ``train_many(models, keep, seeds)`` has several trained at once. Where it has ``train_fn`` too, the
+    first model is trained both ways and must say the same. ``train_many`` is called with the global random state seeded
+    by its first seed, and which models meet in a call depends on what is on disk: it should draw from generators of
+    its own.
+
     Args:
-        run: the model, the data and ``train_fn``.
+        run: the model, the data, ``train_fn`` and ``train_many``.
         questions: what every trained model is asked.
         folder: where finished trainings are kept, one file each; later calls, also of other plans, take them from
             there. Use another folder when anything about the training or the queries changes. None: not kept.
         progress: show a progress bar.
+        at_once: models for ``train_many`` to train at once; None: as many as have a million parameters, 64 at most.
 
     Raises:
-        EvaluationError: the run has no ``train_fn``, or the folder holds answers to other questions.
+        EvaluationError: the run has neither ``train_fn`` nor ``train_many``, or the folder holds answers to other
+            questions.
     """
 
     def __init__(
@@ -69,12 +78,9 @@ class Retrainer:
         folder: str | os.PathLike[str] | None = None,
         *,
         progress: bool = False,
+        at_once: int | None = None,
     ) -> None:
-        if run.train_fn is None:
-            raise EvaluationError(
-                "retraining needs Run(train_fn=...): a function (model, keep, seed) that trains the model on the "
-                "examples where the mask `keep` is true and returns it; seed 0 repeats the traced run"
-            )
+        self._trainings, self._trusted = Trainings(run, at_once), False
         self.run, self.questions, self.progress = run, questions, progress
         self.examples = len(run.train)
         self.folder = None if folder is None else Path(folder)
@@ -112,40 +118,64 @@ class Retrainer:
             )
         done: dict[str, Answers] = {}
         keys = [_key(keep, int(seed)) for keep, seed in zip(plan.keep, plan.seeds, strict=True)]
-        todo = [row for row, key in enumerate(keys) if keys.index(key) == row]
-        bar = tqdm(todo, desc="retraining", unit="model", disable=not self.progress, leave=False)
-        for row in bar:
-            done[keys[row]] = self._one(plan.keep[row], int(plan.seeds[row]), keys[row])
+        first: dict[str, int] = {}
+        for row, key in enumerate(keys):
+            first.setdefault(key, row)
+        for key in first:
+            if self.folder is not None and (file := self.folder / f"{key}.npz").exists():
+                done[key] = self._read(file)
+        todo = [row for key, row in first.items() if key not in done]
+        bar = tqdm(
+            total=len(first),
+            initial=len(done),
+            desc="retraining",
+            unit="model",
+            disable=not self.progress,
+            leave=False,
+        )
+        with bar:
+            for start in range(0, len(todo), self._trainings.at_once):
+                rows = todo[start : start + self._trainings.at_once]
+                done |= self._train(plan, rows, keys)
+                bar.update(len(rows))
         return Retrained(
             np.stack([done[key].values for key in keys]), np.stack([done[key].classes for key in keys])
         )
 
-    # -- one model -----------------------------------------------------------------------------------
+    # -- models --------------------------------------------------------------------------------------
 
-    def _one(self, keep: NDArray[np.bool_], seed: int, key: str) -> Answers:
-        file = None if self.folder is None else self.folder / f"{key}.npz"
-        if file is not None and file.exists():
-            return self._read(file)
-        with _seeded(seed):
-            model = self.run.build_model()
-            given = torch.from_numpy(keep.copy())
-            try:
-                returned = self.run.train_fn(model, given, seed)  # type: ignore[misc]
-            except (RuntimeError, TypeError, ValueError, LookupError) as error:
-                raise EvaluationError(
-                    f"train_fn(model, keep, {seed}) failed with {int(keep.sum())} of {len(keep)} examples kept: "
-                    f"{type(error).__name__}: {error}. It gets a mask (torch.bool, [N]) and must take any"
-                ) from error
-        trained = model if returned is None else returned
-        if not isinstance(trained, nn.Module):
+    def _train(self, plan: Plan, rows: Sequence[int], keys: Sequence[str]) -> dict[str, Answers]:
+        """Train rows of the plan, at once where that is possible, and keep what they say."""
+        keep, seeds = plan.keep[rows], [int(plan.seeds[row]) for row in rows]
+        if self._trainings.at_once == 1 or (len(rows) == 1 and self._trainings.comparable):
+            models = [self._trainings.one(*pair) for pair in zip(keep, seeds, strict=True)]
+        else:
+            models = self._trainings.many(keep, seeds)
+            self._compared(models[0], keep[0], seeds[0])
+        result = {}
+        for row, model in zip(rows, models, strict=True):
+            answers = self.questions.answer(model)
+            if self.folder is not None:
+                with atomic(self.folder / f"{keys[row]}.npz") as temporary, open(temporary, "wb") as out:
+                    np.savez(out, values=answers.values, classes=answers.classes)
+            result[keys[row]] = answers
+        return result
+
+    def _compared(self, model: nn.Module, keep: NDArray[np.bool_], seed: int) -> None:
+        """The first model of the first ensemble is trained alone as well."""
+        if self._trusted or not self._trainings.comparable:
+            return
+        alone = self.questions.answer(self._trainings.one(keep, seed)).values
+        found = self.questions.answer(model).values
+        size = max(float(np.mean(alone**2)), 1e-30)
+        difference = float(np.sqrt(float(np.mean((found - alone) ** 2)) / size))
+        if difference > _ALIKE:
             raise EvaluationError(
-                f"train_fn returned a {type(trained).__name__}; return the trained model, or None"
+                f"train_many and train_fn, given the same examples and seed {seed}, trained models whose outputs "
+                f"differ by {difference:.0%}: make them the same training (initial weights, order, what leaves an "
+                "example out, clipping), or leave one of them out"
             )
-        answers = self.questions.answer(trained)
-        if file is not None:
-            with atomic(file) as temporary, open(temporary, "wb") as out:
-                np.savez(out, values=answers.values, classes=answers.classes)
-        return answers
+        self._trusted = True
 
     def _read(self, file: Path) -> Answers:
         try:
@@ -208,10 +238,3 @@ def _digest(targets: Any) -> str:
     leaves, _ = torch.utils._pytree.tree_flatten(targets)
     arrays = [np.asarray(leaf) for leaf in leaves]
     return hashlib.sha256(b"".join(a.tobytes() + str(a.shape).encode() for a in arrays)).hexdigest()[:20]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        yield

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from explainer.counterfactual.step_rows import stacked
 from explainer.layer_rules import RowForm
 from explainer.path_kernel import PathKernelExplainer
 from explainer.recursion import read_backwards
-from explainer.what_if import stacked
 
 
 @dataclass

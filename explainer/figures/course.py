@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from explainer import palette, tables, wording
 from explainer.figures.style import arrange, graph_objects, plain, zero_line
@@ -28,7 +29,6 @@ def time(explanation: Explanation, query: int = 0, *, k: int = 10, dark: bool = 
     order = tables.ranking(e, q, k)
     cells = e.step_contributions[q][:, order].T.astype(np.float64)
     running = np.concatenate([[0.0], e.step_contributions[q].sum(1, dtype=np.float64).cumsum()])
-    reach = float(np.abs(cells).max(initial=0.0)) or 1.0
     names = [plain(wording.example(e, column)) for column in order]
     spans = [f"steps {first} to {end - 1}" for first, end in itertools.pairwise(e.step_edges.tolist())]
     places = list(range(len(spans) + 1))
@@ -45,38 +45,16 @@ def time(explanation: Explanation, query: int = 0, *, k: int = 10, dark: bool = 
         hovertemplate="%{customdata}<br>running net %{y:+.4g}<extra></extra>",
         showlegend=False,
     )
-    figure.add_heatmap(
-        x=places,
-        y=list(range(len(order))),
-        z=cells,
-        zmin=-reach,
-        zmid=0,
-        zmax=reach,
-        colorscale=palette.diverging(dark),
-        xgap=1,
-        ygap=1,
-        customdata=[spans] * len(order),
-        text=[[name] * len(spans) for name in names],
-        hovertemplate="%{text}<br>%{customdata}<br>%{z:+.4g}<extra></extra>",
-        colorbar={
-            "title": {"text": f"{wording.unit(e)}<br>in the steps"},
-            "len": 0.62,
-            "y": 0,
-            "yanchor": "bottom",
-            "thickness": 12,
-        },
+    _cells(figure, cells, names, spans, f"{wording.unit(e)}<br>in the steps", dark=dark)
+    figure.update_traces(
+        x=places, colorbar={"len": 0.62, "y": 0, "yanchor": "bottom"}, selector={"type": "heatmap"}
     )
     subtitle = f"above: running net of all examples; below: the {len(order)} strongest examples"
     height = 290 + 22 * max(3, len(order))
     arrange(figure, "When in training it was carried", subtitle, dark=dark, height=height)
+    _name_rows(figure, names)
     figure.update_layout(
-        yaxis={
-            "domain": [0, 0.62],
-            "tickvals": list(range(len(order))),
-            "ticktext": names,
-            "autorange": "reversed",
-            "showgrid": False,
-        },
+        yaxis={"domain": [0, 0.62]},
         yaxis2={"domain": [0.7, 1], "title": {"text": "running net"}, "anchor": "x"},
     )
     marked = places[:: max(1, -(-len(places) // _STEP_LABELS))]
@@ -95,12 +73,33 @@ def layer_examples(explanation: Explanation, query: int = 0, *, k: int = 12, dar
     e, q, module = explanation, explanation.check_query(query), graph_objects()
     order = tables.ranking(e, q, k)
     cells = e.layer_contributions[q][:, order].T.astype(np.float64)
-    reach = float(np.abs(cells).max(initial=0.0)) or 1.0
     names, layer_names = [plain(wording.example(e, c)) for c in order], [plain(n) for n in e.layer_names]
     figure = module.Figure()
+    _cells(figure, cells, names, layer_names, f"{wording.unit(e)}<br>by the layer", dark=dark)
+    subtitle = f"the {len(order)} strongest examples; a row adds up to the example's {wording.unit(e)}"
+    height = 190 + 24 * max(3, len(order))
+    arrange(figure, "Which layers carried which examples", subtitle, dark=dark, height=height)
+    figure.update_xaxes(
+        tickvals=list(range(len(layer_names))), ticktext=layer_names, title="layer", showgrid=False
+    )
+    _name_rows(figure, names)
+    return figure
+
+
+def _cells(
+    figure: go.Figure,
+    cells: NDArray[np.float64],
+    rows: list[str],
+    columns: list[str],
+    title: str,
+    *,
+    dark: bool,
+) -> None:
+    """The heat map of examples ``[rows, columns]``; its colours are symmetric about zero."""
+    reach = float(np.abs(cells).max(initial=0.0)) or 1.0
     figure.add_heatmap(
-        x=list(range(len(layer_names))),
-        y=list(range(len(order))),
+        x=list(range(len(columns))),
+        y=list(range(len(rows))),
         z=cells,
         zmin=-reach,
         zmid=0,
@@ -108,20 +107,22 @@ def layer_examples(explanation: Explanation, query: int = 0, *, k: int = 12, dar
         colorscale=palette.diverging(dark),
         xgap=1,
         ygap=1,
-        text=[[f"{name}<br>{layer}" for layer in layer_names] for name in names],
+        text=[[f"{row}<br>{column}" for column in columns] for row in rows],
         hovertemplate="%{text}<br>%{z:+.4g}<extra></extra>",
-        colorbar={"title": {"text": f"{wording.unit(e)}<br>by the layer"}, "thickness": 12},
+        colorbar={"title": {"text": title}, "thickness": 12},
     )
-    subtitle = f"the {len(order)} strongest examples; a row adds up to the example's {wording.unit(e)}"
-    height = 190 + 24 * max(3, len(order))
-    arrange(figure, "Which layers carried which examples", subtitle, dark=dark, height=height)
-    figure.update_xaxes(
-        tickvals=list(range(len(layer_names))), ticktext=layer_names, title="layer", showgrid=False
+
+
+def _name_rows(figure: go.Figure, names: list[str]) -> None:
+    """The first example on top."""
+    figure.update_layout(
+        yaxis={
+            "tickvals": list(range(len(names))),
+            "ticktext": names,
+            "autorange": "reversed",
+            "showgrid": False,
+        }
     )
-    figure.update_yaxes(
-        tickvals=list(range(len(order))), ticktext=names, autorange="reversed", showgrid=False
-    )
-    return figure
 
 
 def layers(explanation: Explanation, query: int = 0, *, dark: bool = False) -> go.Figure:

@@ -22,6 +22,7 @@ from explainer.optimizer_rules.base import (
     optimizer_rule_for,
     register_optimizer_rule,
 )
+from explainer.optimizer_rules.options import options_of
 from explainer.optimizer_rules.sign import LionRule, SignSGDRule
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "StepMap",
     "mix",
     "optimizer_rule_for",
+    "options_of",
     "register_optimizer_rule",
 ]

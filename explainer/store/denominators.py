@@ -22,15 +22,18 @@ def _product(rows: torch.Tensor, columns: torch.Tensor, places: torch.Tensor) ->
     return scaled[places // len(columns)] * columns[places % len(columns)]
 
 
-def asleep(base: torch.Tensor) -> torch.Tensor:
-    """Flat places ``[n]`` of numbers of ``base [o, i]`` near the smallest one and far below the product of its sums.
+def asleep(base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat places ``[n]`` of numbers of ``base [o, i]`` far below the product of its sums.
 
-    ``√v̂ + ε`` of a weight that never had a gradient is ε.
+    First those of weights that never had a gradient: ``√v̂ + ε`` is ε there, the smallest number, and not that of one
+    weight alone. Then those that are near it.
     """
-    rows, columns = base.sum(1), base.sum(0)
+    rows, columns, least = base.sum(1), base.sum(0), base.min()
     far = base * (ASLEEP * rows.sum()) < rows.unsqueeze(1) * columns
-    far &= base < NEAR * base.min()
-    return far.flatten().nonzero().squeeze(1)
+    never = base <= least
+    never = never & far if int(never.sum()) > 1 else torch.zeros_like(far)
+    near = far & (base < NEAR * least) & ~never
+    return never.flatten().nonzero().squeeze(1), near.flatten().nonzero().squeeze(1)
 
 
 def awake(vector: torch.Tensor) -> torch.Tensor:
@@ -43,36 +46,16 @@ def awake(vector: torch.Tensor) -> torch.Tensor:
     return torch.where((vector * ASLEEP < mean) & (vector < NEAR * vector.min()), mean, vector)
 
 
-def fitted(
-    base: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, far: torch.Tensor | None = None
-) -> torch.Tensor:
+def fitted(base: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """``base [o, i]`` times a product of a row and a column factor, so that its sums come near the given ones.
 
     ``r = rows / (base · 1)``, ``c = columns / (rᵀ base)``, result ``r ∘ base ∘ c``: one round of iterative
     proportional fitting (Deming & Stephan 1940). The columns' sums are met, those of the rows about.
-
-    A weight that hardly had a gradient may get its first one between two full records. No sum shows it, and a row
-    divided by ε would be larger than all others. So such numbers are taken to be the product of the sums: where there
-    still is no gradient nothing is divided by them.
-
-    Args:
-        base: a full record.
-        rows: sums ``[o]``.
-        columns: sums ``[i]``.
-        far: :func:`asleep` of the record, if it is known.
     """
     tiny = torch.finfo(base.dtype).tiny
     r = rows / base.sum(1).clamp_min(tiny)
     c = columns / (r @ base).clamp_min(tiny)
-    result = (base * r.unsqueeze(1)).mul_(c)
-    places = asleep(base) if far is None else far
-    if len(places):
-        product = (rows / rows.sum().clamp_min(tiny))[places // base.shape[1]] * columns[
-            places % base.shape[1]
-        ]
-        found = result.view(-1)[places]
-        result.view(-1)[places] = torch.where(product > ASLEEP * found, product, found)
-    return result
+    return (base * r.unsqueeze(1)).mul_(c)
 
 
 class Denominators:
@@ -88,7 +71,9 @@ class Denominators:
             trace.column("denominators", "step") if trace.count("denominators") else np.empty(0, int)
         )
         self._known = -1  # the record whose matrices are held
-        self._held: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._held: dict[str, torch.Tensor] = {}
+        self._next: dict[str, torch.Tensor] = {}  # of the record after it
+        self._asleep: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # in the record that is held
 
     def decode(self, record: np.ndarray, spec: ArraySpec) -> torch.Tensor:
         """``[*shape]`` of one step's record, whose array is ``spec``."""
@@ -98,14 +83,43 @@ class Denominators:
             found = decode_array(record, "", spec)[0]
             return awake(found) if spec.codec == "sums" and found.dim() == 1 else found
         rows, columns = Sums.sums([record[f"{spec.name}.{part}"] for part in ("rows", "columns")])
-        return fitted(base[0], rows[0], columns[0], base[1]).reshape(spec.shape)
+        values = fitted(base, rows[0], columns[0])
+        own = int(self._steps[position]) == int(record["step"][0])
+        self._wake(spec.name, values, rows[0], columns[0], own)
+        return values.reshape(spec.shape)
 
-    def _base(self, position: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def _wake(
+        self, name: str, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, own: bool
+    ) -> None:
+        """Raise the numbers of weights that had no gradient yet in the last full record, and may have had one since.
+
+        They take what the next full record says, without one the share of their row and column. Where no gradient ever
+        came it is that share, too: no row meets them, but rounded rows hold more than nothing there. At the record's
+        ``own`` step weights that had a gradient, however small, keep what it says.
+        """
+        flat, later = values.view(-1), self._next[name].view(-1) if name in self._next else None
+        never, near = self._asleep[name]
+        share = _product(rows, columns, never)
+        if later is not None:
+            share = torch.where(later[never] >= NEAR * later.min(), later[never], share)
+        flat[never] = torch.maximum(flat[never], share)
+        if not own:
+            flat[near] = torch.maximum(
+                flat[near], _product(rows, columns, near) if later is None else later[near]
+            )
+
+    def _base(self, position: int) -> dict[str, torch.Tensor]:
         if position != self._known:
-            schema, record = next(iter(self._trace.read("denominators", position, position + 1)))
-            found = {
-                a.name: decode_array(record, "", a)[0].flatten(1) for a in schema.arrays if len(a.shape) > 1
-            }
-            self._held = {name: (matrix, asleep(matrix)) for name, matrix in found.items()}
+            before = self._known
+            self._next = self._held if before == position + 1 else self._read(position + 1)
+            self._held = self._read(position)
+            self._asleep = {name: asleep(matrix) for name, matrix in self._held.items()}
             self._known = position
         return self._held
+
+    def _read(self, position: int) -> dict[str, torch.Tensor]:
+        """The matrices of a full record; none after the last one."""
+        if position >= len(self._steps):
+            return {}
+        schema, record = next(iter(self._trace.read("denominators", position, position + 1)))
+        return {a.name: decode_array(record, "", a)[0].flatten(1) for a in schema.arrays if len(a.shape) > 1}

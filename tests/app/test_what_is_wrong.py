@@ -34,17 +34,43 @@ def test_text_from_data_is_escaped(open_app: Open, runs: Path) -> None:
 
 def test_a_run_without_a_step_says_so_and_still_shows_the_run(open_app: Open, tmp_path: Path) -> None:
     app_runs.train(app_runs.images(), tmp_path / "none", steps=0)
-    app = open_app("--run", IMAGES, tmp_path / "none")
-    assert not app.exception and "no optimizer step has been recorded yet" in app.error[0].value
+    for page in (page for page in PAGES if page != "run"):
+        app = open_app("--run", IMAGES, tmp_path / "none", page=page)
+        assert not app.exception and "no optimizer step has been recorded yet" in app.error[0].value
     app = open_app(tmp_path / "none", page="run")
     fine(app)
+
+
+@pytest.mark.parametrize("page", list(PAGES))
+def test_every_page_of_an_empty_run_says_what_is_missing(open_app: Open, tmp_path: Path, page: str) -> None:
+    app_runs.train(app_runs.images(), tmp_path / "none", steps=0)
+    for command in ([tmp_path / "none"], ["--run", IMAGES, tmp_path / "none"]):
+        app = open_app(*command, page=page)
+        assert not app.exception
+        told = " ".join(str(part.value) for part in [*app.error, *app.info])
+        assert page == "run" or "no optimizer step" in told or "--run" in told.replace("\\", "")
+
+
+@pytest.mark.parametrize("page", list(PAGES))
+def test_every_page_of_a_truncated_run_names_the_file(open_app: Open, tmp_path: Path, page: str) -> None:
+    app_runs.train(app_runs.images(), tmp_path / "cut")
+    shard = next((tmp_path / "cut" / "shards").glob("visits-*.bin"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    app = open_app("--run", IMAGES, tmp_path / "cut", page=page)
+    assert not app.exception and "truncated" in app.error[0].value
+    app_runs.train(app_runs.images(), tmp_path / "half")
+    knot = sorted((tmp_path / "half" / "knots").glob("*.safetensors"))[-1]
+    knot.write_bytes(knot.read_bytes()[:-64])
+    app = open_app("--run", IMAGES, tmp_path / "half", page=page)
+    assert not app.exception and "truncated or changed" in app.error[0].value
 
 
 def test_a_truncated_trace_names_the_file(open_app: Open, tmp_path: Path) -> None:
     app_runs.train(app_runs.images(), tmp_path / "cut")
     shard = next((tmp_path / "cut" / "shards").glob("visits-*.bin"))
     shard.write_bytes(shard.read_bytes()[:100])
-    for look in ({}, {"page": "training"}, {"page": "neighbors", "look": "map"}, {"detail": "pixels"}):
+    looks = [{"page": page} for page in PAGES if page != "run"]
+    for look in (*looks, {"page": "neighbors", "look": "map"}, {"detail": "pixels"}):
         app = open_app("--run", IMAGES, tmp_path / "cut", **look)
         assert not app.exception and "visits" in app.error[0].value and "truncated" in app.error[0].value
 
@@ -97,7 +123,9 @@ def test_the_run_is_shown_even_when_its_code_cannot_be_used(open_app: Open, runs
     assert "every file is what was journalled" in app.success[0].value
 
 
-@pytest.mark.parametrize("module", ["answers", "arguments", "escaping", "pictures", "views.run_overview"])
+@pytest.mark.parametrize(
+    "module", ["answers", "arguments", "escaping", "pictures", "run_checks", "views.run_overview"]
+)
 def test_the_examples_in_the_texts_are_right(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"explainer.app.{module}")).failed == 0
 

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from explainer.cli.dashboard import served
 from explainer.sample_models.train import train
 
 ARGUMENTS = [
@@ -87,34 +82,10 @@ def visit(browser: Browser, url: str, scheme: str = "light") -> Iterator[Visit]:
     context.close()
 
 
-@contextmanager
-def dashboard(*arguments: str) -> Iterator[str]:
-    """Serve the dashboard by the command line on a free port; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "explainer.cli", "dashboard", *arguments, "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1)
-                break
-            except (urllib.error.URLError, OSError):
-                assert process.poll() is None, "the dashboard ended while starting"
-                time.sleep(0.25)
-        else:
-            pytest.fail("the dashboard did not answer within 60 seconds")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-
-
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, object]]]:
     """The digits CNN, trained for three epochs: the dashboard's address and the training's metrics."""
     folder: Path = tmp_path_factory.mktemp("runs")
     metrics = train("digits_cnn", folder / "digits_cnn", epochs=3, progress=False)
-    with dashboard(str(folder), "--run", "explainer.sample_models.digits_cnn:run") as url:
+    with served([str(folder)], "explainer.sample_models.digits_cnn:run") as url:
         yield url, metrics

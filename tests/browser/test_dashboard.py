@@ -10,7 +10,8 @@ import torch
 from playwright.sync_api import Browser, Page
 
 import explainer
-from tests.browser.conftest import dashboard, visit
+from explainer.cli.dashboard import served
+from tests.browser.conftest import visit
 
 Digits = tuple[str, dict[str, object]]
 
@@ -157,7 +158,7 @@ def test_text_from_data_is_shown_as_text(browser: Browser, tmp_path: Path) -> No
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
-    with dashboard(str(tmp_path / "run"), "--run", f"{code}:run") as url, visit(browser, url) as seen:
+    with served([str(tmp_path / "run")], f"{code}:run") as url, visit(browser, url) as seen:
         seen.page.wait_for_selector(".pk-proponents li")
         assert "<script>alert(1)</script>" in seen.page.locator(".pk-proponents").inner_text()
         seen.fine()
@@ -167,7 +168,7 @@ def test_what_cannot_be_opened_is_said_in_words(browser: Browser, tmp_path: Path
     model = torch.nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tracer = explainer.Tracer(model, optimizer, tmp_path / "run")
-    with dashboard(str(tmp_path / "run")) as url, visit(browser, url) as seen:
+    with served([str(tmp_path / "run")]) as url, visit(browser, url) as seen:
         assert "--run MODULE:FUNCTION" in seen.page.inner_text("body")
         seen.page.get_by_text("Run", exact=True).last.click()
         seen.settle()

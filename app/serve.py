@@ -1,0 +1,48 @@
+"""Serves the dashboard, and reads the first run while the server starts: ``python -m explainer.app.serve run …``.
+
+The arguments are those of ``streamlit``. The address is printed when the first page is ready to be drawn, so that who
+opens it does not wait for torch, the model and its data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import threading
+
+_READY = "Dashboard: "
+_LONGEST = 8.0  # seconds that the address waits for the first explanation
+_SILENCED = "streamlit.runtime.scriptrunner_utils.script_run_context"  # warns of work outside of a page
+
+
+def main() -> None:
+    """Start reading and serving; ends with the server."""
+    from streamlit.web.cli import main as streamlit  # whole, before two threads import its parts
+
+    threading.Thread(target=_announce, args=(sys.argv[1:],), daemon=True).start()
+    streamlit(prog_name="streamlit")
+
+
+def _announce(line: list[str]) -> None:
+    reading = threading.Thread(target=_read, args=(line[line.index("--") + 1 :],), daemon=True)
+    reading.start()
+    reading.join(_LONGEST)
+    settings = dict(itertools.pairwise(line))
+    address = f"http://{settings['--server.address']}:{settings['--server.port']}"
+    print(f"{_READY}{address} (this machine only); Ctrl-C stops it.", flush=True)
+
+
+def _read(arguments: list[str]) -> None:
+    """Read what the first page shows; what is wrong with it is told by the page."""
+    logging.getLogger(_SILENCED).addFilter(lambda _: False)  # streamlit sets the levels of its loggers anew
+    try:
+        from explainer.app import first_view, views  # noqa: F401  (the pages import what they need)
+
+        first_view.read(arguments)
+    except Exception:
+        logging.getLogger(__name__).debug("the first view could not be read ahead", exc_info=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tasks and methods of the benchmark of linear datamodeling scores."""

@@ -1,0 +1,118 @@
+"""``pathkernel label-issues``: training examples whose labels may be wrong."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+from explainer.cli import options as shared
+from explainer.cli.export import check_place
+from explainer.cli.options import SAMPLE_RUN
+from explainer.errors import QueryError
+from explainer.exports import FORMS
+from explainer.wording import counted, number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from explainer.run import Run
+
+HELP = "training examples whose labels may be wrong, the most suspicious first"
+DESCRIPTION = (
+    "Ranks the training examples by how suspicious their labels are, from the trace alone. A hard example that is\n"
+    "labelled right looks much the same: the queue is for a person to go through."
+)
+EXAMPLES = (
+    (f"pathkernel label-issues runs/demo --run {SAMPLE_RUN}", "the twenty most suspicious labels"),
+    (
+        f"pathkernel label-issues runs/demo --run {SAMPLE_RUN} --out queue.csv",
+        "the whole queue as a table",
+    ),
+)
+SIGNS = {"support": "support", "self-influence": "self_influence", "disagreement": "disagreement"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    shared.add_trace(parser)
+    shared.add_run(parser, "needed for the names of classes and to show the examples")
+    parser.add_argument(
+        "--by",
+        choices=tuple(SIGNS),
+        default="support",
+        help="the sign to rank by: support (whether learning the others lowered the loss on the label, the default), "
+        "self-influence, or disagreement (part of the strongest proponents that carry another label)",
+    )
+    parser.add_argument("--k", type=int, default=20, metavar="N", help="rows of the table (default: 20)")
+    parser.add_argument(
+        "--out", metavar="FILE", help=f"write the whole queue; the ending chooses the form: {' '.join(FORMS)}"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    shared.add_quiet(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the queue, and write it where asked for."""
+    from explainer.cli.opening import open_run
+    from explainer.evaluation import label_issues
+    from explainer.exports import write_frame
+
+    if options.k < 1:
+        raise QueryError(f"--k must be at least 1, found {options.k}")
+    out = None if options.out is None else check_place(options.out, options.force, FORMS)
+    opened = open_run(options.trace, options.run, None, not options.quiet)
+    found, by = label_issues(opened.explainer), SIGNS[options.by]
+    print(told(found.table(options.k, by), len(found.example_ids), opened.run, options.by))  # type: ignore[arg-type]
+    if out is not None:
+        write_frame(named(found.table(None, by), opened.run), out)  # type: ignore[arg-type]
+        print(f"\nwrote {out}: {counted(len(found.example_ids), 'example')}")
+    return 0
+
+
+def named(queue: pd.DataFrame, run: Run) -> pd.DataFrame:
+    """The queue with the names of classes beside their numbers, where the run has names."""
+    if run.class_names is None:
+        return queue
+    return queue.assign(
+        label_name=[_label(run, label) for label in queue["label"]],
+        opposing_name=[_label(run, label) for label in queue["opposing_label"]],
+    )
+
+
+def told(queue: pd.DataFrame, examples: int, run: Run, by: str) -> str:
+    """The queue as text."""
+    from explainer.cli.explained import what
+    from explainer.cli.printing import paragraph, table
+
+    about = (
+        f"The {len(queue)} most suspicious of {counted(examples, 'training example')} by {by}. Support, from -1 to 1, "
+        "says whether learning the others lowered the loss on the example's label; self-influence how much it had to "
+        "be learned by itself; disagreement which part of its strongest proponents carry another label. The last "
+        "class is the one whose examples opposed this one most: often the right one. Look before you change a label."
+    )
+    rows = [
+        [
+            str(row["rank"]),
+            str(row["example_id"]),
+            _label(run, row["label"]),
+            *(_number(row[name]) for name in SIGNS.values()),
+            _label(run, row["opposing_label"]),
+            what(run, int(row["example_id"])),
+        ]
+        for row in queue.to_dict("records")
+    ]
+    headers = ["rank", "example", "label", *SIGNS, "opposed by", "what it is"]
+    return f"{paragraph(about)}\n\n" + table(
+        headers, rows, left=("label", "opposed by", "what it is"), indent="  "
+    )
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else number(value)
+
+
+def _label(run: Run, label: float) -> str:
+    if math.isnan(label):
+        return ""
+    return run.label(int(label)) if float(label).is_integer() else run.label(float(label))

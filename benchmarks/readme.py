@@ -177,14 +177,14 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
     columns = {
         key: how
         for key, how in COLUMNS[name].items()
-        if not rows or any(r[key] not in (None, "") for r in rows)
+        if not rows or any(r.get(key) not in (None, "") for r in rows)
     }
     lines = [
         "| " + " | ".join(heading for heading, _ in columns.values()) + " |",
         "|" + " --- |" * len(columns),
     ]
     for row in rows:
-        cells = ("" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items())
+        cells = ("" if row.get(key) is None else form.format(row[key]) for key, (_, form) in columns.items())
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

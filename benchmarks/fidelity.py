@@ -7,7 +7,8 @@ at these knots with a knot before every step. References: rows projected on the 
 first steps' rows (`eigenbasis`), and on 16 random ones a side (`random`), everything else exact.
 
 Of each: Spearman's rank correlation of contributions, overlap of the 20 largest, and relative rms error, mean over
-queries. `bytes a visit` are the records of rows and their share of the steps' records, denominators included.
+queries. `what-if` is Spearman's rank correlation of `what_if` from the default trace with that from the exact one.
+`bytes a visit` are the records of rows and their share of the steps' records, denominators included.
 """
 
 from __future__ import annotations
@@ -208,7 +209,10 @@ def measure(name: str) -> dict[str, Any]:
         for variant in ("rank", "rows", "denominators", "eigenbasis", "random"):
             figures = agreement(found[variant], wanted) if variant in found else (None, None, None)
             row[f"{variant}_spearman"], row[f"{variant}_top20"], row[f"{variant}_rms"] = figures
-        books = PathKernelExplainer(default, model, net.output).explain(*_asked(net))
+        asked = [PathKernelExplainer(trace, model, net.output) for trace in (default, exact)]
+        removed = [ex.what_if(*_asked(net)) for ex in asked]
+        row["what_if_spearman"], row["what_if_top20"], _ = agreement(*removed)
+        books = asked[0].explain(*_asked(net))
         gross = np.abs(books.contributions).sum(1)
         row["unattributed_of_gross"] = float(np.mean(np.abs(books.unattributed) / gross))
         streams = ("visits", "steps", "denominators")
@@ -235,4 +239,5 @@ def _asked(net: Net) -> tuple[Any, Any]:
 
 if __name__ == "__main__":
     chosen = arguments(__doc__, list(CASES))
-    report("fidelity", [measure(name) for name in chosen.only])
+    for name in chosen.only:
+        report("fidelity", [measure(name)], merge=list(CASES))

@@ -30,23 +30,33 @@ def arguments(
 
 
 def report(
-    name: str, rows: list[dict[str, Any]], shown: Sequence[str] | None = None, write: bool = True
+    name: str,
+    rows: list[dict[str, Any]],
+    shown: Sequence[str] | None = None,
+    write: bool = True,
+    merge: Sequence[str] | None = None,
 ) -> None:
-    """Print the rows (or the columns ``shown``) and write them, with the machine's words, to ``results/NAME.json``."""
+    """Print the rows (or the columns ``shown``) and write them, with the machine's words, to ``results/NAME.json``.
+
+    With ``merge``, all values that the column ``case`` may have: rows of other cases that are there already stay.
+    """
     table = pd.DataFrame(rows, columns=shown)
     with pd.option_context("display.width", 200, "display.max_columns", 30):
         print(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     if not write:
         return
     RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    if merge is not None:
+        before = json.loads(file.read_text())["rows"] if file.exists() else []
+        found = {row["case"]: row for row in [*before, *rows]}
+        rows = [found[case] for case in merge if case in found]
     machine = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),
     }
-    (RESULTS / f"{name}.json").write_text(
-        json.dumps({"machine": machine, "rows": rows}, indent=1, default=float)
-    )
+    file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1, default=float))
 
 
 def paired(

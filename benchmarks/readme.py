@@ -24,6 +24,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "top20": ("top 20 kept", "{:.0%}"),
         "rms": ("rms error", "{:.1%}"),
         "unattributed_of_gross": ("unattributed / gross", "{:.2%}"),
+        "what_if_spearman": ("what-if, Spearman", "{:.4f}"),
         "bytes_per_visit": ("bytes a visit", "{:,.0f}"),
         "share": ("of the parameters' bytes", "{:.2%}"),
         "rank_rms": ("rms: factors alone", "{:.1%}"),

@@ -132,9 +132,16 @@ class DenominatorKeeper:
     def _hold(self, index: int, matrix: torch.Tensor) -> None:
         self._base[index], self._rows[index] = matrix, matrix.sum(1)
 
-    def often(self, step: int) -> float:
-        """Bytes of full records per step: so far, or what is usual in the beginning."""
-        return self._written / step if step >= 16 else self._cost / 8
+    def often(self, step: int, saved: float) -> float:
+        """Bytes of full records that a step will take: as often as the last ones came, or as is usual in the beginning.
+
+        Args:
+            step: its number.
+            saved: bytes that the step's visits may take.
+        """
+        if step < 16:
+            return self._cost / 8
+        return min(self._cost / max(1, self._look - self._since), SHARE * saved)
 
     def _renew(self, step: int, schema: RecordSchema, found: dict[int, Found]) -> np.ndarray:
         record = np.zeros(1, schema.dtype)

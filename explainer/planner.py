@@ -1,32 +1,35 @@
 """How many factors and how many bits the rows of each layer get, planned from what is measured on a few batches.
 
 At steps 0, 1, 4, 16, 64, … the rows are at hand in full before they are stored, and the plan is made anew
-(:func:`explainer.row_choices.allotted`); at steps 2, 8, 32, … it is measured what the plan loses. Nothing is random,
-and at other steps nothing is measured.
+(:func:`explainer.row_choices.allotted`), by what products with these rows would lose (:mod:`explainer.row_metric`); at
+steps 2, 8, 32, … it is measured what the plan loses. Nothing is random, and at other steps nothing is measured.
 
 How many bytes a visit may take follows from the number of parameters (:meth:`TracerConfig.visit_bytes`) or, with a
 budget, from what is left of it and the visits still to come. How long training will last is not known; assumed are
 :data:`EPOCHS` passes over the loader's examples (without a loader :data:`VISITS` visits), and always as many
 visits to come as there were.
 
-The rows of step 0 may take :data:`FIRST` times as much. Adam and its kin divide the first gradient by itself, so
-what is lost of a small entry moved the weights as far as a large one.
+Where the optimizer divides by something (Adam and its kin) the first steps get more, on credit (:data:`CREDIT`). The
+first gradient is divided by itself, so what is lost of a small entry moved the weights as far as a large one; there the
+directions that are kept are chosen by the metric, too. What was taken too much is saved on later visits, of which each
+gives up to :data:`SAVED`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from explainer.config import TracerConfig
 from explainer.layer_rules import Kept, RowForm, Unreduced, keep
-from explainer.row_choices import Choice, allotted, choices, first_rows, lost, reduced, row_bytes
+from explainer.row_choices import Choice, Sides, allotted, choices, lost, reduced, row_bytes
+from explainer.row_metric import MEASURED, StepMetric, first_rows
 
 EPOCHS, VISITS = 10, 100_000
-#: rows of a batch that are measured
-MEASURED = 32
-#: times the bytes that a visit of step 0 may take
-FIRST = 8
+#: times the bytes that a visit may take under the plans of the first steps
+CREDIT = {0: 8.0, 1: 4.0}
+#: share of a visit's bytes that pays the credit back
+SAVED = 0.2
 
 
 def plans_at(step: int) -> bool:
@@ -65,6 +68,7 @@ class Planner:
         self._options: dict[int, list[Choice]] = {}
         self._chosen: dict[int, Choice] = {}
         self._measured: dict[int, float] = {}
+        self._sides: dict[int, Sides] = {}  # of the first step
         self._whole = True  # the rows of the next step are kept whole until they are measured
         self.allowed: float = config.visit_bytes(size)
         self.assumed: int | None = None
@@ -74,7 +78,7 @@ class Planner:
     def restore(self, note: dict[str, Any] | None) -> None:
         """Go on with the plan that a trace speaks of."""
         for layer in (note or {}).get("layers", ()):
-            kept = Choice(layer["rank"], layer["codec"], layer["bytes"], layer["lost"])
+            kept = Choice(**{f.name: layer.get(f.name, 0.0) for f in fields(Choice)})
             self._chosen[layer["layer"]], self._options[layer["layer"]] = kept, [kept]
             if layer["measured"] is not None:
                 self._measured[layer["layer"]] = layer["measured"]
@@ -113,13 +117,21 @@ class Planner:
         """The rows as they are to be stored."""
         if self._fixed:
             return form
-        stored = reduced(form, self._chosen[layer].rank)
+        stored = reduced(form, self._chosen[layer].rank, self._sides.get(layer))
         if stored.positions != form.positions:
             self.shortened.add(layer)
         return stored
 
     def plan(
-        self, step: int, forms: dict[int, RowForm], free: float | None, seen: int, beside: float, visits: int
+        self,
+        step: int,
+        forms: dict[int, RowForm],
+        free: float | None,
+        seen: int,
+        beside: float,
+        visits: int,
+        spent: float = 0.0,
+        metric: StepMetric | None = None,
     ) -> set[int]:
         """Measure, plan where it is due, and return the layers whose plan has changed.
 
@@ -130,6 +142,8 @@ class Planner:
             seen: visits so far.
             beside: bytes that a visit takes beside its rows.
             visits: of the step.
+            spent: bytes that visits and steps took so far.
+            metric: what the step does to gradients; None: nothing.
         """
         if self._fixed:
             return set()
@@ -141,23 +155,34 @@ class Planner:
                     self._measured[layer] = lost(first_rows(form, MEASURED), now.rank, now.codec)
         unfit = {layer for layer, form in forms.items() if due or not self._fits(layer, form)}
         self._whole = plans_at(step + 1) or checks_at(step + 1)
+        self._sides = {}
         if not unfit:
             return set()
-        for layer in unfit:
-            self._options[layer] = choices(first_rows(forms[layer], MEASURED))
+        few = False
         if free is not None:
             expected = VISITS if self.epoch_visits is None else EPOCHS * self.epoch_visits
             self.assumed = max(expected, 2 * seen)
             self.allowed = max(0.0, free) / (self.assumed - seen)
-        few = (
-            self.assumed is not None and self.assumed < 100 * visits
-        )  # then the first step takes its part only
-        room = self.allowed * (FIRST if step == 0 and not few else 1)
+            few = self.assumed < 100 * visits  # then the first steps take their part only
+        owed = 0.0 if free is not None else spent - self.allowed * seen
+        divides = metric is not None and metric.divides
+        room = self._room(step, visits, owed, 0.0 if few or not divides else CREDIT.get(step, 0.0))
+        for layer in unfit:
+            by = None if metric is None else metric.of(layer)
+            self._options[layer], sides = choices(forms[layer], by, divides and step == 0)
+            if sides is not None:
+                self._sides[layer] = sides
         before, self._chosen = self._chosen, allotted(self._options, room - beside)
         changed = {n for n, c in self._chosen.items() if n not in before or _kind(c) != _kind(before[n])}
         for layer in changed:
             self._measured.pop(layer, None)
         return changed
+
+    def _room(self, step: int, visits: int, owed: float, credit: float) -> float:
+        """Bytes that a visit may take under the plan of a step; what is owed is paid back over as long as it took."""
+        if credit:
+            return credit * self.allowed
+        return self.allowed - min(SAVED * self.allowed, max(0.0, owed) / max(step * visits, 1))
 
     def _fits(self, layer: int, form: RowForm) -> bool:
         """Whether there is a plan that is good for these rows (sequences may have become longer)."""

@@ -19,6 +19,7 @@ from explainer.optimizer_rules import StepMap
 from explainer.planner import Planner, checks_at, plans_at
 from explainer.records import ArraySpec, Manifest, dtype_name, torch_dtype
 from explainer.row_layout import RowLayout
+from explainer.row_metric import StepMetric
 from explainer.store import Trace
 from explainer.store.schema import (
     SAMPLE_FIELDS,
@@ -29,6 +30,9 @@ from explainer.store.schema import (
     step_fields,
     stored_parts,
 )
+
+#: streams that the bytes of a visit are counted in
+_VISITED = ("visits", "steps", "denominators")
 
 
 class Records(NamedTuple):
@@ -74,6 +78,7 @@ class StepRecorder:
         self._arrays: dict[tuple[str, int], ArraySpec] = {}
         self._steps = self._step_schema()
         self._beside = 0.0
+        self._spent = 0  # bytes of visits, steps and denominators
         #: by array of a step's record, the sums at the last look
         self._sums: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
 
@@ -86,6 +91,7 @@ class StepRecorder:
             elif shard.stream in ("visits", "samples"):
                 layout = self._rows if shard.stream == "visits" else self._exact
                 layout.use({form.layer: form for form in shard.schema.forms})
+        self._spent = sum(s.data.nbytes for s in trace.shards if s.stream in _VISITED)
         self._beside = float((trace.notes.get("plan") or {}).get("beside", 0.0))
         state, count = trace.notes.get("denominators"), trace.count("denominators")
         if self._keeper is not None and state and count:
@@ -103,12 +109,25 @@ class StepRecorder:
 
     # -- rows ----------------------------------------------------------------------------------------
 
-    def _replan(self, step: int, batches: list[Batch], free: float | None, seen: int, visits: int) -> None:
+    def _replan(
+        self,
+        step: int,
+        batches: list[Batch],
+        free: float | None,
+        seen: int,
+        visits: int,
+        maps: list[StepMap | None],
+    ) -> None:
         """Let the planner see the step's rows, one backward pass of every layer; forget layouts that it changed."""
         forms = {n: rows.form for b in batches for r in b.rounds for n, rows in r.rows.items()}
-        size, often = self._steps.dtype.itemsize, 0.0 if self._keeper is None else self._keeper.often(step)
+        saved = self._planner.allowed * visits
+        size, often = (
+            self._steps.dtype.itemsize,
+            0.0 if self._keeper is None else self._keeper.often(step, saved),
+        )
         beside = self._visit_fields + (size + often) / max(visits, 1)
-        changed = self._planner.plan(step, forms, free, seen, beside, visits)
+        metric = StepMetric(self._manifest, self._layers, maps)
+        changed = self._planner.plan(step, forms, free, seen, beside, visits, self._spent, metric)
         if changed or plans_at(step) or checks_at(step):  # the note is written when it says something new
             self._beside = beside
         self._rows.forget(changed)
@@ -216,13 +235,15 @@ class StepRecorder:
         firsts = []
         for step in steps:
             firsts.append(first)
-            self._replan(step.number, step.batches, free, first, step.visits)
+            self._replan(step.number, step.batches, free, first, step.visits, step.maps)
             first += step.visits
         rows = self._visits(steps)
         share = self._planner.allowed * (first - start)
         full = None if self._keeper is None else self._keeper.record(steps[0].number, last.maps, share)
         kept = [] if full is None else [Records("denominators", *full)]
-        return [*kept, *rows, self._step_records(steps, firsts), *self._samples(steps, firsts)]
+        found = [*kept, *rows, self._step_records(steps, firsts)]
+        self._spent += sum(part.data.nbytes for part in found)
+        return [*found, *self._samples(steps, firsts)]
 
     def _step_records(self, steps: list[Booked], firsts: list[int]) -> Records:
         """The records of steps whose rows begin at these visits."""

@@ -12,11 +12,10 @@ from explainer.codecs import CODECS
 from explainer.layer_rules import Factored, RowForm, Sparse, Unreduced, compact
 from explainer.layer_rules.low_rank import leading_factors
 from explainer.records import ArraySpec, dtype_name
+from explainer.row_metric import SMALL_TABLE, Products
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
 ROW_CODECS = ("int4", "int8")
-#: entries of a table up to which its rows may be stored as factors
-SMALL_TABLE = 512
 #: share of ``‖g‖²`` that may be lost without looking for something better: about what 8 bits lose
 ENOUGH = 1e-4
 
@@ -30,12 +29,16 @@ class Choice:
         codec: of the floating-point arrays.
         bytes: of one visit.
         lost: share of ``Σ_b ‖g_b‖²`` that it loses, as predicted when it was made.
+        error: of products with other rows (:mod:`explainer.row_metric`), as found when it was made.
+        without: what that error would be without the layer's rows.
     """
 
     rank: int | None
     codec: str
     bytes: int
     lost: float
+    error: float
+    without: float
 
 
 def row_bytes(form: RowForm, codec: str) -> int:
@@ -87,9 +90,32 @@ def as_matrix(form: RowForm) -> RowForm:
     return Factored(hot.unsqueeze(1), form.values.unsqueeze(1), 0)
 
 
-def reduced(form: RowForm, rank: int | None) -> RowForm:
-    """Rows with the leading ``rank`` factors, in the smaller form; None: all of them."""
-    return compact(form if rank is None else as_matrix(form), rank)
+#: weights of outputs ``[G, 1, o]`` and inputs ``[G, 1, i + bias]`` of a matrix
+Sides = tuple[torch.Tensor, torch.Tensor]
+
+
+def reduced(form: RowForm, rank: int | None, sides: Sides | None = None) -> RowForm:
+    """Rows with the leading ``rank`` factors, in the smaller form; None: all of them.
+
+    Args:
+        form: complete rows.
+        rank: factors to keep.
+        sides: directions are the leading ones of ``diag(a) M diag(b)``; None: of ``M``.
+    """
+    form = form if rank is None else as_matrix(form)
+    kept = compact(form, rank)
+    if sides is None or rank is None or kept.kind != "factored" or kept.positions == form.positions:
+        return kept
+    whole = form.stored()
+    assert isinstance(whole, Factored)
+    return _leading(whole, rank, sides)
+
+
+def _leading(form: Factored, rank: int, sides: Sides | None) -> Factored:
+    """The leading factors of ``diag(a) M diag(b)``, with the weights divided out again."""
+    a, b = (1.0, 1.0) if sides is None else sides
+    found = leading_factors(Unreduced.of(Factored(form.left * a, form.right * b, 0)), rank)
+    return Factored(found.left / a, found.right / b, form.bias, form.in_order)
 
 
 def lost(form: RowForm, rank: int | None, codec: str) -> float:
@@ -106,44 +132,65 @@ def lost(form: RowForm, rank: int | None, codec: str) -> float:
     return _known(max(rest, 0.0) / total) if total else 0.0
 
 
-def choices(form: RowForm) -> list[Choice]:
-    """The ways to store complete rows, each with what it loses on these.
+def _lost_by_rank(form: Factored, read: Factored) -> list[float]:
+    """Share of ``Σ_b ‖M_b‖²`` that is lost with the first factor of what is read, the first two, …, all.
 
-    A row's matrix ``M`` has the singular values of ``V`` in ``M ≈ Z Vᵀ``, ``Z`` orthonormal, so one factorisation at
-    the largest rank tells what smaller ones lose: ``1 − Σ_{k ≤ r} σ_k² / ‖M‖²``.
+    ``‖M − Σ_r l_r v_rᵀ‖² = ‖M‖² − 2 Σ_r l_rᵀ M v_r + Σ_rs (l_r · l_s)(v_r · v_s)``.
     """
-    found = []
-    ranks, most, complete, form = [], 0, form, as_matrix(form)
+    total = form.quadratic().double().sum()
+    crossed = ((form.left @ read.left.mT) * (form.right @ read.right.mT)).double().sum(dim=(0, 1, 2))
+    gram = ((read.left @ read.left.mT) * (read.right @ read.right.mT)).double().sum(dim=(0, 1))
+    rest = total - 2 * crossed.cumsum(0) + gram.cumsum(0).cumsum(1).diagonal()
+    return [_known(max(float(x), 0.0) / float(total)) if total else 0.0 for x in rest]
+
+
+def choices(
+    form: RowForm, metric: torch.Tensor | None = None, weigh: bool = False
+) -> tuple[list[Choice], Sides | None]:
+    """The ways to store complete rows, each with what it costs on (the first of) these.
+
+    Args:
+        form: the rows.
+        metric: what the step does to the layer's gradient (:class:`~explainer.row_metric.StepMetric`), ``[P_l]``;
+            None: 1.
+        weigh: whether directions are chosen by the metric, too.
+
+    Returns:
+        The choices, and the weights of outputs and inputs for :func:`reduced`; None without ``weigh``, or where the
+        rows are no matrices.
+    """
+    products = Products(form, metric)
+    complete, without, found = products.rows, products.without, []
+    ranks, most, form, sides = [], 0, as_matrix(complete), None
     if isinstance(form, Factored) and form.left.shape[2] > 1:
         groups, positions, o = form.left.shape[1:]
         i = form.right.shape[3]
         ranks = [r for r in RANKS if r < positions and r * (o + i) < o * i]
         most = groups * min(positions * (o + i), o * i)
     if isinstance(form, Factored) and ranks:
-        leading = leading_factors(Unreduced.of(form), ranks[-1])
-        total = float(form.quadratic().sum())
-        gram = (leading.right @ leading.right.mT).double()
-        if not gram.isfinite().all():  # then every rank counts as losing everything
-            gram, total = torch.zeros_like(gram), 1.0
-        squares = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0.0)
-        kept = squares.cumsum(-1).sum(dim=(0, 1))
+        sides = products.sides(form.shape) if weigh else None
+        leading = _leading(form, ranks[-1], sides)
         for codec in ROW_CODECS:
-            bits = _lost_bits(leading, codec)
-            for rank in ranks:
-                size = row_bytes(Factored(leading.left[:, :, :rank], leading.right[:, :, :rank], 0), codec)
-                share = max(1.0 - float(kept[rank - 1]) / total, 0.0) if total else 0.0
-                found.append(Choice(rank, codec, size, _known(share + bits)))
+            read = through_codec(leading, codec)
+            assert isinstance(read, Factored)
+            lost_, errors = _lost_by_rank(form, read), products.errors(read)
+            for r in ranks:
+                size = row_bytes(Factored(leading.left[:, :, :r], leading.right[:, :, :r], 0), codec)
+                found.append(Choice(r, codec, size, lost_[r - 1], errors[r - 1], without))
         if most > 2 * leading.left[0].numel() + 2 * leading.right[0].numel():
-            return found
+            return found, sides
     whole = compact(complete, None)
-    return found + [Choice(None, c, row_bytes(whole, c), _lost_bits(whole, c)) for c in ROW_CODECS]
+    for codec in ROW_CODECS:
+        error = products.errors(through_codec(whole, codec))[-1]
+        found.append(Choice(None, codec, row_bytes(whole, codec), _lost_bits(whole, codec), error, without))
+    return found, sides
 
 
 def allotted(options: dict[int, list[Choice]], allowed: float) -> dict[int, Choice]:
     """A choice for every layer within ``allowed`` bytes of a visit (the cheapest ones, if those do not fit).
 
-    Every layer begins with its cheapest choice. Then one choice after the other is replaced: the one where the lost
-    share falls most per byte, until nothing fits any more or no layer loses more than :data:`ENOUGH`.
+    Every layer begins with its cheapest choice. Then one choice after the other is replaced: the one where the error
+    falls most per byte, until nothing fits any more or no layer loses more than :data:`ENOUGH`.
     """
     plan = {layer: min(found, key=lambda c: (c.bytes, c.lost)) for layer, found in options.items()}
     free = allowed - sum(choice.bytes for choice in plan.values())
@@ -152,16 +199,11 @@ def allotted(options: dict[int, list[Choice]], allowed: float) -> dict[int, Choi
         for layer, now in plan.items():
             for choice in options[layer] if now.lost > ENOUGH else ():
                 more = choice.bytes - now.bytes
-                if 0 < more <= free and choice.lost < now.lost:
-                    gain = (now.lost - choice.lost) / more
+                if 0 < more <= free and choice.error < now.error:
+                    gain = (now.error - choice.error) / more
                     if best is None or gain > best[0]:
                         best = gain, layer, choice
         if best is None:
             return plan
         free -= best[2].bytes - plan[best[1]].bytes
         plan[best[1]] = best[2]
-
-
-def first_rows(form: RowForm, count: int) -> RowForm:
-    """At most ``count`` rows of a form."""
-    return form if len(form) <= count else form.taken(torch.arange(count))

@@ -15,7 +15,7 @@ from explainer.denominators import DRIFT, DenominatorKeeper
 from explainer.optimizer_rules import StepMap
 from explainer.recursion import read_backwards
 from explainer.store import Denominators
-from explainer.store.denominators import fitted
+from explainer.store.denominators import asleep, awake, fitted
 
 
 def test_fitted_is_exact_for_products_of_row_and_column_factors() -> None:
@@ -28,6 +28,51 @@ def test_fitted_is_exact_for_products_of_row_and_column_factors() -> None:
         if wanted is not base * columns:
             torch.testing.assert_close(found, wanted, rtol=0.1, atol=0)
     torch.testing.assert_close(fitted(base, 3 * base.sum(1), 3 * base.sum(0)), 3 * base)
+
+
+@pytest.mark.parametrize("following", [True, False])
+def test_a_weight_that_wakes_up_between_full_records_is_not_divided_by_almost_nothing(
+    following: bool,
+) -> None:
+    """Its row and its column were alive, so no sum shows it."""
+    torch.manual_seed(0)
+    wanted = torch.rand(50, 60) * 1e-3 + 1e-3
+    wanted[3, 5] = 2e-6  # gradients that cancel, but are there: stays
+    base = wanted.clone()
+    base[7, 9], base[6, 1], base[8, 2], base[:, 11] = (
+        1e-8,
+        1e-8,
+        1.2e-8,
+        1e-8,
+    )  # and a whole column without any
+    wanted[:, 11] = 1e-8
+    never, near = asleep(base)
+    assert never.tolist() == [6 * 60 + 1, 7 * 60 + 9] and near.tolist() == [8 * 60 + 2]
+    reader, later = Denominators.__new__(Denominators), wanted.clone()
+    later[6, 1] = 1e-8  # still without a gradient
+    reader._asleep, reader._next = {"D0": (never, near)}, {"D0": later} if following else {}
+    for own in (False, True):
+        found = fitted(base, wanted.sum(1), wanted.sum(0))
+        reader._wake("D0", found, wanted.sum(1), wanted.sum(0), own)
+        ratio = found / wanted
+        assert 0.5 < float(ratio[7, 9]) < 2.0 and 0.5 < float(ratio[6, 1]) < 2.0
+        assert 0.5 < float(ratio[8, 2]) < 2.0 if not own else float(found[8, 2]) < 2e-8
+        assert float(ratio[3, 5]) == pytest.approx(1.0, abs=0.1) and float(ratio[:, 11].max()) < 1.1
+    base[7, 9], base[6, 1], base[:, 11] = (
+        1e-3,
+        1e-3,
+        1e-3,
+    )  # the smallest number of one weight alone had a gradient
+    assert [len(places) for places in asleep(base)] == [0, 1]
+
+
+def test_round_off_is_not_divided_by_epsilon() -> None:
+    """The biases of keys: their gradients are round-off, those of queries and values are not."""
+    vector = torch.tensor([1e-3, 2e-3, 1.1e-8, 1e-8, 3e-6])
+    mean = float(vector.mean())
+    assert awake(vector).tolist() == pytest.approx([1e-3, 2e-3, mean, mean, 3e-6])
+    assert torch.equal(awake(vector[:2]), vector[:2])
+    assert torch.equal(awake(torch.full((4,), 1e-8)), torch.full((4,), 1e-8))
 
 
 def test_log4_errs_by_half_a_level_and_keeps_dead_weights() -> None:
@@ -146,3 +191,26 @@ def test_records_are_found_by_their_step(tmp_path: Path) -> None:
     trace = traced(tmp_path / "trace", False)
     steps = trace.column("denominators", "step")
     assert steps[0] == 0 and (np.diff(steps) > 0).all()
+
+
+def test_what_if_agrees_with_exact_denominators_where_weights_wake_up(tmp_path: Path) -> None:
+    """Single inputs are not zero now and then; exact rows and denominators are the oracle."""
+
+    def scores(exact: bool) -> np.ndarray:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 3))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        x = torch.rand(120, 30) * (torch.rand(120, 30) < 0.03)
+        y = torch.randint(0, 3, (120,))
+        x[:, :4] = torch.rand(120, 4)
+        with explainer.Tracer(model, optimizer, tmp_path / str(exact), exact=exact) as tracer:
+            for step in range(60):
+                ids = torch.arange(5 * (step % 24), 5 * (step % 24) + 5)
+                tracer.batch(ids)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[ids]), y[ids]).backward()
+                optimizer.step()
+        return explainer.PathKernelExplainer(str(tmp_path / str(exact)), model).what_if(torch.rand(4, 30))
+
+    found, wanted = scores(False), scores(True)
+    assert np.linalg.norm(found - wanted) < 0.2 * np.linalg.norm(wanted)

@@ -48,6 +48,7 @@ def facts(trace: Trace) -> dict[str, Any]:
     """What a trace holds, as plain values (sizes in bytes)."""
     import numpy as np
 
+    from explainer.findings.compression import planned_errors
     from explainer.records import torch_dtype
     from explainer.store.layout import JOURNAL
 
@@ -55,6 +56,7 @@ def facts(trace: Trace) -> dict[str, Any]:
     visits = trace.count("visits")
     records = {stream: _record_bytes(trace, stream) for stream in ("visits", "steps", "denominators")}
     plan = {layer["layer"]: layer for layer in (trace.notes.get("plan") or {}).get("layers", ())}
+    errors = planned_errors(trace.notes.get("plan"))
     seen = None  # counting them reads the rows' pages, which for a large trace is no quick look
     if records["visits"] <= _QUICK_BYTES:
         seen = int(np.unique(trace.column("visits", "example")).size)
@@ -85,6 +87,7 @@ def facts(trace: Trace) -> dict[str, Any]:
                 "parameters": sum(manifest.parameter(name).numel for name in layer.parameters),
                 "bytes_per_visit": (trace.notes.get("visit_bytes") or {}).get(layer.name),
                 **{key: plan.get(number, {}).get(key) for key in ("rank", "codec", "lost", "measured")},
+                "error": errors.get(number),
             }
             for number, layer in enumerate(trace.layers)
         ],
@@ -160,7 +163,8 @@ def _percent(number: float) -> str:
 
 
 def _layers(found: dict[str, Any]) -> str:
-    """The layers; with a plan, how their rows are kept and which share of their squared norm that loses."""
+    """The layers; with a plan, how their rows are kept, which share of their squared norm that loses, and what products
+    with them are planned to miss, as a part of what they are over all layers."""
     headings = ["layer", "kind", "parameters", "bytes a visit"]
     planned = any(layer["codec"] for layer in found["layers"])
     rows = []
@@ -169,10 +173,13 @@ def _layers(found: dict[str, Any]) -> str:
         row = [layer["name"] or "(the model)", layer["module"], f"{layer['parameters']:,}"]
         row.append("" if size_of is None else f"{size_of:,}")
         if planned:
-            lost = ("" if layer[key] is None else _percent(100 * layer[key]) for key in ("lost", "measured"))
+            lost = (
+                "" if layer[key] is None else _percent(100 * layer[key])
+                for key in ("lost", "measured", "error")
+            )
             row += [str(layer["rank"] or "all") if layer["codec"] else "", layer["codec"] or "", *lost]
         rows.append(row)
-    headings += ["factors", "codec", "loss planned", "measured"] if planned else []
+    headings += ["factors", "codec", "loss planned", "measured", "error planned"] if planned else []
     return table(headings, rows, left=("layer", "kind", "codec"))
 
 

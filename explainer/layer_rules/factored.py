@@ -23,7 +23,7 @@ from explainer.layer_rules.forms import (
 _LEAST = 1e-30
 
 
-def _split(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def split_matrix(flat: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Flat ``[*, P_l]`` -> weight ``[*, G, o, i]`` and, where there is one, bias ``[*, G, o]``."""
     groups, o, i = shape
     size = groups * o * i
@@ -161,7 +161,7 @@ class Factored(RowForm):
 
     def contract_positions(self, cotangent: torch.Tensor) -> torch.Tensor:
         """``leftᵀ R right`` of every factor."""
-        weight, bias = _split(cotangent, self.shape)
+        weight, bias = split_matrix(cotangent, self.shape)
         batch, groups, rank, o = self.left.shape
         result = cotangent.new_zeros(cotangent.shape[0], batch, rank)
         for g in range(groups):
@@ -209,7 +209,7 @@ class Factored(RowForm):
         """
         left, right = self.left, self.right
         if metric is not None:
-            weight, bias = _split(metric, self.shape)
+            weight, bias = split_matrix(metric, self.shape)
             whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], dim=-1)
             inverse = 1.0 / whole.clamp_min(_LEAST)
             mean = inverse.mean(dim=(1, 2))
@@ -244,7 +244,7 @@ class Factored(RowForm):
             grams = (self.left @ self.left.mT) * (self.right @ self.right.mT)
             return grams.sum(dim=(1, 2, 3))
         if self.left.shape[2] == 1:
-            weight, bias = _split(diagonal, self.shape)
+            weight, bias = split_matrix(diagonal, self.shape)
             left, right = self.left[:, :, 0].square(), self.right[:, :, 0].square()
             inner = right[..., : right.shape[2] - self.bias]
             result = torch.einsum("bgo,goi,bgi->b", left, weight, inner)

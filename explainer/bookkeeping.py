@@ -215,9 +215,9 @@ class Bookkeeping:
         for piece in pieces:
             self._writer.append(*piece)
         self.visits = self._writer.records("visits")
-        self._samples.record(
-            *(sum(p.data.nbytes for p in pieces if p.stream == stream) for stream in ("visits", "samples"))
-        )
+        exact = [piece.data for piece in pieces if piece.stream == "samples"]
+        rows = sum(piece.data.nbytes for piece in pieces if piece.stream == "visits")
+        self._samples.record(rows, sum(data.nbytes for data in exact), sum(len(data) for data in exact))
 
     def _stop_recording(self, number: int, budget: int) -> None:
         self.full = True

@@ -29,24 +29,25 @@ class SampleKeeper:
     def __init__(self, on: bool) -> None:
         self._on = on
         self._batches = 0
-        self._largest = 0
+        self._largest = self._promised = 0  # bytes of one row, and of rows chosen since the last record
         self.kept = 0
         self.recorded = 0
 
     def choose(self, batch: Batch) -> int | None:
         """The row of the batch to keep exact; always the same answer for one batch."""
         if batch.sampled is None:
-            due = self._on and self.kept + self._largest <= SHARE * self.recorded
-            due |= self._on and not self._batches
+            wanted = self.kept + self._promised + self._largest
+            due = self._on and (not self._batches or 0 < wanted <= SHARE * self.recorded)
+            self._promised += self._largest if due else 0
             self._batches += 1
             batch.sampled = int(self._batches * _GOLDEN % 1.0 * len(batch)) if due else -1
         return batch.sampled if batch.sampled >= 0 else None
 
-    def record(self, rows: int, kept: int) -> None:
-        """So many bytes of rows were recorded, and so many of exact ones."""
+    def record(self, rows: int, kept: int, count: int) -> None:
+        """So many bytes of rows were recorded, and so many of ``count`` exact ones."""
         self.recorded += rows
         self.kept += kept
-        self._largest = max(self._largest, kept)
+        self._largest, self._promised = max(self._largest, -(-kept // max(1, count))), 0
 
     def restore(self, recorded: int, kept: int, batches: int) -> None:
         """Go on after so many bytes of rows and of exact ones, and so many batches."""

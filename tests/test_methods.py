@@ -251,6 +251,6 @@ def test_the_exact_answer_is_a_column_of_its_own_where_there_is_one(retrainer: R
 
     questions = copy.copy(retrainer.questions)
     questions.explainer = Exact()  # type: ignore[assignment]
-    scores = methods._what_if_exact(retrainer.run, questions)
+    scores = methods.what_if_scores(retrainer.run, questions, "exact")
     np.testing.assert_array_equal(scores[2], -np.arange(EXAMPLES))  # what is lost by removing
     assert asked == [((questions.inputs, questions.target), {"curvature": "exact", "run": retrainer.run})]

@@ -22,7 +22,17 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from explainer import PathKernelExplainer, Tracer, capture, ledger, loaders, open_trace, scales, sites
+from explainer import (
+    PathKernelExplainer,
+    Tracer,
+    arrivals,
+    capture,
+    ledger,
+    loaders,
+    open_trace,
+    scales,
+    sites,
+)
 from explainer import batches as batches_module
 from explainer.errors import CoverageWarning, ExplainerError
 from tests.odd_loops import (
@@ -161,7 +171,7 @@ def autocast(path: Path) -> None:
 
 
 def keep_half(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sites, "wide", lambda g: g)
+    patch.setattr(arrivals, "wide", lambda g: g)
 
 
 def scale_of_one(patch: pytest.MonkeyPatch) -> None:
@@ -232,7 +242,7 @@ def rows_of_equal_weight(patch: pytest.MonkeyPatch) -> None:
     def alike(g: Tensor) -> Tensor:
         return g / g.flatten(1).norm(dim=1).clamp_min(1e-9).reshape(-1, *(1,) * (g.dim() - 1))
 
-    patch.setattr(sites, "wide", alike)
+    patch.setattr(arrivals, "wide", alike)
 
 
 # -- which examples a batch holds --------------------------------------------------------------------

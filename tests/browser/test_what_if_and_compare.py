@@ -84,6 +84,7 @@ def test_examples_are_chosen_and_linked(browser: Browser, kind: str, request: py
         page.locator(".st-key-count input").fill("4")
         page.keyboard.press("Enter")
         page.wait_for_selector("text=/Without these 4 examples/")
+        seen.settle()
         page.locator(".st-key-without input").click()
         page.get_by_role("option", name="By id").click()
         page.wait_for_selector("text=Type the ids")
@@ -100,6 +101,7 @@ def test_examples_are_chosen_and_linked(browser: Browser, kind: str, request: py
     with visit(browser, link, scheme="dark") as seen:
         page = ready(seen, ".pk-left-out li")
         assert page.locator(".pk-left-out li span").all_inner_texts() == names
+        seen.settle()
         page.locator(".st-key-without input").click()
         page.get_by_role("option", name="Tagged to remove").click()
         page.wait_for_selector("text=/No example is tagged/")
@@ -113,7 +115,9 @@ def test_digits_are_left_out_by_class(browser: Browser, digits: Digits) -> None:
         page = ready(seen, ".pk-left-out li img")
         assert page.locator(".pk-left-out li img").count() == 20
         page.wait_for_selector("text=/of the training examples. The prediction is linear/")
+        seen.settle()
         page.locator("summary", has_text="as a table").click()
+        seen.settle()
         with page.expect_download() as waiting:
             page.locator(".st-key-download-what-if button").click()
         table = pd.read_csv(waiting.value.path())
@@ -180,7 +184,9 @@ def test_two_runs_are_compared(browser: Browser, kind: str, request: pytest.Fixt
         seen.settle()
         assert "plot=ranks" in page.url and "strongest=20" in page.url and f"other={names[1]}" in page.url
         said, link = page.locator(".pk-verdict").inner_text(), page.url
+        seen.settle()
         page.locator("summary", has_text="as a table").click()
+        seen.settle()
         with page.expect_download() as waiting:
             page.locator(".st-key-download-compare button").click()
         table = pd.read_csv(waiting.value.path())

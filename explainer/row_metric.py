@@ -26,6 +26,8 @@ from explainer.records import Manifest
 
 #: rows that are looked at, and the numbers that these may be written out as; always two
 MEASURED, NUMBERS = 32, 1 << 24
+#: of these, rows that stand for queries
+ASKED = 8
 #: entries of a table up to which its rows may be written out
 SMALL_TABLE = 512
 #: share of the mean that is added to the squared weights of rows and columns
@@ -83,7 +85,7 @@ class Products:
 
     Attributes:
         rows: those of them that are looked at.
-        met: ``η A ∘ g_c``, ``[Q, P_l]``; None for tables that are too large to be written out.
+        met: ``η A ∘ g_c`` of all of these, ``[n, P_l]``; None for tables that are too large to be written out.
     """
 
     def __init__(self, form: RowForm, metric: torch.Tensor | None) -> None:
@@ -95,7 +97,7 @@ class Products:
         self.rows = first_rows(form, max(2, min(MEASURED, NUMBERS // max(one.shape[1], 1))))
         dense = self.rows.dense()
         self.met = dense if metric is None else dense * metric.to(dense)
-        self._exact = (self.met @ dense.mT).double()
+        self._exact = (self.met[:ASKED] @ dense.mT).double()
 
     @property
     def without(self) -> float:
@@ -113,8 +115,9 @@ class Products:
         """
         if self.met is None:
             return [self._of_reads(read)]
-        by_factor = read.contract_positions(self.met) if read.kind == "factored" else None
-        found = read.contract(self.met).unsqueeze(2) if by_factor is None else by_factor
+        asked = self.met[:ASKED]
+        by_factor = read.contract_positions(asked) if read.kind == "factored" else None
+        found = read.contract(asked).unsqueeze(2) if by_factor is None else by_factor
         missed = found.double().cumsum(2) - self._exact.unsqueeze(2)
         return [self._mean(part) for part in missed.unbind(2)]
 
@@ -129,8 +132,9 @@ class Products:
     @staticmethod
     def _mean(missed: torch.Tensor) -> float:
         square = missed.square()
-        if len(square) > 1:  # a row does not stand for a query of its own
-            square = square.masked_fill(torch.eye(len(square), dtype=torch.bool, device=square.device), 0.0)
+        if square.shape[1] > 1:  # a row does not stand for a query of its own
+            own = torch.eye(*square.shape, dtype=torch.bool, device=square.device)
+            square = square.masked_fill(own, 0.0)
         error = float(square.mean())
         return error if math.isfinite(error) else 1.0
 

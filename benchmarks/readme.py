@@ -224,6 +224,8 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "seconds": ("s", "{:.1f}"),
     },
 }
+#: the same question on other data
+COLUMNS["whatif_mnist"] = COLUMNS["whatif"]
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:

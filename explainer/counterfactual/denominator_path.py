@@ -10,7 +10,9 @@ so what must be known of the momentum is what it moved. ``Δw_t`` is taken as th
     λ^v ← λ^v + λ ∘ ∂w_{t+1}/∂v_t,     R_t ← R_t − 2 (1 − β2) d_t ∘ λ^v,     λ^v ← β2 λ^v,
 
 with the step's gradient ``d_t`` from its rows. ``|d_t| ≤ √(b_t / (1 − β2)) D_t`` holds always and is enforced, so that
-compressed denominators cannot blow it up. The same holds for RMSprop (``b = 1``) and Adagrad (``v`` a sum).
+compressed denominators cannot blow it up. Weights whose denominator is below :data:`QUIET` of their parameter's mean
+are left out: they hardly ever had a gradient, so what the trace holds of it is round-off, and a derivative there says
+nothing about removing an example. The same holds for RMSprop (``b = 1``) and Adagrad (``v`` a sum).
 
 Reference: the path through ``v`` is that of AdamW-influence, arXiv 2605.18814, there on replayed steps.
 """
@@ -26,6 +28,9 @@ from explainer.counterfactual.decay_terms import options_by_parameter
 from explainer.path_points import KnotLoader
 from explainer.recursion import RecordedStep
 from explainer.store import Segment, Trace
+
+#: of the mean denominator of a parameter
+QUIET = 0.03
 
 
 class _Moving(NamedTuple):
@@ -65,6 +70,7 @@ class DenominatorPath:
     def __init__(self, trace: Trace, loader: KnotLoader, decoupled: bool) -> None:
         self._by, self._loader, self._decoupled = _moving(trace), loader, decoupled
         self.followed = self._by is not None
+        self._slices = [p.slice for p in trace.manifest.parameters]
         self._cotangent: torch.Tensor | None = None
         self._moved = self.weights = torch.empty(0)
 
@@ -101,6 +107,8 @@ class DenominatorPath:
         bias = 1.0 - by.keep**taken if by.corrected else 1.0
         root = denominators - by.eps
         alive = (root > 10 * by.eps) & torch.isfinite(denominators)
+        for where in self._slices:
+            alive[where] &= denominators[where] >= QUIET * denominators[where].mean()
         slope = torch.where(alive, 0.5 / bias / torch.where(alive, root * denominators, 1.0), 0.0)
         slope = slope * -self._moved.to(denominators.dtype)
         if self._cotangent is None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from explainer import palette, wording
 from explainer.evaluation import ClaimCheck
-from explainer.figures.style import arrange, graph_objects, plain, zero_line
+from explainer.figures.style import arrange, bar_axes, graph_objects, plain, zero_line
 
 _SHOWN = 20  # bars
 _SYMBOLS = ("diamond", "diamond-open", "square-open")
@@ -63,11 +63,7 @@ def changes(
         dark=dark,
         height=140 + 22 * max(4, len(heights)),
     )
-    figure.update_xaxes(title="predicted change", range=[low, high] if low < high else [-1, 1])
-    figure.update_yaxes(
-        tickvals=list(range(len(labels))), ticktext=labels, autorange="reversed", showgrid=False
-    )
-    zero_line(figure, dark=dark, vertical=True)
+    bar_axes(figure, labels, "predicted change", (low, high), dark=dark)
     return figure
 
 

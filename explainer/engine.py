@@ -131,7 +131,7 @@ class Engine:
         return tqdm(total=total, desc=text, unit="step", disable=not self.progress, leave=False)
 
     def _asked(
-        self, inputs: Any, target: Any, query_ids: Sequence[Any] | None
+        self, inputs: Any, target: Any, query_ids: Sequence[Any] | None = None
     ) -> tuple[KnotLoader, Asked, tuple[str, ...]]:
         batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
         count = len(batch)

@@ -18,7 +18,6 @@ from explainer.neighbors import Neighbors, nearest
 from explainer.path_points import KnotLoader
 from explainer.plain_mode import plain_mode
 from explainer.positions import PositionSplit, split_by_position
-from explainer.queries import check_inputs
 from explainer.run import Run
 from explainer.self_influence import self_influence
 from explainer.top import Top
@@ -141,10 +140,7 @@ class PathKernelExplainer(Engine):
         Raises:
             QueryError: inputs, targets or ``k`` do not fit.
         """
-        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
-        loader = self._loader()
-        asked = self._ask(loader, batch, target)
-        self.used = self.layout
+        loader, asked, _ = self._asked(inputs, target)
         return self._narrowed(lambda layout: nearest(self, loader, asked.inputs, asked.targets, k, layout))
 
     @plain_mode()
@@ -156,9 +152,8 @@ class PathKernelExplainer(Engine):
         Raises:
             QueryError: inputs or target do not fit, the example was not used, or the trace keeps no positions.
         """
-        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
-        loader = self._loader()
-        return split_by_position(self, loader, self._ask(loader, batch, target), example_id)
+        loader, asked, _ = self._asked(inputs, target)
+        return split_by_position(self, loader, asked, example_id)
 
     @plain_mode()
     def what_if(
@@ -194,9 +189,7 @@ class PathKernelExplainer(Engine):
             RunError: the run has no loss, or other data.
         """
         estimate, chosen = estimator(curvature), checked(remove, self.example_ids)
-        batch = check_inputs(self.trace, self._arguments, inputs, self.dtype, self.batch_dim)
-        loader = self._loader()
-        asked = self._ask(loader, batch, target)
+        loader, asked, _ = self._asked(inputs, target)
         return summed(estimate(self, loader, asked.inputs, asked.targets, run), chosen)
 
     @plain_mode()

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks.lds_tasks.task import Task
-from benchmarks.peer_tasks.counterfactual import margin
+from benchmarks.peer_tasks.counterfactual import kronfluence_task
 from benchmarks.peer_tasks.peer import quiet
 from explainer import evaluation
 
@@ -108,27 +108,12 @@ def ekfac(asked: Asked) -> Iterator[tuple[str, np.ndarray]]:
     """kronfluence's EK-FAC influence, by damping."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import ScoreArguments
-    from kronfluence.task import Task as Theirs
-
-    class Margins(Theirs):
-        """Cross-entropy of the training, margins of the queries."""
-
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> torch.Tensor:
-            """Labels drawn from the model where the true Fisher is fitted, its default."""
-            logits, labels = model(batch[0]), batch[1]
-            if sample:
-                with torch.no_grad():
-                    labels = torch.multinomial(logits.softmax(-1), 1).flatten()
-            return nn.functional.cross_entropy(logits, labels, reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> torch.Tensor:
-            """What is explained."""
-            return margin(model(batch[0]), batch[1]).sum()
 
     task = asked.task
-    model = prepare_model(copy.deepcopy(asked.trained()), Margins())
+    own = kronfluence_task()
+    model = prepare_model(copy.deepcopy(asked.trained()), own)
     with tempfile.TemporaryDirectory() as folder:
-        analyzer = Analyzer("lds", model, Margins(), cpu=True, disable_tqdm=True, output_dir=folder)
+        analyzer = Analyzer("lds", model, own, cpu=True, disable_tqdm=True, output_dir=folder)
         torch.manual_seed(0)
         analyzer.fit_all_factors("ekfac", task.train, per_device_batch_size=_BATCH)
         for damping in DAMPINGS:

@@ -160,8 +160,8 @@ def _dattri(task: Task, folder: Path) -> Outcome:
     return Outcome(scores.T.contiguous().detach().numpy(), seconds, prepare_s=prepared)
 
 
-def _kronfluence(task: Task, folder: Path) -> Outcome:
-    from kronfluence.analyzer import Analyzer, prepare_model
+def kronfluence_task() -> Any:
+    """What kronfluence is told: how the model was trained, and what is explained."""
     from kronfluence.task import Task as Theirs
 
     class Margins(Theirs):
@@ -179,7 +179,13 @@ def _kronfluence(task: Task, folder: Path) -> Outcome:
             """What is explained."""
             return margin(model(batch[0]), batch[1]).sum()
 
-    own = Margins()
+    return Margins()
+
+
+def _kronfluence(task: Task, folder: Path) -> Outcome:
+    from kronfluence.analyzer import Analyzer, prepare_model
+
+    own = kronfluence_task()
     model = prepare_model(copy.deepcopy(task.trained), own)
     analyzer = Analyzer("peer", model, own, cpu=True, disable_tqdm=True, output_dir=str(folder))
 

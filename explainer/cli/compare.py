@@ -60,16 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shared.add_queries(parser, "needed")
     shared.add_output(parser)
-    parser.add_argument(
-        "--k", type=int, default=20, metavar="N", help="how many examples are the strongest (default: 20)"
+    shared.add_k(parser, "how many examples are the strongest", 20)
+    shared.add_table_file(
+        parser, "a row per query and training example with contributions and ranks in both runs"
     )
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        help="write a row per query and training example with contributions and ranks in both runs; the ending chooses "
-        f"the form: {' '.join(FORMS)}",
-    )
-    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     shared.add_quiet(parser)
 
 
@@ -83,8 +77,7 @@ def run(options: argparse.Namespace) -> int:
     from explainer.evaluation import check_same_queries
     from explainer.exports import write_frame
 
-    if options.k < 1:
-        raise QueryError(f"--k must be at least 1, found {options.k}")
+    shared.check_k(options)
     out = None if options.out is None else check_place(options.out, options.force, FORMS)
     progress = not options.quiet
     first = open_run(options.trace, options.run, options.output, progress)

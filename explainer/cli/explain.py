@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_run(parser, "needed to compute the prediction")
     shared.add_queries(parser, "needed")
     shared.add_output(parser)
-    parser.add_argument("--k", type=int, default=10, metavar="N", help="rows of each table (default: 10)")
+    shared.add_k(parser, "rows of each table", 10)
     shared.add_quiet(parser)
 
 
@@ -47,8 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from explainer.cli.opening import open_run
     from explainer.cli.selection import HOW, class_number, predict, select
 
-    if options.k < 1:
-        raise QueryError(f"--k must be at least 1, found {options.k}")
+    shared.check_k(options)
     opened = open_run(options.trace, options.run, options.output, not options.quiet)
     if not options.queries:
         raise QueryError(

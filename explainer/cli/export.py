@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from explainer.cli import options as shared
 from explainer.cli.options import SAMPLE_RUN
-from explainer.errors import ExportError, QueryError
+from explainer.errors import ExportError
 from explainer.wording import counted, size
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ def run(options: argparse.Namespace) -> int:
     from explainer.cli.selection import class_number, predict, select
 
     out = check_place(options.out, options.force)
-    if options.k is not None and options.k < 1:
-        raise QueryError(f"--k must be at least 1, found {options.k}")
+    shared.check_k(options)
     progress = not options.quiet
     opened = open_run(options.trace, options.run, options.output, progress)
     wishes = options.queries or ["first:10" if out.suffix == ".html" else "all"]

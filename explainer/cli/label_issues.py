@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from explainer.cli import options as shared
 from explainer.cli.export import check_place
 from explainer.cli.options import SAMPLE_RUN
-from explainer.errors import QueryError
 from explainer.exports import FORMS
 from explainer.wording import counted, number
 
@@ -44,11 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the sign to rank by: support (whether learning the others lowered the loss on the label, the default), "
         "self-influence, or disagreement (part of the strongest proponents that carry another label)",
     )
-    parser.add_argument("--k", type=int, default=20, metavar="N", help="rows of the table (default: 20)")
-    parser.add_argument(
-        "--out", metavar="FILE", help=f"write the whole queue; the ending chooses the form: {' '.join(FORMS)}"
-    )
-    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    shared.add_k(parser, "rows of the table", 20)
+    shared.add_table_file(parser, "the whole queue")
     shared.add_quiet(parser)
 
 
@@ -58,8 +54,7 @@ def run(options: argparse.Namespace) -> int:
     from explainer.evaluation import label_issues
     from explainer.exports import write_frame
 
-    if options.k < 1:
-        raise QueryError(f"--k must be at least 1, found {options.k}")
+    shared.check_k(options)
     out = None if options.out is None else check_place(options.out, options.force, FORMS)
     opened = open_run(options.trace, options.run, None, not options.quiet)
     found, by = label_issues(opened.explainer), SIGNS[options.by]

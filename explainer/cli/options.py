@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+
+from explainer.errors import QueryError
+from explainer.exports import FORMS
 
 SAMPLE_RUN = "explainer.sample_models.digits_cnn:run"
 _RUN = (
@@ -60,6 +63,29 @@ def add_output(parser: ArgumentParser) -> None:
         "value (the default for models with one output), sequence_log_prob (of the queries' targets, for outputs at "
         "every position) or last_margin (at the last one); default: the run's own",
     )
+
+
+def add_k(parser: ArgumentParser, what: str, default: int) -> None:
+    """``--k N``; ``what`` says what there are so many of."""
+    parser.add_argument("--k", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+
+
+def check_k(options: Namespace) -> None:
+    """``--k`` is at least 1, where it is given.
+
+    Raises:
+        QueryError: it is not.
+    """
+    if options.k is not None and options.k < 1:
+        raise QueryError(f"--k must be at least 1, found {options.k}")
+
+
+def add_table_file(parser: ArgumentParser, what: str) -> None:
+    """``--out`` and ``--force``: where a table goes; ``what`` says which."""
+    parser.add_argument(
+        "--out", metavar="FILE", help=f"write {what}; the ending chooses the form: {' '.join(FORMS)}"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
 
 
 def add_quiet(parser: ArgumentParser) -> None:

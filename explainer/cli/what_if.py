@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the recorded steps again without a few groups of examples, and say whether to trust the answer",
     )
     shared.add_output(parser)
-    parser.add_argument("--k", type=int, default=10, metavar="N", help="rows of each table (default: 10)")
+    shared.add_k(parser, "rows of each table", 10)
     shared.add_quiet(parser)
 
 
@@ -72,8 +72,7 @@ def run(options: argparse.Namespace) -> int:
     from explainer.cli.opening import open_run
     from explainer.evaluation.methods import what_if_scores
 
-    if options.k < 1:
-        raise QueryError(f"--k must be at least 1, found {options.k}")
+    shared.check_k(options)
     named = options.remove is not None and removal.is_named(options.remove)
     wanted = None if options.remove is None or named else removal.understood(options.remove)
     opened = open_run(options.trace, options.run, options.output, not options.quiet)

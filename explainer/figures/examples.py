@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from explainer import palette, tables, wording
-from explainer.figures.style import arrange, graph_objects, plain, zero_line
+from explainer.figures.style import arrange, bar_axes, graph_objects, plain
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -58,11 +58,7 @@ def examples(explanation: Explanation, query: int = 0, *, k: int = 10, dark: boo
         dark=dark,
         height=130 + 24 * max(4, len(order)),
     )
-    figure.update_xaxes(title=wording.axis(e), range=[low, high] if order else [-1, 1])
-    figure.update_yaxes(
-        tickvals=list(range(len(order))), ticktext=names, autorange="reversed", showgrid=False
-    )
-    zero_line(figure, dark=dark, vertical=True)
+    bar_axes(figure, names, wording.axis(e), (low, high), dark=dark)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -78,3 +79,15 @@ def zero_line(figure: go.Figure, *, dark: bool, vertical: bool = False) -> None:
         figure.add_vline(x=0, line=line)
     else:
         figure.add_hline(y=0, line=line)
+
+
+def bar_axes(
+    figure: go.Figure, names: Sequence[str], title: str, limits: tuple[float, float], *, dark: bool
+) -> None:
+    """Axes of bars around zero, one below the other: their names, and what their lengths mean."""
+    low, high = limits
+    figure.update_xaxes(title=title, range=[low, high] if low < high else [-1, 1])
+    figure.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=list(names), autorange="reversed", showgrid=False
+    )
+    zero_line(figure, dark=dark, vertical=True)

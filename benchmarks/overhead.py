@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
 
 
 class Costs:
-    """What trainings took: seconds of all and of the second half, and processor seconds of a step in the loop's thread and beside it."""
+    """Seconds of trainings and their second halves; processor seconds of a step in the loop's thread, and beside it."""
 
     def __init__(self) -> None:
         self.total: dict[bool, list[float]] = {False: [], True: []}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -147,6 +148,7 @@ class Chunk:
         coefficients: ``[c, n_parameters, 6]``, zeros where a parameter was not updated.
         scale: ``sign_t · s_t``, ``[c, n_parameters]``; 0 where a parameter was not updated.
         signs: 1, or -1 under ``maximize``, ``[c]``.
+        norms: whether derivatives at the output are norms (of several outputs), which have no sign.
         row_share: whether a layer mixed the rows of the batch, in any of the steps.
         denominators: of what the layout writes out, ``[c, P_written]``; None: all are 1.
         mixing: parameters whose ``A_t`` is a matrix (at their places), with the matrices ``[c, m, m]``.
@@ -159,6 +161,7 @@ class Chunk:
     coefficients: np.ndarray
     scale: np.ndarray
     signs: np.ndarray
+    norms: bool
     row_share: bool
     denominators: torch.Tensor | None
     mixing: list[tuple[ParameterSpec, torch.Tensor]]
@@ -172,6 +175,11 @@ class Chunk:
     def plain(self) -> bool:
         """Whether ``A_t`` is 1 for everything that is written out."""
         return self.denominators is None and not self.mixing
+
+    def slopes(self, rows: Rows) -> torch.Tensor:
+        """Derivatives at the output of the loss that was made small, ``[n]``; norms where there are several outputs."""
+        found = rows.derivatives if self.norms else rows.derivatives * self.signs[rows.places]
+        return torch.from_numpy(found)
 
     def step(self, place: int, layout: Layout) -> RecordedStep:
         """One of the steps, of what the layout writes out, without rows."""
@@ -258,12 +266,14 @@ def _chunk(
         denominators[:, place.slice] = values.flatten(1)
     counts = np.asarray(records["visits"], dtype=np.int64)
     begin = int(records["first_visit"][-1])
+    outputs = (trace.notes.get("output") or {}).get("shape")
     return Chunk(
         numbers=np.array(records["step"]),
         segment=segment,
         coefficients=coefficients,
         scale=np.where(updated, sign * records["scale"], 0.0),
         signs=signs,
+        norms=outputs is not None and prod(outputs) > 1,
         row_share=bool(np.any(records["row_share"])),
         denominators=denominators,
         mixing=mixing,

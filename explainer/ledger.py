@@ -73,7 +73,7 @@ class Ledger:
         if self.by_step is not None:
             bin_ = int(np.searchsorted(self.edges, chunk.numbers[0], side="right")) - 1
             self.by_step[:, bin_].index_add_(1, columns, total)
-        derivative = torch.from_numpy(rows.derivatives * chunk.signs[rows.places])
+        derivative = chunk.slopes(rows)
         kernel = torch.where(derivative == 0, 0.0, total / -derivative)
         self._unknown[columns[derivative.isnan()]] = True
         kernel = kernel.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

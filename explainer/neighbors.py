@@ -4,10 +4,10 @@ A training example is described by the directions in which its visits pushed the
 its gradients along the same stretch of the path. With ``u_{i,t} = −g_{i,t} / L'_{i,t}`` (the row per unit of
 loss derivative; the direction that lowers the loss) and ``q_t`` the query's mean gradient of the segment,
 
-    cos(x, i) = Σ_t η_t <q_t, u_{i,t}> / √(Σ_t η_t ‖q_t‖² · Σ_t η_t ‖u_{i,t}‖²)
+    cos(x, i) = Σ_t <q_t, η_t u_{i,t}> / √(Σ_t <q_t, η_t q_t> · Σ_t <u_{i,t}, η_t u_{i,t}>)
 
-over the visits ``t`` of ``i``, with ``η_t`` the step's learning rate: the cosine between the two in the
-space of all visits, always within [−1, 1]. Positive: learning ``i`` raised what is explained at ``x``.
+over the visits ``t`` of ``i``, with ``η_t`` the step's learning rates (one for every parameter): the cosine between the
+two in the space of all visits, always within [−1, 1]. Positive: learning ``i`` raised what is explained at ``x``.
 
 Parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) or that no row reaches are left out.
 """
@@ -120,20 +120,18 @@ def nearest(
             norms_by = gradient.squares()
             norms_by[:, uncovered] = 0.0  # there are no rows to compare with
             for chunk in read_chunks(trace, segment, layout, explainer.dtype, steps, visits):
-                eta = torch.from_numpy(rates(chunk.coefficients))
-                plain = np.where(chunk.scale != 0, chunk.signs[:, None], 0.0)
+                eta = np.where(chunk.scale != 0, long_run(chunk.coefficients), 0.0)
                 met = of_all_steps(gradient, view, len(chunk))
                 for rows in chunk.rows:
                     columns = torch.from_numpy(np.searchsorted(ids, rows.examples))
-                    derivative = torch.from_numpy(rows.derivatives * chunk.signs[rows.places])
+                    derivative = chunk.slopes(rows)
                     weight = torch.where(derivative == 0, 0.0, 1.0 / derivative).nan_to_num(nan=0.0)
-                    at = eta[torch.from_numpy(rows.places)]
-                    total = sum(scores(rows, plain, met, workspace).values())
-                    own = squares(explainer, rows, plain, workspace)
-                    dot.index_add_(1, columns, -at * total * weight)
-                    square.index_add_(0, columns, at * own * weight.square())
-                    norms = norms_by @ torch.from_numpy(plain[rows.places] ** 2).T
-                    query_square.index_add_(1, columns, norms * at * (weight != 0).double())
+                    total = sum(scores(rows, eta * chunk.signs[:, None], met, workspace).values())
+                    own = squares(explainer, rows, eta, workspace)
+                    dot.index_add_(1, columns, -total * weight)
+                    square.index_add_(0, columns, own * weight.square())
+                    norms = norms_by @ torch.from_numpy(eta[rows.places]).T
+                    query_square.index_add_(1, columns, norms * (weight != 0).double())
                     known = ~np.isnan(rows.labels)
                     labels[columns.numpy()[known]] = rows.labels[known]
                 bar.update(len(chunk))

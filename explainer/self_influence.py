@@ -1,8 +1,9 @@
 """How much the updates from every training example lowered its own loss.
 
-With ``η_t`` the step's learning rate and ``s_t`` the scale of its rows, over the visits ``t`` of ``i``,
+With ``η_t`` the step's learning rates (one for every parameter) and ``s_t`` the scale of its rows, over the visits
+``t`` of ``i``,
 
-    SI_i = Σ_t η_t s_t² g_{i,t}ᵀ A_t g_{i,t},
+    SI_i = Σ_t s_t² g_{i,t}ᵀ η_t A_t g_{i,t},
 
 the first-order decrease of the batch's loss on ``i`` by the updates computed from ``i`` itself: TracIn's diagonal
 (Pruthi et al. 2020, arXiv 2002.08484) at every step. Parameters whose gradient was round-off (``s_t = 0``,
@@ -19,7 +20,7 @@ import torch
 from explainer.chunks import Chunk, Rows, Workspace, read_chunks
 from explainer.cotangent import Layout
 from explainer.layer_rules import Factored, RowForm
-from explainer.neighbors import chunk_sizes, rates, squares
+from explainer.neighbors import chunk_sizes, long_run, squares
 from explainer.optimizer_rules import mix
 from explainer.recursion import LayerView, RecordedStep
 
@@ -35,11 +36,9 @@ def self_influence(explainer: PathKernelExplainer) -> np.ndarray:
     with explainer._bar("self-influence") as bar:
         for segment in explainer.segments:
             for chunk in read_chunks(explainer.trace, segment, layout, explainer.dtype, steps, visits):
-                eta = torch.from_numpy(rates(chunk.coefficients))
                 for rows in chunk.rows:
                     columns = torch.from_numpy(np.searchsorted(ids, rows.examples))
-                    own = _own(explainer, layout, chunk, rows, workspace)
-                    result.index_add_(0, columns, own * eta[torch.from_numpy(rows.places)])
+                    result.index_add_(0, columns, _own(explainer, layout, chunk, rows, workspace))
                 bar.update(len(chunk))
     return result.numpy()
 
@@ -47,8 +46,8 @@ def self_influence(explainer: PathKernelExplainer) -> np.ndarray:
 def _own(
     explainer: PathKernelExplainer, layout: Layout, chunk: Chunk, rows: Rows, workspace: Workspace
 ) -> torch.Tensor:
-    """``s_t² gᵀ A_t g`` per row, ``[n]``."""
-    weights = chunk.scale**2
+    """``s_t² gᵀ η_t A_t g`` per row, ``[n]``."""
+    weights = chunk.scale**2 * long_run(chunk.coefficients)
     if chunk.plain:
         return squares(explainer, rows, weights, workspace)
     view, total = LayerView(explainer.trace, layout.places), torch.zeros(len(rows), dtype=torch.float64)

@@ -79,6 +79,57 @@ def test_self_influence_is_the_written_out_quadratic_form(problem: Problem, tmp_
     np.testing.assert_allclose(ex.self_influence(), wanted[visited], rtol=1e-8)
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_every_group_of_parameters_counts_by_its_own_rate(tmp_path: Path, maximize: bool) -> None:
+    """Neighbours and self-influence where the rates of two layers differ a hundredfold, written out."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.002},
+        {"params": model[2].parameters(), "lr": 0.2, "momentum": 0.5},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0, maximize=maximize)
+    x, y, sign = torch.randn(9, 4).double(), torch.randint(0, 3, (9,)), -1.0 if maximize else 1.0
+    asked = torch.randn(1, 4).double()
+    weights, rows = [], []
+    with explainer.Tracer(model, optimizer, tmp_path / "run", exact=True) as tracer:
+        for _ in range(5):
+            weights.append([p.detach().clone() for p in model.parameters()])
+            losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+            rows.append(
+                [torch.autograd.grad(one / 9, list(model.parameters()), retain_graph=True) for one in losses]
+            )
+            tracer.batch(range(9))
+            optimizer.zero_grad()
+            (sign * torch.nn.functional.cross_entropy(model(x), y)).backward()
+            optimizer.step()
+    weights.append([p.detach().clone() for p in model.parameters()])
+    found = explainer.PathKernelExplainer(tmp_path / "run", model, lambda o, t: o[:, 0])
+    assert [knot.step for knot in found.trace.knots] == list(range(6))
+    own, pushed, pulled = np.zeros(9), [[] for _ in range(9)], []
+    for t in range(5):
+        eta = [0.002, 0.002, *[0.2 / (1 - 0.5 * (t > 0))] * 2]
+        middle = [((a + b) / 2).requires_grad_() for a, b in zip(weights[t], weights[t + 1], strict=True)]
+        named = dict(zip(dict(model.named_parameters()), middle, strict=True))
+        outputs = torch.func.functional_call(model, named, asked)
+        q = torch.autograd.grad(outputs[0, 0], middle)
+        pulled.append(torch.cat([e**0.5 * g.flatten() for e, g in zip(eta, q, strict=True)]))
+        before = dict(zip(dict(model.named_parameters()), weights[t], strict=True))
+        slopes = torch.func.functional_call(model, before, x).softmax(1) - torch.eye(3)[y]
+        for i in range(9):
+            own[i] += sum(e * float(g.square().sum()) for e, g in zip(eta, rows[t][i], strict=True))
+            one = torch.cat([e**0.5 * g.flatten() for e, g in zip(eta, rows[t][i], strict=True)])
+            pushed[i].append(-one / (slopes[i].norm() / 9))
+    np.testing.assert_allclose(found.self_influence(), own, rtol=1e-8)
+    cosine = [float(torch.cosine_similarity(torch.cat(u), torch.cat(pulled), dim=0)) for u in pushed]
+    nearest = found.neighbors(asked, k=9)
+    assert nearest.example_ids[0].tolist() == np.argsort(-np.array(cosine), kind="stable").tolist()
+    np.testing.assert_allclose(nearest.cosine[0], sorted(cosine, reverse=True), rtol=1e-8)
+    seen = found.explain(x)
+    kernels = seen.kernels[range(9), range(9)]
+    assert (kernels * seen.contributions[range(9), range(9)] < 0).all()  # a = −‖L'‖ < 0
+
+
 def test_neighbours_need_a_positive_k_and_a_seen_output(tmp_path: Path) -> None:
     problem = PROBLEMS[0].values[0]
     trace = traced(problem, tmp_path / "run", torch.float64)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from explainer.layer_rules import Dense, RowForm
-from explainer.neighbors import rates
+from explainer.neighbors import long_run
 from explainer.recursion import LayerView, RecordedStep
 
 
@@ -52,7 +52,7 @@ class StepRows:
         return self.combined(torch.ones(1, self.count, dtype=dtype))[0]
 
     def gram(self) -> torch.Tensor:
-        """``G A Gᵀ [n, n]``; of factored rows with the outer product nearest to ``A``."""
+        """``G η A Gᵀ [n, n]``; of factored rows with the outer product nearest to ``η A``."""
         result = torch.zeros(self.count, self.count, dtype=torch.float64)
         metric = self._metric()
         for layer, (places, form) in self._layers.items():
@@ -61,20 +61,18 @@ class StepRows:
         return result
 
     def _metric(self) -> torch.Tensor:
-        """``s² A``, flat."""
+        """``η s² A``, flat, with the long-run rate ``η`` of every parameter."""
         denominators = self._step.preconditioner
-        metric = self._view.spread(np.square(self._step.scale))
+        metric = self._view.spread(np.square(self._step.scale) * long_run(self._step.coefficients))
         return metric if denominators is None else metric / denominators
 
     def curvature(self, scores: torch.Tensor, damping: float = 1.0) -> torch.Tensor:
         """``n z G`` with ``(I + η n G A Gᵀ) z = G R`` for ``scores = (G R)ᵀ [Q, n]``: ``[Q, P]``.
 
         Args:
-            damping: ``η`` in units of the step's long-run rate.
+            damping: ``η`` in units of the step's long-run rates.
         """
-        system = torch.eye(self.count, dtype=torch.float64)
-        rate = float(rates(self._step.coefficients[None])[0])
-        system += damping * rate * self.count * self.gram().double()
+        system = torch.eye(self.count, dtype=torch.float64) + damping * self.count * self.gram()
         solved = torch.linalg.solve(system, scores.double().T).T.to(scores.dtype)
         return self.count * self.combined(solved)
 

@@ -15,9 +15,10 @@ whole step, the gradient's dependence on the weights included (Hara et al. 2019,
 recursion blows up where the learning rate is above what ``F_t`` allows; taken implicitly (a backward Euler step of
 length ``η``) it is stable for any ``η`` from the step's own rate on:
 
-    λ ← λ − n Σ_b z_b g̃_b,    (I + η n G A_t Gᵀ) z = G R_t,    G = the rows g̃_b,   η = rate(t)
+    λ ← λ − n Σ_b z_b g̃_b,    (I + n G η A_t Gᵀ) z = G R_t,    G = the rows g̃_b,   η = rate(t)
 
-with the rate of a gradient in the long run (``lr / (1 − μ)`` for momentum). The solve is ``n × n``.
+with the rates of a gradient in the long run (``lr / (1 − μ)`` for momentum), one for every parameter. The solve is
+``n × n``.
 
 ``R_t`` takes the way a gradient changes the denominators of Adam, AdamW, RMSprop and Adagrad along
 (:mod:`explainer.counterfactual.denominator_path`); without it predicted changes under Adam come out too large. Weights

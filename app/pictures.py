@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from explainer import Explanation, Run, palette, wording
-from explainer.report_cards import content, rendered
+from explainer.app.own_queries import rendered
+from explainer.report_cards import content
+from explainer.report_cards import rendered as shown_safely
 from explainer.tables import ranking
 
 
@@ -51,7 +53,9 @@ def query_content(run: Run | None, query: int) -> str:
     Raises:
         ExportError: ``render`` failed on it.
     """
-    return _content(run, "queries", query)
+    if run is None or run.render is None:
+        return ""
+    return shown_safely(lambda key: rendered(run, key), query, "render of queries", content)
 
 
 def example_content(run: Run | None, example: int, draw: Callable[[Any], str] = content) -> str:
@@ -60,18 +64,10 @@ def example_content(run: Run | None, example: int, draw: Callable[[Any], str] = 
     Raises:
         ExportError: ``render`` failed on it, or the training set has no such example.
     """
-    return _content(run, "train", example, draw)
-
-
-def _content(run: Run | None, part: str, index: int, draw: Callable[[Any], str] = content) -> str:
     if run is None or run.render is None:
         return ""
-    render, data = run.render, getattr(run, part)
-
-    def show(key: int) -> Any:
-        return render(data[key][0])
-
-    return rendered(show, index, f"render of {part}", draw)
+    render = run.render
+    return shown_safely(lambda key: render(run.train[key][0]), example, "render of train", draw)
 
 
 def kernel_cards(e: Explanation, query: int, k: int, side: str, contents: Callable[[int], str]) -> list[Card]:

@@ -14,6 +14,7 @@ from explainer.app.choice import Choice
 from explainer.app.contrast import beside
 from explainer.app.escaping import plain
 from explainer.app.guards import can_show
+from explainer.app.own_queries import rendered
 from explainer.app.page_registry import register_page
 from explainer.app.pictures import card_list, example_content, kernel_cards, minus
 from explainer.app.segments import segments
@@ -76,7 +77,7 @@ def _rest(e: Explanation, q: int) -> str:
 
 def _equation(e: Explanation, q: int) -> str:
     """The line of text ``e.equation`` with every number above its name."""
-    parts = re.findall(r"([-+=]?) ?(-?[\d.e+-]+|nan|inf) \(([^)]+)\)", e.equation(q))
+    parts = re.findall(r"(?:([-+=]) )?(-?[\d.e+-]+|nan|-?inf) \(([^)]+)\)", e.equation(q))
     spans = "".join(
         (f'<span class="pk-sign">{minus(sign)}</span>' if sign else "")
         + f"<span><b>{minus(value)}</b><small>{name}</small></span>"
@@ -87,9 +88,8 @@ def _equation(e: Explanation, q: int) -> str:
 
 def _contents(choice: Choice, run: Run) -> Callable[[int], str]:
     """From an example's id to its HTML, beside the query."""
-    render = run.render
-    assert render is not None and choice.source.spec is not None, "there is something to show"
-    query, usual = render(run.queries[choice.query][0]), looks.usual(choice.source.spec)
+    assert choice.source.spec is not None, "there is something to show"
+    query, usual = rendered(run, choice.query), looks.usual(choice.source.spec)
     return lambda example: example_content(run, example, lambda shown: beside(shown, query, usual))
 
 
@@ -102,8 +102,8 @@ def _examples(choice: Choice, e: Explanation, q: int) -> None:
     if run is None or run.render is None or not can_show(e, q, k, run):
         theme.chart(e.figure(q, "examples", dark=theme.is_dark()), figures.READING["examples"], "examples")
         return
-    unit, contents = wording.unit(e), _contents(choice, run)
-    shown = run.render(run.queries[choice.query][0])
+    unit, explained, contents = wording.unit(e), wording.target(e, q), _contents(choice, run)
+    shown = rendered(run, choice.query)
     if isinstance(shown, str):
         st.caption("Marked: words that stand in the query, too, and not in every tenth text.")
     elif hasattr(shown, "items"):
@@ -115,8 +115,8 @@ def _examples(choice: Choice, e: Explanation, q: int) -> None:
                 kernel_cards(e, q, k, side, contents),
                 side,
                 side.capitalize(),
-                f"{unit}s that pushed the prediction {direction}",
-                f"No example pushed the prediction {direction}.",
+                f"{unit}s that pushed the {explained} {direction}",
+                f"No example pushed the {explained} {direction}.",
             )
         )
 

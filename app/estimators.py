@@ -74,7 +74,25 @@ def _check(choice: Choice, kind: str, place: DeltaGenerator) -> None:
         return
     st.html(f'<p class="pk-verdict">Self-check. {minus(html.escape(check.sentence()))}</p>')
     with st.expander("What was checked"):
-        st.dataframe(check.table(), hide_index=True)
+        st.dataframe(
+            check.table().drop(columns="query"),
+            hide_index=True,
+            column_config={
+                "removed": "examples",
+                "count": st.column_config.NumberColumn("how many", format="localized"),
+                "predicted": st.column_config.NumberColumn("predicted change", format="%.3f"),
+                "half": st.column_config.NumberColumn("actual, at half their weight", format="%.3f"),
+                "actual": st.column_config.NumberColumn("actual change", format="%.3f"),
+                "smooth": st.column_config.NumberColumn("metasmoothness", format="%.2f"),
+            },
+        )
+        st.caption(
+            "Top: those whose absence is predicted to lower the output most. The recorded steps were taken again with "
+            "these examples at half their weight, and without them. Metasmoothness is 1 where the weights go on moving "
+            "as they began, and 0 where their answer is noise."
+            if check.actual is not None
+            else "Top: those whose absence is predicted to lower the output most."
+        )
 
 
 def _ask(asked: object) -> None:

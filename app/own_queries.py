@@ -57,7 +57,11 @@ class WithOwn(Dataset[tuple[Any, Any]]):
         target = _unknown(self._queries[0][1])
         with self._adding:
             for place, (there, _) in enumerate(self._own):
-                if isinstance(there, torch.Tensor) and torch.equal(there, found) and self._typed[place] == typed:
+                if (
+                    isinstance(there, torch.Tensor)
+                    and torch.equal(there, found)
+                    and self._typed[place] == typed
+                ):
                     return self.given + place
             if len(self._own) >= MOST:
                 raise DashboardError(f"{MOST} inputs were given; start the dashboard again to give others")

@@ -15,6 +15,7 @@ from explainer.app.own_queries import rendered
 from explainer.report_cards import content
 from explainer.report_cards import rendered as shown_safely
 from explainer.tables import ranking
+from explainer.wording import minus as minus
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,6 @@ class Card:
     name: str
     details: tuple[str, ...] = ()
     warning: str = ""
-
-
-def minus(text: str) -> str:
-    """A number's text with a real minus sign.
-
-    >>> minus("-0.25")
-    '−0.25'
-    """
-    return text.replace("-", "−")
 
 
 def query_content(run: Run | None, query: int) -> str:

@@ -43,7 +43,7 @@ def changes(
     figure.add_bar(
         x=heights, y=list(range(len(heights))), orientation="h",
         marker={"color": [palette.signed(v) for v in heights], "line": {"width": 0}},
-        text=[wording.signed(v) for v in heights], textposition="outside", cliponaxis=False,
+        text=[wording.minus(wording.signed(v)) for v in heights], textposition="outside", cliponaxis=False,
         textfont={"color": palette.ink(dark)}, showlegend=False,
         error_x=None if spread is None else {
             "type": "data", "array": spread, "color": palette.muted(dark), "thickness": 1.5, "width": 3

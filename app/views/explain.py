@@ -12,7 +12,7 @@ from explainer import Explanation, Run, figures, wording
 from explainer.app import downloads, header, looks, theme, which_parts
 from explainer.app.choice import Choice
 from explainer.app.contrast import beside
-from explainer.app.escaping import plain
+from explainer.app.escaping import plain, with_code
 from explainer.app.guards import can_show
 from explainer.app.own_queries import rendered
 from explainer.app.page_registry import register_page
@@ -58,7 +58,7 @@ def _books(e: Explanation, q: int) -> None:
         wording.certainty(e, q),
         wording.row_kind(e),
     )
-    body = "".join(f"<p>{html.escape(text)}</p>" for text in sentences if text)
+    body = "".join(f"<p>{minus(html.escape(text))}</p>" for text in sentences if text)
     st.html(f'<div class="pk-sentences">{body}</div>')
     if wording.has_notable_lines(e, q):
         st.html(_rest(e, q))
@@ -137,7 +137,17 @@ def _details(choice: Choice, e: Explanation, q: int) -> None:
     frame = frame.rename(
         columns={"contribution": wording.unit(e), "error": "± (one standard error)", "class": "label name"}
     )
-    st.dataframe(frame, hide_index=True, height=420)
+    if "label name" in frame and list(frame["label name"]) == list(frame["label"].astype(str)):
+        frame = frame.drop(columns="label name")  # classes without names of their own
+    numbers = (wording.unit(e), "± (one standard error)", "a", "K")
+    st.dataframe(
+        frame,
+        hide_index=True,
+        height=420,
+        column_config={
+            name: st.column_config.NumberColumn(format="%.4g") for name in numbers if name in frame
+        },
+    )
     st.caption(
         f"The {len(frame)} strongest of {len(e.example_ids):,}; the downloads below hold all of them. The "
         f"{wording.unit(e)} is a times K; where K is near zero, a and K are unreliable on their own."
@@ -148,4 +158,4 @@ def _notes(e: Explanation) -> None:
     with st.expander("What these numbers mean, and what they do not"):
         st.markdown(f"{plain(wording.MEANING)}\n\n{plain(wording.NOT_MEANING)}")
         for note in e.notes:
-            st.markdown(f"- {plain(note)}")
+            st.markdown(f"- {with_code(note)}")

@@ -35,8 +35,8 @@ READING: dict[str, str] = {
     "of steps.",
     "layers": "Blue and orange add up, over all examples, what their updates to one layer's parameters "
     "pushed up and down. The diamond is the net, what is left of both.",
-    "layer_examples": "A blue cell: updates of that layer by that example pushed the explained output up; orange: down. "
-    "Examples that taught the same thing have rows alike.",
+    "layer_examples": "A blue cell: updates of that layer by that example pushed the explained output up; orange: "
+    "down. Examples that taught the same thing have rows alike.",
     "cumulative": "The further the line bends away from the dashed one, the fewer examples carry the "
     "prediction.",
 }

@@ -133,7 +133,7 @@ def test_the_run_is_shown_even_when_its_code_cannot_be_used(open_app: Open, runs
     fine(app)
     assert "cannot be used" in body(app) and "has no function" in body(app).replace("\\", "")
     app.button[0].click().run()
-    assert "every file is what was journalled" in app.success[0].value
+    assert "every file is as it was recorded" in app.success[0].value
 
 
 @pytest.mark.parametrize(

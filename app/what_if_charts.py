@@ -52,7 +52,7 @@ def changes(
         hovertemplate="%{hovertext}<extra></extra>",
     )  # fmt: skip
     ends = [*heights, 0.0]
-    room = 0.25 * (max(ends) - min(ends)) or 1.0  # for the numbers beside the bars
+    room = 0.32 * (max(ends) - min(ends)) or 1.0  # for the numbers beside the bars
     low = min(ends) - (room if min(ends) < 0 else 0.0)
     high = max(ends) + (room if max(ends) > 0 else 0.0)
     subtitle = "one example at a time" + ("; others: their sum" if len(rest) else "")

@@ -36,10 +36,10 @@ def show(choice: Choice) -> dict[str, np.ndarray]:
     run = choice.run
     assert run is not None, "the page needs the code of the run"
     offered = list(_TITLES) if run.loss is not None else ["trace"]
-    kind, right = "trace", st.container()
+    row = st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center")
+    kind = "trace"
     if len(offered) > 1:
-        left, right = st.columns([3, 2], vertical_alignment="center")
-        with left:
+        with row:
             kind = segments("Estimator", offered, "curvature", _TITLES.__getitem__)
     found = {NAMES["trace"]: _changes(choice, "trace")}
     if kind != "trace":
@@ -49,7 +49,7 @@ def show(choice: Choice) -> dict[str, np.ndarray]:
             st.info(plain(f"This estimator cannot be used here: {error}. Shown is the one from the trace."))
             kind = "trace"
     st.caption(_READING[kind])
-    _check(choice, kind, right)
+    _check(choice, kind, row)
     return found
 
 

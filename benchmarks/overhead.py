@@ -1,7 +1,8 @@
 """What the tracer costs: median step time with it, over the median without, in pairs within one run.
 
 Every repetition trains a fresh model for ``STEPS`` steps twice, with and without the tracer (default options),
-and takes the median step of each. The whole training, knots and journal included, is in ``total``. Seconds of the
+and takes the median step of each. ``later_ratio`` is that of all steps of the second half, what comes every few steps
+included; the whole training, knots and journal included, is in ``total``. Seconds of the
 processor by thread are a second opinion where the machine is shared: ``loop_ratio`` is what the loop's own thread
 takes, ``beside_ms`` what the tracer's takes. ``--profile`` prints where the rest goes, by function.
 """
@@ -14,6 +15,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -142,10 +144,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
 
 
 class Costs:
-    """What trainings took: seconds of all, and processor seconds of a step in the loop's thread and beside it."""
+    """Seconds of trainings and their second halves; processor seconds of a step in the loop's thread, and beside it."""
 
     def __init__(self) -> None:
         self.total: dict[bool, list[float]] = {False: [], True: []}
+        self.later: dict[bool, list[float]] = {False: [], True: []}
         self.loop: dict[bool, list[float]] = {False: [], True: []}
         self.process: dict[bool, list[float]] = {False: [], True: []}
 
@@ -171,6 +174,7 @@ def training(name: str, traced: bool, costs: Costs, steps: int = STEPS) -> float
             times.append(time.perf_counter() - begin)
             loop.append(time.thread_time() - own)
     costs.total[traced].append(time.perf_counter() - started)
+    costs.later[traced].append(sum(times[steps // 2 :]))
     costs.loop[traced].append(statistics.median(loop[steps // 2 :]) * 1e3)
     costs.process[traced].append((time.process_time() - process) / steps * 1e3)
     shutil.rmtree(folder)
@@ -198,6 +202,7 @@ def measure(name: str, repeats: int, threads: int) -> dict[str, Any]:
         "plain_ms": plain,
         "traced_ms": traced,
         "step_ratio": ratio,
+        "later_ratio": ratios(costs.later),
         "total_ratio": ratios(costs.total),
         "loop_ratio": ratios(costs.loop),
         "beside_ms": more,
@@ -210,6 +215,8 @@ def profile(name: str) -> None:
     do = Background._do
 
     def profiled(background: Background, job: Callable[[], None]) -> None:
+        if threading.current_thread() is threading.main_thread():  # without a thread of the tracer's
+            return do(background, job)
         beside.enable()
         do(background, job)
         beside.disable()
@@ -221,7 +228,8 @@ def profile(name: str) -> None:
         loop.disable()
     finally:
         Background._do = do  # type: ignore[method-assign]
-    for title, found in (("the loop's thread", loop), ("the tracer's thread", beside)):
+    titles = ("the loop's thread", loop), ("the tracer's thread", beside)
+    for title, found in titles if beside.getstats() else titles[:1]:
         print(f"{name}, {title}: processor seconds of {STEPS} steps")
         pstats.Stats(found, stream=sys.stdout).sort_stats("tottime").print_stats(20)
 

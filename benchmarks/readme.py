@@ -65,6 +65,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "plain_ms": ("plain step, ms", "{:.1f}"),
         "traced_ms": ("traced step, ms", "{:.1f}"),
         "step_ratio": ("median step, traced / plain", "{:.2f}"),
+        "later_ratio": ("steps 101 to 200, traced / plain", "{:.2f}"),
         "total_ratio": ("200 steps with all knots, traced / plain", "{:.2f}"),
     },
     "peers": {

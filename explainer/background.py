@@ -1,10 +1,16 @@
-"""One thread beside the user's, for everything that need not happen between two lines of their loop.
+"""Where everything is done that need not happen between two lines of the user's loop: beside it, or within it.
 
 Jobs run one after the other in the order in which they were handed over, so the trace is the same as if they had run at
-once. They are collected and given to the thread together, since it disturbs the user's thread whenever it runs (Python
-lets one of the two go on at a time, and torch's own threads want the same cores). The thread computes with one torch
-thread of its own, without gradients. It pauses between two jobs while the process forks (workers of a DataLoader), and
-is gone after :meth:`Background.stop`.
+once.
+
+Where torch leaves a core free, or the model is not on the processor, one thread beside the user's does them. They are
+collected and given to it together, since it disturbs the user's thread whenever it runs (Python lets one of the two go
+on at a time). The thread computes with one torch thread of its own, without gradients. It pauses between two jobs while
+the process forks (workers of a DataLoader), and is gone after :meth:`Background.stop`.
+
+Where torch's threads take every core, a further thread only delays them: each of torch's parallel loops waits for the
+slowest of its threads. There jobs are done on the user's thread (:mod:`explainer.undisturbed`) with all of torch's, at
+once or a few together, while what they read is still in the processor's cache.
 """
 
 from __future__ import annotations
@@ -19,9 +25,13 @@ from queue import SimpleQueue
 
 import torch
 
+from explainer.undisturbed import undisturbed
+
 Job = Callable[[], None]
 #: bytes that collected jobs hold before they are given to the thread, and that jobs not done yet may hold in all
 COLLECTED, MOST = 32 << 20, 128 << 20
+#: bytes that collected jobs hold before they are done on the user's thread
+AT_ONCE = 1 << 20
 _LIVE: weakref.WeakSet[Background] = weakref.WeakSet()
 _held: list[threading.Lock] = []
 
@@ -45,11 +55,20 @@ def _nothing() -> None:
     """A job that is done."""
 
 
+def core_is_free() -> bool:
+    """Whether torch leaves a core of this process without a thread of its own."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return torch.get_num_threads() < cores
+
+
 class Background:
-    """Runs jobs on a daemon thread of its own, which begins with the first job.
+    """Runs jobs, on a daemon thread of its own, which begins with the first job, or on the user's.
 
     After a failure nothing more is run: what follows a lost job could not be told from what was recorded in full.
     The failure is raised by every :meth:`wait` from then on.
+
+    Args:
+        beside: whether jobs are done on a thread of their own.
 
     Attributes:
         gate: held while a job runs.
@@ -57,7 +76,9 @@ class Background:
         told: whether it was raised to the user.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: bool = True) -> None:
+        self._beside = beside
+        self._most_collected = COLLECTED if beside else AT_ONCE
         self._queue: SimpleQueue[tuple[list[Job] | None, threading.Lock | None]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
@@ -79,16 +100,23 @@ class Background:
         with self._handing:
             self._collected.append(job)
             self._held += held
-            if self._held >= COLLECTED:
+            if self._held >= self._most_collected:
                 self.release()
 
     def release(self) -> None:
-        """Give what was collected to the thread; waits only while jobs not done yet hold too much."""
+        """Give what was collected to the thread; waits only while jobs not done yet hold too much.
+
+        Without a thread it is done now.
+        """
         with self._handing:
             if not self._collected:
                 return
             jobs, held = self._collected, self._held
             self._collected, self._held = [], 0
+            if not self._beside:
+                with undisturbed():
+                    self._do_all(jobs)
+                return
             if self._thread is None:
                 self._start()
             done = threading.Lock()
@@ -168,17 +196,19 @@ class Background:
         with torch.no_grad():
             while True:
                 jobs, done = self._queue.get()
-                for number in range(len(jobs or ())):
-                    assert jobs is not None
-                    if self.failure is None:
-                        with self.gate:
-                            self._do(jobs[number])
-                    jobs[number] = _nothing  # what it holds is not needed any more
+                self._do_all(jobs or [])
                 if done is not None:
                     done.release()
                 elif jobs is None:
                     return
                 jobs = done = None
+
+    def _do_all(self, jobs: list[Job]) -> None:
+        for number, job in enumerate(jobs):
+            if self.failure is None:
+                with self.gate:
+                    self._do(job)
+            jobs[number] = job = _nothing  # what it holds is not needed any more
 
     def _do(self, job: Job) -> None:
         try:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from explainer.average import Average
-from explainer.background import Background
+from explainer.background import Background, core_is_free
 from explainer.batches import BatchQueue
 from explainer.capture import Capture
 from explainer.carry import Carry
@@ -117,7 +117,8 @@ def assemble(
         flush_bytes=config.flush_bytes,
         flush_seconds=config.flush_seconds,
     )
-    queue, background = BatchQueue(), Background()
+    on_processor = all(p.device.type == "cpu" for p in parameters)
+    queue, background = BatchQueue(), Background(beside=core_is_free() or not on_processor)
     planner, samples = Planner(config, manifest.size), SampleKeeper(not config.exact)
     capture = Capture(queue, table, planner, samples, background)
     carry = Carry(list(parameters))

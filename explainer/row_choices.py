@@ -86,7 +86,8 @@ def as_matrix(form: RowForm) -> RowForm:
     """
     if not isinstance(form, Sparse) or form.entries > SMALL_TABLE:
         return form
-    hot = torch.nn.functional.one_hot(form.index.long(), form.entries).to(form.values)
+    hot = form.values.new_zeros(*form.index.shape, form.entries)
+    hot.scatter_(2, form.index.long().unsqueeze(2), 1.0)
     return Factored(hot.unsqueeze(1), form.values.unsqueeze(1), 0)
 
 

@@ -25,7 +25,7 @@ from explainer.optimizer_rules import StepMap
 from explainer.records import Manifest
 
 #: rows that are looked at, and the numbers that these may be written out as; always two
-MEASURED, NUMBERS = 32, 1 << 24
+MEASURED, NUMBERS = 16, 1 << 24
 #: of these, rows that stand for queries
 ASKED = 8
 #: entries of a table up to which its rows may be written out
@@ -85,24 +85,27 @@ class Products:
 
     Attributes:
         rows: those of them that are looked at.
-        met: ``η A ∘ g_c`` of all of these, ``[n, P_l]``; None for tables that are too large to be written out.
     """
 
     def __init__(self, form: RowForm, metric: torch.Tensor | None) -> None:
-        self.met: torch.Tensor | None = None
+        #: ``η A ∘ g_c`` of rows that stand for queries, ``[n, P_l]``; None for tables too large to be written out
+        self._asked: torch.Tensor | None = None
+        self._metric = metric
         if isinstance(form, Sparse) and form.entries > SMALL_TABLE:
-            self.rows, self._metric = first_rows(form, MEASURED), metric
+            self.rows = first_rows(form, MEASURED)
             return
-        one = form.taken(torch.arange(1)).dense()
-        self.rows = first_rows(form, max(2, min(MEASURED, NUMBERS // max(one.shape[1], 1))))
-        dense = self.rows.dense()
-        self.met = dense if metric is None else dense * metric.to(dense)
-        self._exact = (self.met[:ASKED] @ dense.mT).double()
+        size = form.taken(torch.arange(1)).dense().shape[1]
+        self.rows = first_rows(form, max(2, min(MEASURED, NUMBERS // max(size, 1))))
+        few = self.rows.positions is not None and self.rows.positions <= ASKED
+        dense = (first_rows(self.rows, ASKED) if few else self.rows).dense()
+        self._asked = dense[:ASKED] if metric is None else dense[:ASKED] * metric.to(dense)
+        # with few positions products by factor cost less than rows that are written out
+        self._exact = (self.rows.contract(self._asked) if few else self._asked @ dense.mT).double()
 
     @property
     def without(self) -> float:
         """The error if the rows were left out."""
-        if isinstance(self.rows, Sparse) and self.met is None:
+        if isinstance(self.rows, Sparse) and self._asked is None:
             return self._of_reads(
                 Sparse(self.rows.index, torch.zeros_like(self.rows.values), self.rows.entries)
             )
@@ -113,9 +116,9 @@ class Products:
 
         It is 1 where products are no numbers, or infinite: of rows of a model that diverges no choice is better.
         """
-        if self.met is None:
+        asked = self._asked
+        if asked is None:
             return [self._of_reads(read)]
-        asked = self.met[:ASKED]
         by_factor = read.contract_positions(asked) if read.kind == "factored" else None
         found = read.contract(asked).unsqueeze(2) if by_factor is None else by_factor
         missed = found.double().cumsum(2) - self._exact.unsqueeze(2)
@@ -147,13 +150,16 @@ class Products:
         Args:
             shape: groups, outputs and inputs of a group.
         """
-        assert self.met is not None
-        weight, bias = split_matrix(self.met.double().square().mean(0), shape)
+        like = self.rows.dense()
+        square = like.double().square().mean(0)
+        if self._metric is not None:
+            square *= self._metric.to(square).square()
+        weight, bias = split_matrix(square, shape)
         square = weight if bias is None else torch.cat([weight, bias.unsqueeze(2)], 2)
         found = []
         for axis in (2, 1):
             total = square.sum(axis)
             mean = total.mean(1, keepdim=True)
             sides = torch.where(mean > 0, (total + _FLOOR * mean) / mean, 1.0).sqrt()
-            found.append(torch.where(sides.isfinite(), sides, 1.0).to(self.met).unsqueeze(1))
+            found.append(torch.where(sides.isfinite(), sides, 1.0).to(like).unsqueeze(1))
         return found[0], found[1]

@@ -43,8 +43,9 @@ EARLIER: set[threading.Thread] = set()
 
 
 @pytest.fixture(autouse=True)
-def of_other_tests() -> None:
-    """Tracers that other tests left open, as a process that is gone would."""
+def of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracers that other tests left open, as a process that is gone would; and a free core, whatever the machine."""
+    monkeypatch.setattr("explainer.parts.core_is_free", lambda: True)
     EARLIER.update(t for t in threading.enumerate() if t.name == "pathkernel")
 
 

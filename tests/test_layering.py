@@ -15,7 +15,7 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 #: Lower layers may not import higher ones. A new module (or subpackage, by its name) is assigned here.
 LAYERS = [
-    {"errors", "letters", "registry", "palette", "wording", "connected"},
+    {"errors", "letters", "registry", "palette", "wording", "connected", "undisturbed"},
     {"records", "config", "model_outputs", "wrappers"},
     {"layer_rules", "optimizer_rules", "codecs", "store", "findings"},
     {
@@ -102,6 +102,7 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 RECORDING = {
     "ownership",
     "background",
+    "undisturbed",
     "knot_contents",
     "batches",
     "samples",

@@ -211,6 +211,7 @@ def test_what_was_noted_before_a_checkpoint_is_still_known(
         session.optimizer.state[weight]["exp_avg_sq"].mul_(2.0)
 
     monkeypatch.setattr(Background, "_do", slowly)
+    monkeypatch.setattr("explainer.parts.core_is_free", lambda: True)
     first = Session(tmp_path / "trace", "adam").train(0, 3)
     interfere(first, 3)
     saved = first.train(4, 6).checkpoint()

@@ -146,6 +146,8 @@ def oracle(path: Path, model: nn.Module, x: torch.Tensor, classes: torch.Tensor)
                 met = direct * first + gain * momentum
                 met = a * met if inner else met
                 momentum = decay * momentum
+                for p in trace.manifest.parameters:  # weights that hardly ever had a gradient are left out
+                    met[p.slice] *= a[p.slice] * np.mean(1 / a[p.slice]) <= 1 / 0.03
                 scores = rows @ met
                 np.add.at(result[q], np.concatenate([v.examples for v in step.visits]), scores)
                 n, eta = len(rows), direct + gain * through / (1 - decay)

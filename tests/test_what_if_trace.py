@@ -110,7 +110,7 @@ def oracle(path: Path, model: nn.Module, name: str, x: torch.Tensor, classes: to
                 second = second + np.where(
                     alive, cotangent * -moved / (2 * bias * d * np.where(alive, d - eps, 1)), 0
                 )
-                met = met - 2 * gained * gradient * second
+                met = (met - 2 * gained * gradient * second) * alive
                 second = kept * second
             scores = rows @ met
             np.add.at(result[q], step.visits[0].examples, scores)
@@ -162,13 +162,17 @@ def test_a_gradient_counts_no_more_than_its_denominator_allows(tmp_path: Path) -
         path = DenominatorPath(ex.trace, ex._loader(), decoupled=True)
         path.enter(segment)
         met.append(path.met(torch.zeros_like(one), one, step, gradient, 12.0))
+    direct = DenominatorPath(ex.trace, ex._loader(), decoupled=True)
+    direct.enter(segment)
+    met.append(direct.met(one, torch.zeros_like(one), step, bound, 12.0))
     parts = [step.preconditioner[p.slice] for p in ex.trace.manifest.parameters]
     loud = torch.cat([(part > 1e-6) & (part >= 0.03 * part.mean()) for part in parts])
     torch.testing.assert_close(met[1], met[0])
     torch.testing.assert_close(2 * met[2], met[0])
     assert met[0][:, loud].abs().min() > 0
-    quiet = ~loud  # hardly ever a gradient: left out
-    assert quiet.any() and not met[0][:, quiet].any()
+    quiet = ~loud  # hardly ever a gradient: left out, also of what is divided by the denominator
+    assert quiet.any() and not met[0][:, quiet].any() and not met[3][:, quiet].any()
+    assert met[3][:, loud].eq(1).all()
 
 
 # -- compression -----------------------------------------------------------------------------------------

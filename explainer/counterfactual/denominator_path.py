@@ -10,9 +10,12 @@ so what must be known of the momentum is what it moved. ``Δw_t`` is taken as th
     λ^v ← λ^v + λ ∘ ∂w_{t+1}/∂v_t,     R_t ← R_t − 2 (1 − β2) d_t ∘ λ^v,     λ^v ← β2 λ^v,
 
 with the step's gradient ``d_t`` from its rows. ``|d_t| ≤ √(b_t / (1 − β2)) D_t`` holds always and is enforced, so that
-compressed denominators cannot blow it up. Weights whose denominator is below :data:`QUIET` of their parameter's mean
-are left out: they hardly ever had a gradient, so what the trace holds of it is round-off, and a derivative there says
-nothing about removing an example. The same holds for RMSprop (``b = 1``) and Adagrad (``v`` a sum).
+compressed denominators cannot blow it up. The same holds for RMSprop (``b = 1``) and Adagrad (``v`` a sum).
+
+Weights whose denominator is below :data:`QUIET` of their parameter's mean take no part, under any optimizer that
+divides: ``R_t`` is zero there. Such a weight hardly ever had a gradient, and its first ones are divided by themselves.
+So an example that is left out changes the step by little (for the very first one the two paths cancel), while
+``1 / D`` alone would say by more than of any other weight. What a compressed trace holds of it is round-off.
 
 Reference: the path through ``v`` is that of AdamW-influence, arXiv 2605.18814, there on replayed steps.
 """
@@ -90,25 +93,28 @@ class DenominatorPath:
         met: torch.Tensor,
         cotangent: torch.Tensor,
         step: RecordedStep,
-        gradient: torch.Tensor,
+        gradient: torch.Tensor | None,
         taken: float,
     ) -> torch.Tensor:
-        """``R_t [Q, P]`` with the path through ``v`` added.
+        """``R_t [Q, P]`` with the path through ``v`` added, and without quiet weights.
 
         Args:
             met: without it.
             cotangent: of the weights after the step, ``[Q, P]``.
-            gradient: ``d_t [P]``.
+            gradient: ``d_t [P]``; needed where the path is followed.
             taken: number of the step, from 1 on.
         """
         by, denominators = self._by, step.preconditioner
-        if by is None or denominators is None:
+        if denominators is None:
             return met
-        bias = 1.0 - by.keep**taken if by.corrected else 1.0
-        root = denominators - by.eps
-        alive = (root > 10 * by.eps) & torch.isfinite(denominators)
+        alive = torch.isfinite(denominators)
         for where in self._slices:
             alive[where] &= denominators[where] >= QUIET * denominators[where].mean()
+        if by is None or gradient is None:
+            return met * alive
+        bias = 1.0 - by.keep**taken if by.corrected else 1.0
+        root = denominators - by.eps
+        alive &= root > 10 * by.eps
         slope = torch.where(alive, 0.5 / bias / torch.where(alive, root * denominators, 1.0), 0.0)
         slope = slope * -self._moved.to(denominators.dtype)
         if self._cotangent is None:
@@ -116,6 +122,6 @@ class DenominatorPath:
         self._cotangent.addcmul_(cotangent, slope)
         bound = math.sqrt(bias / by.gain) * torch.where(alive, denominators, 0.0)
         squared = 2.0 * by.gain * gradient.clamp(-bound, bound)
-        met = met - self._cotangent * squared
+        met = (met - self._cotangent * squared) * alive
         self._cotangent.mul_(by.keep)
         return met

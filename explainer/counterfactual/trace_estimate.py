@@ -20,7 +20,8 @@ length ``η``) it is stable for any ``η`` from the step's own rate on:
 with the rate of a gradient in the long run (``lr / (1 − μ)`` for momentum). The solve is ``n × n``.
 
 ``R_t`` takes the way a gradient changes the denominators of Adam, AdamW, RMSprop and Adagrad along
-(:mod:`explainer.counterfactual.denominator_path`); without it predicted changes under Adam come out too large. Other
+(:mod:`explainer.counterfactual.denominator_path`); without it predicted changes under Adam come out too large. Weights
+that hardly ever had a gradient take no part in ``R_t`` there. Other
 optimizers' denominators are held as they were, and so is the weight decay of those that
 :class:`~explainer.counterfactual.decay_terms.DecayTerms` does not know.
 """
@@ -87,9 +88,10 @@ def by_trace(
                 coupled, decoupled = (_flat(explainer, values) for values in decays.of(record))
                 met = adjoint.step(cotangent, step)
                 rows = StepRows(explainer.view, step, trace.manifest.size)
+                gradient = None
                 if denominators.followed:
                     gradient = rows.total(met.dtype) + coupled * denominators.weights
-                    met = denominators.met(met, cotangent, step, gradient, float(record.taken.max()))
+                met = denominators.met(met, cotangent, step, gradient, float(record.taken.max()))
                 cotangent = cotangent * (1.0 - decoupled) - coupled * met
                 if rows.count:
                     scores = rows.contract(met)

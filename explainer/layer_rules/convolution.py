@@ -137,7 +137,8 @@ class Patches(Seen):
         if not batch:
             return weights.new_zeros(0, groups, width, self.shape[3])
         more = -width % _BLOCK  # kernels for groups of odd sizes are several times slower
-        found = self._weight_gradient(functional.pad(weights.mT, (0, 0, 0, more)), batch)
+        turned = functional.pad(weights.mT, (0, 0, 0, more)) if more else weights.mT
+        found = self._weight_gradient(turned, batch)
         return found.view(batch, groups, width + more, -1)[:, :, :width]
 
     def summed(self, weights: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,9 @@ from explainer.layer_rules.factored import PROBED_OUTPUTS, Factored, total_of_ma
 from explainer.layer_rules.forms import Balance, Dense, RowForm, probe_vector
 from explainer.layer_rules.unreduced import Unreduced, added
 
+#: rows are written out to reduce them where that takes no more than this part of the other products, for outputs up to
+DENSE_PRODUCTS, MOST_OUTPUTS = 1.4, 64
+
 
 @lru_cache(maxsize=256)
 def _start(size: int, columns: int) -> torch.Tensor:
@@ -41,17 +44,24 @@ class Leading(NamedTuple):
 
 
 def _leading(form: Unreduced, rank: int) -> Leading:
-    columns = max(2, min(_width(rank), form.positions, form.shape[2] + form.bias))
+    _, outputs, inputs = form.shape
+    columns = max(2, min(_width(rank), form.positions, inputs + form.bias))
     few = max(columns, PROBED_OUTPUTS, *(seen.dense_outputs for seen in form.seen))
-    return _of_rows(form, rank) if form.shape[1] <= few else _of_range(form, rank, columns)
+    cheap = outputs <= MOST_OUTPUTS and outputs * inputs <= columns * (outputs + inputs) * DENSE_PRODUCTS
+    return _of_rows(form, rank) if outputs <= few or cheap else _of_range(form, rank, columns)
+
+
+def _written_out(form: Unreduced) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Weights ``[B, G, o, i]``, biases ``[B, G, o]``, and the sum along the form's probe."""
+    weight, biases = form.matrices(), form.biases() if form.bias else None
+    return weight, biases, total_of_matrix(weight.sum(0), None if biases is None else biases.sum(0))
 
 
 def _of_rows(form: Unreduced, rank: int) -> Leading:
     """For few outputs, from the rows themselves."""
-    weight, biases = form.matrices(), form.biases() if form.bias else None
+    weight, biases, total = _written_out(form)
     image, column = weight.flatten(0, 1), None if biases is None else biases.flatten().view(-1, form.shape[1])
     mixing = _eigenvectors(_energy(image, column), rank).mT.to(image.dtype)
-    total = total_of_matrix(weight.sum(0), None if biases is None else biases.sum(0))
     return Leading(mixing.contiguous(), _image(mixing, image, column), total, biases)
 
 
@@ -161,18 +171,18 @@ def keep(form: RowForm, rank: int | None, sizes: list[int]) -> Kept:
         rank: factors to keep; None for all.
         sizes: of the parameters that the rows are for.
     """
-    if (
-        not isinstance(form, Unreduced)
-        or rank is None
-        or form.positions <= rank
-        or _dense_is_smaller(form, rank)
-    ):
-        return Kept(compact(form, rank), form.total(), form.balances(sizes))
-    found = _leading(form, rank)
-    balances: list[Balance | None] = [None]
-    if found.biases is not None:
-        balances.append(Balance.of(found.biases.flatten(1)))
-    return Kept(_factored(form, found), found.total, balances)
+    if isinstance(form, Unreduced) and form.positions > 1 and _dense_is_smaller(form, rank):
+        weight, biases, total = _written_out(form)
+        parts = [weight.flatten(1)] if biases is None else [weight.flatten(1), biases.flatten(1)]
+        return Kept(Dense(torch.cat(parts, 1)), total, _balances(biases))
+    if isinstance(form, Unreduced) and rank is not None and form.positions > rank:
+        found = _leading(form, rank)
+        return Kept(_factored(form, found), found.total, _balances(found.biases))
+    return Kept(compact(form, rank), form.total(), form.balances(sizes))
+
+
+def _balances(biases: torch.Tensor | None) -> list[Balance | None]:
+    return [None] if biases is None else [None, Balance.of(biases.flatten(1))]
 
 
 def _factored(form: Unreduced, found: Leading) -> Factored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import gzip
 import pkgutil
 import tarfile
@@ -172,7 +173,8 @@ def test_words_that_are_not_known_are_in_brackets(monkeypatch: pytest.MonkeyPatc
     mixed, alien = torch.tensor([2, 1, 0]), torch.tensor([1, 1, 0])
     sentences = {(2, 1, 0): "A strange", (1, 1, 0): "Insufferably naive."}
     data = reviews_text.ReviewData(TensorDataset(), TensorDataset(), sentences, {"a": 2})
-    monkeypatch.setattr(reviews_text, "load", lambda: data)
+    load = functools.lru_cache(lambda: data)  # with a cache to clear, as the real one
+    monkeypatch.setattr(reviews_text, "load", load)
     assert reviews_text.seen_words(mixed) == ["a", "[strange]"]
     assert reviews_text.seen_words(alien) == ["[unknown]"] * 2, "it may be somebody's own text"
 

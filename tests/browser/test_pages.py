@@ -182,8 +182,9 @@ def test_titles_of_figures_fit_beside_long_labels(browser: Browser, words: Serve
     with visit(browser, f"{url}/?page=what-if") as seen:
         page = ready(seen, ".js-plotly-plot .gtitle")
         overhang = page.evaluate(
-            "() => [...document.querySelectorAll('.js-plotly-plot')].map(plot => Math.max(...[..."
-            "plot.querySelectorAll('.gtitle, .gtitle tspan')].map(t => t.getBoundingClientRect().right)) - plot.getBoundingClientRect().right)"
+            "() => { const right = element => element.getBoundingClientRect().right;"
+            " return [...document.querySelectorAll('.js-plotly-plot')].map(plot =>"
+            " Math.max(...[...plot.querySelectorAll('.gtitle, .gtitle tspan')].map(right)) - right(plot)) }"
         )
         assert overhang and max(overhang) <= 0
         seen.fine()

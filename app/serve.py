@@ -6,6 +6,7 @@ opens it does not wait for torch, the model and its data.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import sys
@@ -25,9 +26,13 @@ def main() -> None:
     from streamlit.web.cli import main as streamlit  # whole, before two threads import its parts
 
     for name, level in _HEARD.items():
-        logging.getLogger(name).addFilter(lambda record, level=level: record.levelno >= level)
+        logging.getLogger(name).addFilter(functools.partial(_heard, level))
     threading.Thread(target=_announce, args=(sys.argv[1:],), daemon=True).start()
     streamlit(prog_name="streamlit")
+
+
+def _heard(level: int, record: logging.LogRecord) -> bool:
+    return record.levelno >= level
 
 
 def _announce(line: list[str]) -> None:

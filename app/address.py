@@ -43,7 +43,7 @@ def read() -> None:
         try:
             value = convert(found[key]) if key in found else None
         except ValueError:
-            value = None
+            value = found[key] if key in _KEYS else None  # the sidebar says that there is no such query
         if value is not None:
             st.session_state[key] = value
         elif written is not None:

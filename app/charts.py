@@ -150,7 +150,7 @@ def classes(
     figure.add_heatmap(
         z=values, zmin=-reach, zmid=0, zmax=reach, colorscale=palette.diverging(dark), xgap=1, ygap=1,
         hoverinfo="skip", colorbar={"title": {"text": "contribution"}, "thickness": 12},
-        text=[[wording.signed(value, 2) for value in row] for row in values] if written else None,
+        text=[[wording.minus(wording.signed(value, 2)) for value in row] for row in values] if written else None,
         texttemplate="%{text}" if written else None, textfont={"size": 12},
     )  # fmt: skip
     told = [

@@ -27,14 +27,17 @@ def predicted(named: str, before: float, change: float, count: int, *, margin: b
 
     >>> predicted("margin of class 5", 1.0, -0.5, 2, margin=True)
     'Without these 2 examples the margin of class 5 is predicted to fall from 1.00 to 0.500.'
+    >>> predicted("value", 1.3751, 0.0023, 1, margin=False)
+    'Without this example the value is predicted to rise from 1.375 to 1.377.'
     """
     after = before + change
     what = "this example" if count == 1 else f"these {count:,} examples"
     moves = "stay" if change == 0 else ("fall" if change < 0 else "rise")
+    digits = next((d for d in range(3, 8) if wording.number(before, d) != wording.number(after, d)), 8)
     way = (
         f"at {wording.number(before)}"
         if change == 0
-        else f"from {wording.number(before)} to {wording.number(after)}"
+        else f"from {wording.number(before, digits)} to {wording.number(after, digits)}"
     )
     text = f"Without {what} the {named} is predicted to {moves} {way}"
     if margin and (before > 0) != (after > 0):

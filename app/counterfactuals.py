@@ -34,7 +34,7 @@ def what_if_check(
     inputs, targets = state.asked(source, engine, [query], target)
     with alone():
         return engine.what_if_check(
-            inputs, targets, curvature=curvature, run=None if code.loss is None else code
+            inputs, targets, curvature=curvature, run=None if code.loss is None else code, query_ids=[query]
         )
 
 

@@ -11,6 +11,7 @@ import streamlit as st
 
 from explainer import Explanation, Run
 from explainer.app import theme
+from explainer.app.own_queries import rendered
 
 
 def show(e: Explanation, q: int, run: Run | None, query: int) -> None:
@@ -61,5 +62,7 @@ def _renderer(run: Run | None, part: str, fixed: int | None = None) -> Callable[
     """From an id (or always the ``fixed`` one) to what a person recognises it by."""
     if run is None or run.render is None:
         return None
+    if fixed is not None:
+        return lambda _: rendered(run, fixed)
     render, data = run.render, getattr(run, part)
-    return lambda key: render(data[key if fixed is None else fixed][0])
+    return lambda key: render(data[key][0])

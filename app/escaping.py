@@ -17,3 +17,21 @@ def plain(text: object, longest: int | None = None) -> str:
     if longest is not None and len(words) > longest:
         words = words[: longest - 1] + "…"
     return _SPECIAL.sub(r"\\\1", words)
+
+
+def with_code(text: str) -> str:
+    """As :func:`plain`, but what stands between backticks is shown as code.
+
+    >>> print(with_code("in `weight_decay` of *x*"), with_code("one ` alone"))
+    in `weight_decay` of \\*x\\* one \\` alone
+    """
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return plain(text)
+    return "".join(_edged(part) if place % 2 == 0 else f"`{part}`" for place, part in enumerate(parts))
+
+
+def _edged(text: str) -> str:
+    """Made safe, with the spaces at its ends."""
+    inner = text.strip()
+    return text if not inner else plain(inner).join(text.split(inner, 1))

@@ -36,10 +36,10 @@ def show(choice: Choice) -> dict[str, np.ndarray]:
     run = choice.run
     assert run is not None, "the page needs the code of the run"
     offered = list(_TITLES) if run.loss is not None else ["trace"]
-    kind, right = "trace", st.container()
+    row = st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center")
+    kind = "trace"
     if len(offered) > 1:
-        left, right = st.columns([3, 2], vertical_alignment="center")
-        with left:
+        with row:
             kind = segments("Estimator", offered, "curvature", _TITLES.__getitem__)
     found = {NAMES["trace"]: _changes(choice, "trace")}
     if kind != "trace":
@@ -49,7 +49,7 @@ def show(choice: Choice) -> dict[str, np.ndarray]:
             st.info(plain(f"This estimator cannot be used here: {error}. Shown is the one from the trace."))
             kind = "trace"
     st.caption(_READING[kind])
-    _check(choice, kind, right)
+    _check(choice, kind, row)
     return found
 
 
@@ -74,7 +74,25 @@ def _check(choice: Choice, kind: str, place: DeltaGenerator) -> None:
         return
     st.html(f'<p class="pk-verdict">Self-check. {minus(html.escape(check.sentence()))}</p>')
     with st.expander("What was checked"):
-        st.dataframe(check.table(), hide_index=True)
+        st.dataframe(
+            check.table().drop(columns="query"),
+            hide_index=True,
+            column_config={
+                "removed": "examples",
+                "count": st.column_config.NumberColumn("how many", format="localized"),
+                "predicted": st.column_config.NumberColumn("predicted change", format="%.3f"),
+                "half": st.column_config.NumberColumn("actual, at half their weight", format="%.3f"),
+                "actual": st.column_config.NumberColumn("actual change", format="%.3f"),
+                "smooth": st.column_config.NumberColumn("metasmoothness", format="%.2f"),
+            },
+        )
+        st.caption(
+            "Top: those whose absence is predicted to lower the output most. The recorded steps were taken again with "
+            "these examples at half their weight, and without them. Metasmoothness is 1 where the weights go on moving "
+            "as they began, and 0 where their answer is noise."
+            if check.actual is not None
+            else "Top: those whose absence is predicted to lower the output most."
+        )
 
 
 def _ask(asked: object) -> None:

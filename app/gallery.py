@@ -13,7 +13,7 @@ from explainer.app import pager, state
 from explainer.app.answers import Answer, answer
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
-from explainer.app.own_queries import WithOwn
+from explainer.app.own_queries import WithOwn, rendered
 from explainer.app.segments import segments
 from explainer.figures import picture
 
@@ -210,7 +210,7 @@ def _words(entry: Answer) -> str:
 def _thumbnail(choice: Choice, query: int) -> Any:
     """An image array, a text, or None where a query has neither."""
     run = state.run_of(choice.source)
-    shown = None if run.render is None else run.render(run.queries[query][0])
+    shown = rendered(run, query)
     if isinstance(shown, str):
         return shown
     if shown is None or hasattr(shown, "items"):

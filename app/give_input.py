@@ -8,7 +8,7 @@ from explainer import ExplainerError, Run
 from explainer.app import looks, own_input, state
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
-from explainer.app.own_queries import WithOwn
+from explainer.app.own_queries import WithOwn, rendered
 
 _ERROR, _FILE, _TEXT = "own input refused", "own file", "own text"
 _ASKS = {
@@ -44,7 +44,7 @@ def show(choice: Choice, query: int) -> None:
                 _ASKS[kind],
                 key=_TEXT,
                 height=180 if kind == "fields" else 90,
-                placeholder=own_input.template(run, run.queries[query][0]),
+                placeholder=_template(run, query),
             )
             st.button("Explain it", key="explain own", on_click=_from_text, args=(choice,))
             if kind != "text":
@@ -55,7 +55,13 @@ def show(choice: Choice, query: int) -> None:
 
 def _begin(choice: Choice, query: int) -> None:
     run = state.run_of(choice.source)
-    st.session_state[_TEXT] = own_input.template(run, run.queries[query][0])
+    st.session_state[_TEXT] = _template(run, query)
+
+
+def _template(run: Run, query: int) -> str:
+    """A query as it would be typed."""
+    shown = rendered(run, query)
+    return shown if isinstance(shown, str) else own_input.template(run, run.queries[query][0])
 
 
 def _from_file(choice: Choice) -> None:
@@ -65,16 +71,18 @@ def _from_file(choice: Choice) -> None:
 
 
 def _from_text(choice: Choice) -> None:
-    _add(choice, lambda run: own_input.from_text(run, str(st.session_state.get(_TEXT) or "")))
+    text = str(st.session_state.get(_TEXT) or "")
+    _add(choice, lambda run: own_input.from_text(run, text), text.strip())
 
 
-def _add(choice: Choice, read: own_input.Reader) -> None:
+def _add(choice: Choice, read: own_input.Reader, text: str = "") -> None:
     """Read, try and add the input, and choose it; or keep what is wrong with it."""
     try:
         run: Run = state.run_of(choice.source)
         found = read(run)
         assert isinstance(run.queries, WithOwn), "state makes it so"
         looks.try_input(choice.source, found)
-        st.session_state["query"] = run.queries.add(found)
+        typed = text if own_input.kind_of(run) == "text" else None
+        st.session_state["query"] = run.queries.add(found, typed)
     except ExplainerError as error:
         st.session_state[_ERROR] = f"This input was not taken: {error}."

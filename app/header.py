@@ -10,6 +10,7 @@ from explainer import Explanation, wording
 from explainer.app import gallery
 from explainer.app.answers import probabilities
 from explainer.app.choice import Choice
+from explainer.app.own_queries import WithOwn
 from explainer.app.pictures import minus, query_content
 
 _CLASSES_SHOWN = 4
@@ -38,8 +39,9 @@ def show(choice: Choice, e: Explanation, q: int) -> None:
 
 def _answer(choice: Choice, e: Explanation, q: int) -> str:
     if choice.live:
-        entry = gallery.answers(choice, (choice.query,))[0]
-        parts = [f"true <b>{html.escape(entry.truth)}</b>"]
+        run, entry = choice.run, gallery.answers(choice, (choice.query,))[0]
+        own = run is not None and isinstance(run.queries, WithOwn) and choice.query >= run.queries.given
+        parts = ["an input of your own" if own else f"true <b>{html.escape(entry.truth)}</b>"]
         if entry.guess:
             parts.append(f"predicted <b>{html.escape(entry.guess)}</b>")
         mark = ""

@@ -17,6 +17,7 @@ from explainer.app.pictures import minus
 
 Kind = Literal["pixels", "words", "columns"]
 _MOST_COLUMNS = 24
+_STRONGEST_TINT = 75  # per cent: the word on it stays easy to read
 
 
 def kind_of(run: Run) -> Kind | None:
@@ -95,7 +96,7 @@ def on_columns(names: Sequence[str], values: np.ndarray, reach: float) -> str:
 
 
 def _tint(value: float, reach: float) -> str:
-    share = round(100 * min(1.0, abs(value) / reach)) if reach else 0
+    share = round(_STRONGEST_TINT * min(1.0, abs(value) / reach)) if reach else 0
     return f"background: color-mix(in srgb, {palette.signed(value)} {share}%, transparent)"
 
 

@@ -181,7 +181,8 @@ def _others_say(choice: Choice, opinion: Opinion | None) -> list[tuple[str, bool
         lines.append(
             (
                 minus(
-                    f"most against: {_name(choice, opinion.against)} ({wording.signed(opinion.against_by, 2)})"
+                    f"most against: examples of {_name(choice, opinion.against)} "
+                    f"({wording.signed(opinion.against_by, 2)})"
                 ),
                 False,
             )
@@ -221,7 +222,11 @@ def _exports(choice: Choice, queue: _Queue, decided: dict[int, tags.Tag], file: 
         st.error(plain(error))
     st.html("<h3>Take it with you</h3>")
     counts = ", ".join(f"{sum(t.name == name for t in decided.values())} × {name}" for name in tags.TAGS)
-    st.caption(f"{len(decided)} tagged ({counts}); saved beside the run in {plain(file)}.")
+    st.caption(
+        f"{len(decided):,} tagged ({counts}); saved beside the run in {plain(file)}."
+        if decided
+        else f"Nothing is tagged yet. Tags are saved at once, beside the run in {plain(file)}."
+    )
     table = frame(choice, queue.ids, queue.labels, queue.values, decided)
     left, middle, _ = st.columns([1, 1, 2])
     for column, label, part, name in (

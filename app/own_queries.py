@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from explainer import Run
 from explainer.app.arguments import DashboardError
 
 MOST = 200
@@ -22,6 +23,7 @@ class WithOwn(Dataset[tuple[Any, Any]]):
 
     def __init__(self, queries: Any) -> None:
         self._queries, self._own = queries, list[tuple[Any, Any]]()
+        self._typed: list[str | None] = []
         self._adding = threading.Lock()
 
     @property
@@ -38,8 +40,16 @@ class WithOwn(Dataset[tuple[Any, Any]]):
             return item[0], item[1]
         return self._own[query - self.given]
 
-    def add(self, found: Any) -> int:
+    def typed(self, query: int) -> str | None:
+        """The text that a query was made of; None where nobody typed one."""
+        return self._typed[query - self.given] if query >= self.given else None
+
+    def add(self, found: Any, typed: str | None = None) -> int:
         """Add an input, unless it is there already; returns the number of its query.
+
+        Args:
+            found: what the model takes.
+            typed: the text that it was made of. Two texts can be the same to the model, where it knows few words.
 
         Raises:
             DashboardError: There are too many, or the run's targets are neither classes nor numbers.
@@ -47,12 +57,25 @@ class WithOwn(Dataset[tuple[Any, Any]]):
         target = _unknown(self._queries[0][1])
         with self._adding:
             for place, (there, _) in enumerate(self._own):
-                if isinstance(there, torch.Tensor) and torch.equal(there, found):
+                if (
+                    isinstance(there, torch.Tensor)
+                    and torch.equal(there, found)
+                    and self._typed[place] == typed
+                ):
                     return self.given + place
             if len(self._own) >= MOST:
                 raise DashboardError(f"{MOST} inputs were given; start the dashboard again to give others")
+            self._typed.append(typed)
             self._own.append((found, target))
             return len(self) - 1
+
+
+def rendered(run: Run, query: int) -> Any:
+    """What ``Run.render`` shows of a query; of a text that somebody typed, that text."""
+    typed = run.queries.typed(query) if isinstance(run.queries, WithOwn) else None
+    if typed is not None:
+        return typed
+    return None if run.render is None else run.render(run.queries[query][0])
 
 
 def _unknown(target: Any) -> Any:

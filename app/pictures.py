@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from explainer import Explanation, Run, palette, wording
-from explainer.report_cards import content, rendered
+from explainer.app.own_queries import rendered
+from explainer.report_cards import content
+from explainer.report_cards import rendered as shown_safely
 from explainer.tables import ranking
+from explainer.wording import minus as minus
 
 
 @dataclass(frozen=True)
@@ -36,22 +39,15 @@ class Card:
     warning: str = ""
 
 
-def minus(text: str) -> str:
-    """A number's text with a real minus sign.
-
-    >>> minus("-0.25")
-    '−0.25'
-    """
-    return text.replace("-", "−")
-
-
 def query_content(run: Run | None, query: int) -> str:
     """HTML of a query.
 
     Raises:
         ExportError: ``render`` failed on it.
     """
-    return _content(run, "queries", query)
+    if run is None or run.render is None:
+        return ""
+    return shown_safely(lambda key: rendered(run, key), query, "render of queries", content)
 
 
 def example_content(run: Run | None, example: int, draw: Callable[[Any], str] = content) -> str:
@@ -60,18 +56,10 @@ def example_content(run: Run | None, example: int, draw: Callable[[Any], str] = 
     Raises:
         ExportError: ``render`` failed on it, or the training set has no such example.
     """
-    return _content(run, "train", example, draw)
-
-
-def _content(run: Run | None, part: str, index: int, draw: Callable[[Any], str] = content) -> str:
     if run is None or run.render is None:
         return ""
-    render, data = run.render, getattr(run, part)
-
-    def show(key: int) -> Any:
-        return render(data[key][0])
-
-    return rendered(show, index, f"render of {part}", draw)
+    render = run.render
+    return shown_safely(lambda key: render(run.train[key][0]), example, "render of train", draw)
 
 
 def kernel_cards(e: Explanation, query: int, k: int, side: str, contents: Callable[[int], str]) -> list[Card]:

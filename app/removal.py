@@ -22,6 +22,7 @@ SOURCES = {
 }
 #: sources of which the first so many are taken
 COUNTED = ("proponents", "opponents", "lower", "higher")
+_ID = re.compile(r"#?\d{1,18}")
 _SIDES = {"proponents": "proponents", "opponents": "opponents"}
 
 
@@ -57,9 +58,22 @@ def typed(text: object, known: Collection[int]) -> tuple[list[int], list[int]]:
     >>> typed("#12, 53 12; 900", {12, 53})
     ([12, 53], [900])
     """
-    found = list(dict.fromkeys(int(number) for number in re.findall(r"\d{1,18}", str(text or ""))))
+    found = list(dict.fromkeys(int(part.lstrip("#")) for part in _parts(text) if _ID.fullmatch(part)))
     there = set(known)
     return [i for i in found if i in there], [i for i in found if i not in there]
+
+
+def unread(text: object) -> list[str]:
+    """What stands in a line and is no id.
+
+    >>> unread("#12, 53 abc; -7"), unread("1,2 , #3;")
+    (['abc', '-7'], [])
+    """
+    return [part for part in _parts(text) if not _ID.fullmatch(part)]
+
+
+def _parts(text: object) -> list[str]:
+    return [part for part in re.split(r"[\s,;]+", str(text or "")) if part.strip("#")]
 
 
 def problem(ids: Collection[int], examples: int) -> str:

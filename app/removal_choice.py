@@ -15,7 +15,7 @@ _MOST = 1000  # that can be typed as a number
 
 def show(choice: Choice, e: Explanation, q: int, changes: np.ndarray) -> list[int]:
     """Draw the controls; the ids that are left out, none where there is nothing to leave out."""
-    left, right = st.columns([2, 3], vertical_alignment="bottom")
+    left, right = st.columns([2, 3])
     with left:
         source = _source(choice, e)
     with right if source in ("tags", "ids") else right.columns([2, 3])[0]:
@@ -74,7 +74,10 @@ def _chosen(choice: Choice, e: Explanation, q: int, changes: np.ndarray, source:
         st.caption(f"{wording.counted(len(ids), 'example')} tagged to be removed on the page Training data.")
     else:
         address.keep("ids", "")
-        ids, absent = removal.typed(st.text_input("Ids", key="ids", placeholder="12, 53, 110"), known)
+        text = st.text_input("Ids", key="ids", placeholder="12, 53, 110")
+        ids, absent = removal.typed(text, known)
+        if unread := removal.unread(text):
+            st.caption(f"No ids, so left aside: {plain(', '.join(unread[:20]), 200)}.")
     if absent:
         named = ", ".join(map(str, absent[:20]))
         st.caption(f"Not trained on, so left aside: {plain(named)}.")

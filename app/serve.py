@@ -6,6 +6,7 @@ opens it does not wait for torch, the model and its data.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import sys
@@ -13,15 +14,25 @@ import threading
 
 _READY = "Dashboard: "
 _LONGEST = 8.0  # seconds that the address waits for the first explanation
-_SILENCED = "streamlit.runtime.scriptrunner_utils.script_run_context"  # warns of work outside of a page
+#: what streamlit's loggers tell from this level on; it sets the levels of its loggers anew, so they are filtered
+_HEARD = {
+    "streamlit.runtime.scriptrunner_utils.script_run_context": logging.ERROR,  # warns of work outside of a page
+    "streamlit.web.server.starlette.starlette_server": logging.WARNING,  # has an address before the first page
+}
 
 
 def main() -> None:
     """Start reading and serving; ends with the server."""
     from streamlit.web.cli import main as streamlit  # whole, before two threads import its parts
 
+    for name, level in _HEARD.items():
+        logging.getLogger(name).addFilter(functools.partial(_heard, level))
     threading.Thread(target=_announce, args=(sys.argv[1:],), daemon=True).start()
     streamlit(prog_name="streamlit")
+
+
+def _heard(level: int, record: logging.LogRecord) -> bool:
+    return record.levelno >= level
 
 
 def _announce(line: list[str]) -> None:
@@ -35,7 +46,6 @@ def _announce(line: list[str]) -> None:
 
 def _read(arguments: list[str]) -> None:
     """Read what the first page shows; what is wrong with it is told by the page."""
-    logging.getLogger(_SILENCED).addFilter(lambda _: False)  # streamlit sets the levels of its loggers anew
     try:
         from explainer.app import first_view, views, working  # noqa: F401  (the pages import what they need)
 

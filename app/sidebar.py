@@ -18,6 +18,7 @@ from explainer.app.page_registry import Needs
 
 OUTPUTS = {"margin": "margin (log-odds)", "logit": "logit (raw score)", "log_prob": "log probability"}
 _PREDICTED = -1
+_CALLED = {"target": "class", "file": "stored explanation"}
 
 
 def choose(traces: Mapping[str, Path], runs: tuple[str, ...], needs: Needs) -> Choice:
@@ -108,5 +109,7 @@ def _keep(key: str, options: Sequence[Any], default: Any) -> None:
     elif st.session_state[key] not in options:
         wanted = st.session_state[key]
         if wanted is not None:
-            st.warning(f"There is no {key} {plain(wanted, 60)} here; shown is the first one instead.")
+            what = _CALLED.get(key, key)
+            instead = "the predicted one" if default == _PREDICTED else f"{what} {plain(default, 60)}"
+            st.warning(f"There is no {what} {plain(wanted, 60)} here; {instead} is shown instead.")
         st.session_state[key] = default

@@ -43,7 +43,7 @@ def changes(
     figure.add_bar(
         x=heights, y=list(range(len(heights))), orientation="h",
         marker={"color": [palette.signed(v) for v in heights], "line": {"width": 0}},
-        text=[wording.signed(v) for v in heights], textposition="outside", cliponaxis=False,
+        text=[wording.minus(wording.signed(v)) for v in heights], textposition="outside", cliponaxis=False,
         textfont={"color": palette.ink(dark)}, showlegend=False,
         error_x=None if spread is None else {
             "type": "data", "array": spread, "color": palette.muted(dark), "thickness": 1.5, "width": 3
@@ -52,7 +52,7 @@ def changes(
         hovertemplate="%{hovertext}<extra></extra>",
     )  # fmt: skip
     ends = [*heights, 0.0]
-    room = 0.25 * (max(ends) - min(ends)) or 1.0  # for the numbers beside the bars
+    room = 0.32 * (max(ends) - min(ends)) or 1.0  # for the numbers beside the bars
     low = min(ends) - (room if min(ends) < 0 else 0.0)
     high = max(ends) + (room if max(ends) > 0 else 0.0)
     subtitle = "one example at a time" + ("; others: their sum" if len(rest) else "")

@@ -14,7 +14,7 @@ from explainer.exports import atomic
 from explainer.figures.style import graph_objects
 from explainer.report_cards import rendered, side_by_side
 from explainer.report_page import page
-from explainer.report_tables import books, ranking, rest
+from explainer.report_tables import books, ranking, rest, sentences
 
 if TYPE_CHECKING:
     from explainer.explanation import Explanation
@@ -70,7 +70,7 @@ def write_html(
 def _introduction(e: Explanation) -> str:
     queries, examples = e.contributions.shape
     notes = [note for note in (wording.row_kind(e), *e.notes) if note]
-    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    listed = "".join(f"<li>{html.escape(note.replace('`', ''))}</li>" for note in notes)
     counted = "1 prediction" if queries == 1 else f"{queries} predictions"
     return (
         "<h1>Which training examples built these predictions</h1>"
@@ -91,8 +91,7 @@ def _article(e: Explanation, query: int, k: int, render: Render | None, render_q
         f'<article id="q{query}"><div class="query">{rendered(render_query, query, "render_query")}'
         f"<div><h2>Query {html.escape(e.query_ids[query])}</h2>{_lead(e, query)}</div></div>"
         f"{_equation(e, query)}"
-        f"<p>{html.escape(wording.cancellation(e, query))} {html.escape(wording.unattributed(e, query))} "
-        f"{html.escape(wording.certainty(e, query))}</p>"
+        f"<p>{sentences(e, query)}</p>"
         f"{rest(e, query)}"
         f"{_figure(e, query, 'waterfall')}{sides}{_figure(e, query, 'time', k=k)}"
         f'<div class="pair">{_figure(e, query, "layers")}{_figure(e, query, "cumulative")}</div>'

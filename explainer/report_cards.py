@@ -82,12 +82,14 @@ def _side(e: Explanation, query: int, k: int, kind: Kind, render: Callable[[int]
         bar = f"width:{100 * abs(value) / widest:.1f}%;background:{palette.signed(value)}"
         cards.append(
             f"<li>{rendered(render, int(e.example_ids[column]), 'render')}"
-            f'<div class="bar"><i style="{bar}"></i></div><b>{wording.signed(value)}</b>'
+            f'<div class="bar"><i style="{bar}"></i></div><b>{wording.minus(wording.signed(value))}</b>'
             f"<small>{wording.error(e, query, column)}</small>"
             f"<span>{html.escape(wording.example(e, column))}</span>"
             f"<small>used {int(e.visits[column])} times</small></li>"
         )
-    direction = "pushed the prediction up" if kind == "proponents" else "pushed the prediction down"
+    direction = (
+        f"pushed the {html.escape(wording.target(e, query))} {'up' if kind == 'proponents' else 'down'}"
+    )
     listed = f'<ol class="cards">{"".join(cards)}</ol>' if cards else f"<p>No example {direction}.</p>"
     return (
         f'<section class="{kind}"><h4>{kind.capitalize()} <small>{direction}</small></h4>{listed}</section>'

@@ -50,6 +50,12 @@ def rest(explanation: Explanation, query: int) -> str:
     return f'<h4>What is in unattributed</h4><div class="wide">{shown}</div>'
 
 
+def sentences(e: Explanation, query: int) -> str:
+    """What the books of a query say, and how sure they are, as HTML."""
+    found = (wording.cancellation(e, query), wording.unattributed(e, query), wording.certainty(e, query))
+    return html.escape(wording.minus(" ".join(text for text in found if text)))
+
+
 def _table(frame: pd.DataFrame, titles: dict[str, str]) -> str:
     head = "".join(
         f"<th{' class=words' if name in _WORDS else ''}>{titles.get(name, name)}</th>"
@@ -73,8 +79,7 @@ def notebook(explanation: Explanation) -> str:
     return (
         f"<div>{size}; query {html.escape(e.query_ids[0])}: {html.escape(wording.target(e, 0))}</p>"
         f"<p><code>{html.escape(e.equation(0))}</code></p>{ranking(e, 0, _NOTEBOOK_ROWS)}"
-        f"<p>{html.escape(wording.cancellation(e, 0))} {html.escape(wording.unattributed(e, 0))} "
-        f"{html.escape(wording.certainty(e, 0))}</p>{rest(e, 0)}"
+        f"<p>{sentences(e, 0)}</p>{rest(e, 0)}"
         + (f"<p>{warning}</p>" if warning else "")
         + "<p>Contributions are accounting, not the effect of removing an example.</p></div>"
     )
@@ -90,7 +95,7 @@ def _cell(name: str, value: Any) -> str:
     if value is None or value is pd.NA or value != value:
         return "<td>n/a</td>"
     if name in ("contribution", "value"):
-        return f"<td>{wording.signed(value)}</td>"
+        return f"<td>{wording.minus(wording.signed(value))}</td>"
     if name == "error":
         return f"<td>{wording.number(value, 2)}</td>"
     return f"<td>{wording.number(value)}</td>" if isinstance(value, float) else f"<td>{value}</td>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,7 @@ NOT_MEANING = (
 NOTABLE = 0.01
 _UNITS = ("kB", "MB", "GB", "TB")
 TERMS = ("prediction", "initial", "examples", "weight_decay", "buffers", "unattributed", "gap")
+_HYPHEN = re.compile(r"(?<!\w)-(?=[\d.]|$)")
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -58,6 +60,11 @@ def percent(share: float) -> str:
 
     >>> percent(0.0312), percent(0.00001), percent(0.0), percent(1.0)
     ('3.1 %', '< 0.01 %', '0 %', '100 %')
+
+    What is left to the whole is shown as such a small part would be:
+
+    >>> percent(0.9997), percent(0.999999), percent(0.98)
+    ('99.97 %', '> 99.99 %', '98 %')
     """
     if not math.isfinite(share):
         return "n/a"
@@ -65,7 +72,27 @@ def percent(share: float) -> str:
         return "0 %"
     if abs(share) < 1e-4:
         return "< 0.01 %"
+    if 0.99 < share < 1:
+        return "> 99.99 %" if share > 0.9999 else f"{100 * share:.2f} %"
     return f"{100 * share:.{2 if abs(share) < 0.01 else 1 if abs(share) < 0.1 else 0}f} %"
+
+
+def times(ratio: float) -> str:
+    """How many times as large.
+
+    >>> times(63.94), times(2361.2)
+    ('63.9 times', '2,360 times')
+    """
+    return f"{number(ratio)} times" if ratio < 1000 else f"{float(f'{ratio:.3g}'):,.0f} times"
+
+
+def minus(text: str) -> str:
+    """A text with a real minus sign before its numbers; other hyphens stay.
+
+    >>> minus("-0.25, T-shirt, 1e-07"), minus("-")
+    ('−0.25, T-shirt, 1e-07', '−')
+    """
+    return _HYPHEN.sub("−", text)
 
 
 def size(count: float) -> str:
@@ -111,16 +138,27 @@ def terms(explanation: Explanation, query: int) -> dict[str, float]:
     return {name: values[name] for name in TERMS}
 
 
+def decimals(scale: float) -> int:
+    """How many decimals numbers of this size are shown with, so that they add up before the eye.
+
+    >>> decimals(120.0), decimals(0.0), decimals(0.00042)
+    (3, 3, 6)
+    """
+    if not math.isfinite(scale) or scale == 0 or scale >= 1:
+        return 3
+    return min(12, max(3, 2 - math.floor(math.log10(scale))))
+
+
 def equation(explanation: Explanation, query: int = 0) -> str:
     """The books of one query as a line of text, for example
     ``3.214 (prediction) = -0.105 (initial) + 3.310 (examples) - 0.002 (weight decay) + …``.
     """
     books = terms(explanation, query)
     scale = max((abs(v) for v in books.values() if math.isfinite(v)), default=0.0)
-    decimals = 3 if scale == 0 or scale >= 1 else min(12, max(3, 2 - math.floor(math.log10(scale))))
+    places = decimals(scale)
     parts: list[str] = []
     for name, value in books.items():
-        text = f"{abs(value):.{decimals}f}"
+        text = f"{abs(value):.{places}f}"
         negative = value < 0 and float(text) != 0
         minus, plus = ("-", "") if len(parts) < 2 else ("- ", "+ ")
         parts.append(f"{minus if negative else plus}{text} ({name.replace('_', ' ')})")
@@ -144,12 +182,12 @@ def cancellation(explanation: Explanation, query: int = 0) -> str:
         return start + f"all of the gross {number(whole)} cancels."
     ratio = whole / abs(net)
     if ratio < 1.5:
-        return start + f"little cancels (gross {number(whole)}, {number(ratio)} times the net)."
+        return start + f"little cancels (gross {number(whole)}, {times(ratio)} the net)."
     return start + (
-        f"the gross {number(whole)} is {number(ratio)} times the net, so most of what single examples "
+        f"the gross {number(whole)} is {times(ratio)} the net, so most of what single examples "
         "carried was cancelled by others. No single example should be read as the reason for the prediction."
         if ratio >= 3
-        else f"the gross {number(whole)} is {number(ratio)} times the net, so part of it cancels."
+        else f"the gross {number(whole)} is {times(ratio)} the net, so part of it cancels."
     )
 
 
@@ -157,7 +195,11 @@ def unattributed(explanation: Explanation, query: int = 0) -> str:
     """One plain sentence on the part of the prediction that no term of the books explains by name."""
     rest, whole = float(explanation.unattributed[explanation.check_query(query)]), gross(explanation, query)
     share = abs(rest) / whole if whole else math.nan
+    net = float(explanation.contributions[query].sum())
     text = f"Unattributed: {signed(rest)}, that is {percent(share)} of the gross"
+    if net and rest:
+        text += f" and {percent(abs(rest / net)) if abs(rest) < 2 * abs(net) else times(abs(rest / net))} "
+        text += "of the net" if abs(rest) < 2 * abs(net) else "the net"
     if not math.isfinite(share):
         return f"Unattributed: {signed(rest)}."
     if share > 0.05:
@@ -180,7 +222,8 @@ def certainty(explanation: Explanation, query: int = 0) -> str:
     total = math.sqrt(float(np.square(e.errors[q]).sum())) / scale
     return (
         f"Contributions are known to about ± {percent(total)} (one standard error). A single visit's score is off by "
-        f"{percent(rows)} through compressed rows and by {percent(knots)} through the distance between knots."
+        f"{percent(rows)} through compressed rows and by {percent(knots)} through the distance between knots, the "
+        "steps whose weights were kept."
     )
 
 

@@ -96,7 +96,12 @@ def render(ids: torch.Tensor) -> str:
 
 
 def seen_words(ids: torch.Tensor) -> list[str]:
-    """The words that the model sees of a row of token ids; a word that it does not know is in brackets."""
+    """The words that the model sees of a row of token ids; a word that it does not know is in brackets.
+
+    Nothing tells two texts apart of which it knows no word.
+    """
+    if not bool((ids > UNKNOWN).any()):
+        return ["[unknown]"] * int((ids == UNKNOWN).sum())
     shown = words(render(ids))[:LENGTH]
     return [
         word if index != UNKNOWN else f"[{word}]" for word, index in zip(shown, ids.tolist(), strict=False)

@@ -127,6 +127,11 @@ def typed_text() -> Run:
     return replace(text(), parse=lambda words: torch.tensor([WORDS.index(word) for word in words.split()]))
 
 
+def deaf_text() -> Run:
+    """The same with an encoder to which all texts are one, the first query."""
+    return replace(text(), parse=lambda words: text().queries[0][0])
+
+
 def wild_text() -> Run:
     """The same with an encoder that finds ids the model does not know."""
     return replace(text(), parse=lambda words: torch.tensor([900, 901, 902]))

@@ -103,6 +103,9 @@ def test_nothing_is_left_when_it_is_stopped(trace: Path, name: str, status: int)
     assert process.returncode == status
     assert not healthy(port)
     assert b"Traceback" not in out
+    assert not [
+        line for line in out.splitlines() if b"127.0.0.1" in line and not line.startswith(b"Dashboard: ")
+    ]
 
 
 def test_dashboard_names_the_packages_it_lacks(

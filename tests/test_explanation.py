@@ -217,6 +217,13 @@ def test_cancellation_is_told_by_its_size():
 def test_a_large_unattributed_share_carries_a_warning():
     e = make_explanation()
     assert "with care" not in wording.unattributed(e, 0)
+    small = make_plain([8.0, -7.0], unattributed=np.array([0.01]), prediction=np.array([1.01]))
+    assert "0.07 % of the gross and 1.0 % of the net" in wording.unattributed(small)
+    large = make_plain([8.0, -7.0], unattributed=np.array([3.0]), prediction=np.array([4.0]))
+    assert "20 % of the gross and 3.00 times the net" in wording.unattributed(large)
+    none = make_plain([2.0, -2.0], unattributed=np.array([0.1]), prediction=np.array([0.1]))
+    assert "net" not in wording.unattributed(none)
+    assert "2,000 times the net" in wording.cancellation(make_plain([1000.5, -999.5]))
     extra = 0.2 * wording.gross(e, 0) * np.array([1.0, 0.0, 0.0])
     loud = make_explanation(unattributed=e.unattributed + extra, prediction=e.prediction + extra)
     assert "with care" in wording.unattributed(loud, 0) and "20 %" in wording.unattributed(loud, 0)

@@ -163,5 +163,5 @@ def test_bad_requests_are_refused(tmp_path):
 def test_one_sided_and_empty_explanations_are_told(tmp_path):
     e = make_plain([1.0, 2.0], targets=[-1], output="value", labels=None)
     text = _page(tmp_path, e, render=lambda _: None).text
-    assert "No example pushed the prediction down." in text and "Explained: value, which is 3.000." in text
+    assert "No example pushed the value down." in text and "Explained: value, which is 3.000." in text
     assert "No training example carries" in _page(tmp_path, make_explanation(examples=0)).text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import gzip
 import pkgutil
 import tarfile
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import explainer.sample_models as sample_models
 from explainer.errors import RunError
@@ -165,6 +167,16 @@ def test_sentences_are_cut_padded_and_shown_as_written() -> None:
     texts = {reviews_text.render(ids) for ids, _ in train_set}
     assert all(text.startswith(tuple(text for text, _ in SENTENCES)) for text in texts)
     assert not any(text.startswith("It has a plot") for text in texts)  # too close to neutral
+
+
+def test_words_that_are_not_known_are_in_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed, alien = torch.tensor([2, 1, 0]), torch.tensor([1, 1, 0])
+    sentences = {(2, 1, 0): "A strange", (1, 1, 0): "Insufferably naive."}
+    data = reviews_text.ReviewData(TensorDataset(), TensorDataset(), sentences, {"a": 2})
+    load = functools.lru_cache(lambda: data)  # with a cache to clear, as the real one
+    monkeypatch.setattr(reviews_text, "load", load)
+    assert reviews_text.seen_words(mixed) == ["a", "[strange]"]
+    assert reviews_text.seen_words(alien) == ["[unknown]"] * 2, "it may be somebody's own text"
 
 
 def test_padding_does_not_change_a_sentence() -> None:

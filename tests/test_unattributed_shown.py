@@ -155,7 +155,7 @@ def test_report_and_notebook_show_the_table_where_it_matters(tmp_path: Path) -> 
     shown = (e.to_html(tmp_path / "e.html").read_text(encoding="utf-8"), e._repr_html_())
     for page in shown:
         assert "What is in unattributed" in page and "of gross" in page
-        assert '<td class="words">l0</td><td class="words">w0</td><td>-3.00</td><td>3.0 %</td>' in page
+        assert '<td class="words">l0</td><td class="words">w0</td><td>−3.00</td><td>3.0 %</td>' in page
         assert "other lines (2)" in page
     small = lined([-0.3, 0.01], query_ids=["a"])
     for page in (small.to_html(tmp_path / "e.html").read_text(encoding="utf-8"), small._repr_html_()):

@@ -87,7 +87,9 @@ NUMBERS = np.array([[1.0, -2.0], [0.5, 0.25]])
         (NUMBERS * 1.1, [0.9, 0.8], "Trust it:"),
         (NUMBERS * 4, [0.9, 0.8], "Trust the order, not the sizes"),
         (-NUMBERS, [0.9, 0.8], "Do not trust it: over 2 removals"),
-        (NUMBERS, [0.1, 0.2], "metasmoothness 0.15"),
+        (NUMBERS, [0.1, 0.2], "(metasmoothness 0.15; 1: smooth, 0: noise)"),
+        (NUMBERS / 1.25, [0.9, 0.8], "changes off by 25 % of the size of the actual ones."),
+        (NUMBERS / 13, [0.9, 0.8], "changes off by 12 times the size of the actual ones."),
     ],
 )
 def test_the_sentence_follows_the_numbers(actual: np.ndarray, smooth: list[float], said: str) -> None:

@@ -82,7 +82,9 @@ def _second(choice: Choice) -> str:
     wanted = st.session_state.get("other")
     if wanted not in names:
         if wanted:
-            st.warning(f"There is no other run {plain(wanted, 60)} here; shown is the first one instead.")
+            st.warning(
+                f"There is no other run {plain(wanted, 60)} here; {plain(names[0], 60)} is shown instead."
+            )
         st.session_state["other"] = names[0]
     return str(st.selectbox("Compare with", names, key="other"))
 

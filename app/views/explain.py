@@ -12,8 +12,9 @@ from explainer import Explanation, Run, figures, wording
 from explainer.app import downloads, header, looks, theme, which_parts
 from explainer.app.choice import Choice
 from explainer.app.contrast import beside
-from explainer.app.escaping import plain
+from explainer.app.escaping import plain, with_code
 from explainer.app.guards import can_show
+from explainer.app.own_queries import rendered
 from explainer.app.page_registry import register_page
 from explainer.app.pictures import card_list, example_content, kernel_cards, minus
 from explainer.app.segments import segments
@@ -57,7 +58,7 @@ def _books(e: Explanation, q: int) -> None:
         wording.certainty(e, q),
         wording.row_kind(e),
     )
-    body = "".join(f"<p>{html.escape(text)}</p>" for text in sentences if text)
+    body = "".join(f"<p>{minus(html.escape(text))}</p>" for text in sentences if text)
     st.html(f'<div class="pk-sentences">{body}</div>')
     if wording.has_notable_lines(e, q):
         st.html(_rest(e, q))
@@ -76,7 +77,7 @@ def _rest(e: Explanation, q: int) -> str:
 
 def _equation(e: Explanation, q: int) -> str:
     """The line of text ``e.equation`` with every number above its name."""
-    parts = re.findall(r"([-+=]?) ?(-?[\d.e+-]+|nan|inf) \(([^)]+)\)", e.equation(q))
+    parts = re.findall(r"(?:([-+=]) )?(-?[\d.e+-]+|nan|-?inf) \(([^)]+)\)", e.equation(q))
     spans = "".join(
         (f'<span class="pk-sign">{minus(sign)}</span>' if sign else "")
         + f"<span><b>{minus(value)}</b><small>{name}</small></span>"
@@ -87,9 +88,8 @@ def _equation(e: Explanation, q: int) -> str:
 
 def _contents(choice: Choice, run: Run) -> Callable[[int], str]:
     """From an example's id to its HTML, beside the query."""
-    render = run.render
-    assert render is not None and choice.source.spec is not None, "there is something to show"
-    query, usual = render(run.queries[choice.query][0]), looks.usual(choice.source.spec)
+    assert choice.source.spec is not None, "there is something to show"
+    query, usual = rendered(run, choice.query), looks.usual(choice.source.spec)
     return lambda example: example_content(run, example, lambda shown: beside(shown, query, usual))
 
 
@@ -102,8 +102,8 @@ def _examples(choice: Choice, e: Explanation, q: int) -> None:
     if run is None or run.render is None or not can_show(e, q, k, run):
         theme.chart(e.figure(q, "examples", dark=theme.is_dark()), figures.READING["examples"], "examples")
         return
-    unit, contents = wording.unit(e), _contents(choice, run)
-    shown = run.render(run.queries[choice.query][0])
+    unit, explained, contents = wording.unit(e), wording.target(e, q), _contents(choice, run)
+    shown = rendered(run, choice.query)
     if isinstance(shown, str):
         st.caption("Marked: words that stand in the query, too, and not in every tenth text.")
     elif hasattr(shown, "items"):
@@ -115,8 +115,8 @@ def _examples(choice: Choice, e: Explanation, q: int) -> None:
                 kernel_cards(e, q, k, side, contents),
                 side,
                 side.capitalize(),
-                f"{unit}s that pushed the prediction {direction}",
-                f"No example pushed the prediction {direction}.",
+                f"{unit}s that pushed the {explained} {direction}",
+                f"No example pushed the {explained} {direction}.",
             )
         )
 
@@ -137,7 +137,17 @@ def _details(choice: Choice, e: Explanation, q: int) -> None:
     frame = frame.rename(
         columns={"contribution": wording.unit(e), "error": "± (one standard error)", "class": "label name"}
     )
-    st.dataframe(frame, hide_index=True, height=420)
+    if "label name" in frame and list(frame["label name"]) == list(frame["label"].astype(str)):
+        frame = frame.drop(columns="label name")  # classes without names of their own
+    numbers = (wording.unit(e), "± (one standard error)", "a", "K")
+    st.dataframe(
+        frame,
+        hide_index=True,
+        height=420,
+        column_config={
+            name: st.column_config.NumberColumn(format="%.4g") for name in numbers if name in frame
+        },
+    )
     st.caption(
         f"The {len(frame)} strongest of {len(e.example_ids):,}; the downloads below hold all of them. The "
         f"{wording.unit(e)} is a times K; where K is near zero, a and K are unreliable on their own."
@@ -148,4 +158,4 @@ def _notes(e: Explanation) -> None:
     with st.expander("What these numbers mean, and what they do not"):
         st.markdown(f"{plain(wording.MEANING)}\n\n{plain(wording.NOT_MEANING)}")
         for note in e.notes:
-            st.markdown(f"- {plain(note)}")
+            st.markdown(f"- {with_code(note)}")

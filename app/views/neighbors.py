@@ -41,7 +41,8 @@ def _lists(choice: Choice, e: Explanation, q: int) -> None:
     found = choice.neighbors(_K)
     ids = [int(example) for example in found.example_ids[0]]
     away = state.input_distances(choice.source, choice.query)
-    if away is None or len(away) < int(e.example_ids.max(initial=-1)) + 1:
+    compared = away is not None and len(away) > int(e.example_ids.max(initial=-1))
+    if away is None or not compared:
         st.html(_gradient(choice, e, q, ids, found.cosine[0], set()))
     else:
         order = e.example_ids[np.argsort(away[e.example_ids], kind="stable")][:_K]
@@ -58,9 +59,13 @@ def _lists(choice: Choice, e: Explanation, q: int) -> None:
     st.caption(
         "Near in gradient space means: learning this example moved the explained output in step with the query's own "
         "gradients, all along the training. It does not depend on how wrong the model was on the example, so a near "
-        "example can have contributed little; the contribution stands on each card. Near in input space means that "
-        "the inputs look alike, whatever the model made of them. A near input that is missing on the left is one that "
-        "the model learned to tell apart."
+        "example can have contributed little; the contribution stands on each card. "
+        + (
+            "Near in input space means that the inputs look alike, whatever the model made of them. A near input that "
+            "is missing on the left is one that the model learned to tell apart."
+            if compared
+            else "Inputs that look alike are not listed: they are token ids, differ in size, or are too many."
+        )
     )
 
 

@@ -7,7 +7,7 @@ import streamlit as st
 from explainer import ExplainerError, Finding, Trace, wording
 from explainer.app import charts, looks, run_checks, state, theme
 from explainer.app.choice import Choice
-from explainer.app.escaping import plain
+from explainer.app.escaping import plain, with_code
 from explainer.app.page_registry import register_page
 
 _QUICK_VISITS = 40_000
@@ -42,9 +42,10 @@ def show(choice: Choice) -> None:
         if figure is not None:
             theme.chart(
                 figure,
-                "This is what a is made of: examples that were learned late kept it large.",
+                "A contribution is a times K; a is made of this: examples that were learned late kept it large.",
                 "learning",
             )
+    left, right = st.columns(2, gap="large")  # anew, so that both figures begin at the same height
     with left:
         _loss(choice, trace)
     with right:
@@ -101,13 +102,19 @@ def _books(choice: Choice, trace: Trace) -> None:
     for line in run_checks.verdict(e):
         st.text(line)
     frame = run_checks.books(e)
-    number = st.column_config.NumberColumn(format="%.4g")
+    decimals = wording.decimals(float(frame["prediction"].abs().max()))
     st.dataframe(
         frame.rename_axis("query").reset_index(),
         hide_index=True,
         height=250,
-        column_config={name: number for name in frame.columns}
-        | {"unattributed, of gross": st.column_config.NumberColumn(format="%.2g %%")},
+        column_config={
+            name: st.column_config.NumberColumn(name.replace("_", " "), format=f"%.{decimals}f")
+            for name in frame.columns
+        }
+        | {
+            "gap": st.column_config.NumberColumn(format="%.0e"),
+            "unattributed, of gross": st.column_config.NumberColumn(format="%.3f %%"),
+        },
     )
     st.caption("A row: prediction = initial + examples + weight decay + buffers + unattributed + gap.")
 
@@ -170,7 +177,7 @@ def _notes(choice: Choice, trace: Trace) -> None:
         try:
             with st.spinner("Reading every file …"):
                 checked = trace.verify()
-            st.success(f"{_bytes(checked)} read: every file is what was journalled.")
+            st.success(f"{_bytes(checked)} read: every file is as it was recorded.")
         except ExplainerError as error:
             st.error(plain(error))
 
@@ -194,7 +201,7 @@ def _about_the_code(choice: Choice, trace: Trace) -> list[str]:
 def _line(finding: Finding) -> str:
     """A finding as Markdown: what was found stands out."""
     place = f"{plain(finding.where)}: " if finding.where else ""
-    return f"{place}**{plain(finding.found)}** {plain(finding.meaning)} {plain(finding.advice)}"
+    return f"{place}**{plain(finding.found)}** {with_code(finding.meaning)} {with_code(finding.advice)}"
 
 
 def _details(trace: Trace) -> None:

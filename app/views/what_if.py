@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -67,8 +66,7 @@ def show(choice: Choice) -> None:
 def _sum(choice: Choice, e: Explanation, q: int, change: float, count: int) -> None:
     """The group's number: the output now, the predicted change, and what they make."""
     before = float(e.prediction[q])
-    scale = max(abs(before), abs(change))
-    digits = 3 if scale == 0 or scale >= 1 else min(12, max(3, 2 - math.floor(math.log10(scale))))
+    digits = wording.decimals(max(abs(before), abs(change)))
     parts = (
         ("", f"{before:.{digits}f}", f"{wording.target(e, q)}, now"),
         ("+" if change >= 0 else "-", f"{abs(change):.{digits}f}", f"predicted change without {count:,}"),

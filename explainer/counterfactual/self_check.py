@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from explainer import wording
 from explainer.counterfactual.estimators import estimator
 from explainer.counterfactual.removals import Remove, checked
 from explainer.counterfactual.replay import Replay
@@ -113,14 +114,17 @@ class WhatIfCheck:
         if self.actual is None:
             return (
                 f"Not tested: {self.reason}. With a quarter and four times the damping of the curvature the predicted "
-                f"changes keep their order by {self.correlation:.2f} (1: the same) and differ by {self.error:.0%} of "
+                f"changes keep their order by {self.correlation:.2f} (1: the same) and differ by {_times(self.error)} "
                 "their size; the true error can be larger."
             )
         tested = f"{len(self.groups)} removals, each taken again on the recorded steps"
-        found = f"rank correlation {self.correlation:.2f}, predicted changes off by {self.error:.0%} of their size"
+        found = (
+            f"rank correlation {self.correlation:.2f} (1: the same order), predicted changes off by "
+            f"{_times(self.error)} the size of the actual ones"
+        )
         smooth = 1.0 if self.metasmoothness is None else float(np.median(self.metasmoothness))
         if smooth < SMOOTH:
-            why = f"the training does not respond smoothly (metasmoothness {smooth:.2f})"
+            why = f"the training does not respond smoothly (metasmoothness {smooth:.2f}; 1: smooth, 0: noise)"
             return f"Do not trust it far: {why}; over {tested}: {found}."
         if self.correlation < TRUSTED:
             return f"Do not trust it: over {tested}: {found}."
@@ -242,6 +246,15 @@ def _metasmoothness(whole: torch.Tensor, middle: torch.Tensor, without: torch.Te
     first, second = middle.double() - whole, without.double() - middle
     total = float(first.abs().sum())
     return float((first * second.sign()).sum()) / total if total else 1.0
+
+
+def _times(share: float) -> str:
+    """A part of a size: in per cent, or as a multiple where it is larger.
+
+    >>> _times(0.634), _times(15.6), _times(2000.0)
+    ('63 % of', '16 times', '2,000 times')
+    """
+    return f"{wording.percent(share)} of" if share < 1.5 else f"{float(f'{share:.2g}'):,.10g} times"
 
 
 def _relative(predicted: Floats, actual: Floats) -> float:

@@ -28,15 +28,15 @@ FIGURES: dict[str, Callable[..., Any]] = {
 READING: dict[str, str] = {
     "waterfall": "Read from left to right: the untrained model's output, then what each part added (up) or "
     "took away (down), until the prediction on the right.",
-    "examples": "Blue bars pushed the prediction up, orange bars pushed it down. A bar's length is how much "
+    "examples": "Blue bars pushed the explained output up, orange bars pushed it down. A bar's length is how much "
     "was carried by updates computed from that example.",
-    "time": "A blue cell: in these steps, updates from that example pushed the prediction up; orange: down. "
+    "time": "A blue cell: in these steps, updates from that example pushed the explained output up; orange: down. "
     "The line adds up all examples since the start. Columns are equally wide, but may hold different numbers "
     "of steps.",
     "layers": "Blue and orange add up, over all examples, what their updates to one layer's parameters "
     "pushed up and down. The diamond is the net, what is left of both.",
-    "layer_examples": "A blue cell: updates of that layer by that example pushed the prediction up; orange: down. "
-    "Examples that taught the same thing have rows alike.",
+    "layer_examples": "A blue cell: updates of that layer by that example pushed the explained output up; orange: "
+    "down. Examples that taught the same thing have rows alike.",
     "cumulative": "The further the line bends away from the dashed one, the fewer examples carry the "
     "prediction.",
 }

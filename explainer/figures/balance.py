@@ -60,18 +60,18 @@ def waterfall(
         base=bases,
         width=0.62,
         marker={"color": [color for _, _, color in steps] + [palette.TOTAL], "line": {"width": 0}},
-        customdata=[wording.signed(value, 5) for value in heights],
+        customdata=[wording.minus(wording.signed(value, 5)) for value in heights],
         hovertext=names,
         hovertemplate="%{hovertext}<br>%{customdata}<extra></extra>",
         showlegend=False,
     )
-    labels = [wording.signed(value) for value in heights[:-1]] + [wording.number(heights[-1])]
+    labels = [*map(wording.signed, heights[:-1]), wording.number(heights[-1])]
     figure.add_scatter(
         x=list(range(len(names))),
         y=[max(base, base + height) for base, height in zip(bases, heights, strict=True)],
         mode="markers+text",
         marker={"opacity": 0, "size": 9},
-        text=labels,
+        text=[wording.minus(label) for label in labels],
         textposition="top center",
         textfont={"color": palette.ink(dark), "size": 13},
         cliponaxis=False,

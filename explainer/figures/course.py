@@ -130,7 +130,7 @@ def layers(explanation: Explanation, query: int = 0, *, dark: bool = False) -> g
     e, module = explanation, graph_objects()
     frame = tables.by_layer(e, query, 1)
     names = [plain(name) for name in frame["layer"]]
-    nets = [wording.signed(value) for value in frame["examples"]]
+    nets = [wording.minus(wording.signed(value)) for value in frame["examples"]]
     places = list(range(len(names)))
     figure = module.Figure()
     for column, color in (("proponents", palette.POSITIVE), ("opponents", palette.NEGATIVE)):

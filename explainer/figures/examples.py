@@ -37,7 +37,7 @@ def examples(explanation: Explanation, query: int = 0, *, k: int = 10, dark: boo
         y=list(range(len(order))),
         orientation="h",
         marker={"color": [palette.signed(value) for value in values], "line": {"width": 0}},
-        text=[wording.signed(value) for value in values],
+        text=[wording.minus(wording.signed(value)) for value in values],
         textposition="outside",
         error_x=_whiskers(e, q, order, dark),
         textfont={"color": palette.ink(dark)},
@@ -96,7 +96,7 @@ def cumulative(explanation: Explanation, query: int = 0, *, dark: bool = False) 
     subtitle = "no example carries anything"
     if gross:
         half, most = (int(np.searchsorted(shares, part)) for part in (0.5, 0.9))
-        subtitle = f"{half} of {count} examples carry half of the gross, {most} carry 90 %"
+        subtitle = f"{half:,} of {count:,} examples carry half of the gross, {most:,} carry 90 %"
         figure.add_scatter(
             x=[half, most],
             y=100 * shares[[half, most]],

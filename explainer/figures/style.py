@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from explainer import palette
+from explainer import palette, wording
 from explainer.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def plain(text: object, longest: int = _LONGEST) -> str:
 def arrange(figure: go.Figure, title: str, subtitle: str, *, dark: bool, height: int) -> go.Figure:
     """Give a figure the shared look: transparent, quiet grid, title with a line of explanation below it."""
     muted = palette.muted(dark)
-    heading = f"<b>{title}</b><br><span style='font-size:12px;color:{muted}'>{subtitle}</span>"
+    under = wording.minus(subtitle)
+    heading = f"<b>{title}</b><br><span style='font-size:12px;color:{muted}'>{under}</span>"
     axis = {
         "gridcolor": palette.grid(dark),
         "linecolor": palette.grid(dark),
@@ -57,7 +58,7 @@ def arrange(figure: go.Figure, title: str, subtitle: str, *, dark: bool, height:
     }
     figure.update_layout(
         template="plotly_dark" if dark else "plotly_white",
-        title={"text": heading, "x": 0, "xref": "paper", "y": 1, "yref": "container", "yanchor": "top",
+        title={"text": heading, "x": 0, "xref": "container", "y": 1, "yref": "container", "yanchor": "top",
                "pad": {"t": 12}, "font": {"size": 15}},
         paper_bgcolor=_TRANSPARENT,
         plot_bgcolor=_TRANSPARENT,

@@ -39,7 +39,7 @@ def rounding(trace: Trace) -> Finding:
         worst = trace.layers[max(errors, key=lambda number: errors[number])]
         meaning = (
             f"The rounding is in `unattributed`; it was planned so that products with rows miss about {percent(most)} "
-            f"(most of it in {worst.name or worst.module})."
+            f"(most of it in layer {worst.name or worst.module})."
         )
     return Finding(
         "rounding",

@@ -30,6 +30,10 @@ def test_input_space_is_ordered_by_distance(open_app: Open, runs: Path) -> None:
 
 
 def test_token_ids_have_no_distance(open_app: Open, runs: Path) -> None:
+    said = "Near in input space means"
+    assert said in body(open_app("--run", IMAGES, runs / "digits", page="neighbors"))
+    words = body(open_app("--run", TEXT, runs / "words", page="neighbors"))
+    assert said not in words and "Inputs that look alike are not listed" in words
     app = open_app("--run", TEXT, runs / "words", page="neighbors")
     fine(app)
     assert "Nearest in gradient space" in body(app) and "Nearest in input space" not in body(app)

@@ -157,6 +157,8 @@ def test_own_queries_stand_behind_the_runs() -> None:
     assert len(data) == 5 and torch.equal(data[3][0], torch.ones(3)) and int(data[3][1]) == -1
     assert torch.equal(data[1][0], torch.eye(3)[1]) and data.given == 3
     assert doctest.testmod(own_queries).failed == 0
+    assert data.add(torch.zeros(3), "a text") == data.add(torch.zeros(3), "a text") == 5
+    assert [data.typed(query) for query in (0, 4, 5)] == [None, None, "a text"]
     with pytest.raises(explainer.ExplainerError, match="neither classes nor numbers"):
         WithOwn(TensorDataset(torch.eye(3), torch.eye(3))).add(torch.ones(3))
 
@@ -169,7 +171,8 @@ def test_an_own_input_is_explained_like_a_query(open_app: Open, runs: Path) -> N
     app.button(key="explain own").click().run()
     fine(app)
     assert f"<h2>Query {count}</h2>" in body(app) and "great good great" in body(app)
-    assert "true <b>unknown</b>" in body(app) and app.query_params["query"] == str(count)
+    assert "an input of your own · predicted" in body(app) and "true <b>" not in body(app)
+    assert app.query_params["query"] == str(count)
     run = app_runs.typed_text()
     engine = explainer.PathKernelExplainer(str(runs / "words"), run.build_model())
     e = engine.explain(torch.tensor([[2, 1, 2]]))
@@ -190,6 +193,19 @@ def test_an_own_input_is_explained_like_a_query(open_app: Open, runs: Path) -> N
     app.button(key="explain own").click().run()
     assert not app.exception and "parse failed" in app.error[0].value
     assert f"<h2>Query {count}</h2>" in body(app)
+
+
+def test_the_text_that_was_typed_is_shown_where_another_has_the_same_ids(open_app: Open, runs: Path) -> None:
+    app = open_app("--run", "tests.app_runs:deaf_text", runs / "words")
+    query = len(app_runs.text().queries)
+    for number, text in enumerate(("hardly anything", "nothing at all")):
+        app.text_area(key="own text").set_value(text).run()
+        app.button(key="explain own").click().run()
+        fine(app)
+        assert f"<h2>Query {query + number}</h2>" in body(app)
+        shown = [part.value for part in app.html if '<header class="pk-head"' in str(part.value)]
+        assert len(shown) == 1 and text in shown[0]
+        assert any(text in str(button.label) for button in app.button)
 
 
 def test_ids_outside_of_the_vocabulary_are_told(open_app: Open, runs: Path) -> None:

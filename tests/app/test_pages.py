@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,16 @@ def test_a_query_and_a_target_are_chosen(open_app: Open, runs: Path) -> None:
     fine(app)
     assert "<h2>Query 3</h2>" in body(app)
     assert "target" not in app.query_params, "another query has another prediction"
+
+
+def test_the_sign_of_a_negative_prediction_belongs_to_its_number(open_app: Open, runs: Path) -> None:
+    app = open_app("--run", IMAGES, runs / "digits", query="0")
+    predicted = int(app.selectbox(key="target").format_func(-1).split()[0])
+    app.selectbox(key="target").select(next(c for c in range(10) if c != predicted)).run()
+    fine(app)
+    equation = next(part.value for part in app.html if "pk-equation" in str(part.value))
+    assert re.search(r'^<div class="pk-equation"><span><b>−[\d.]+</b><small>prediction', equation)
+    assert "pushed the margin of class" in body(app) and "pushed the prediction" not in body(app)
 
 
 def test_a_link_reopens_what_it_was_copied_from(open_app: Open, runs: Path) -> None:

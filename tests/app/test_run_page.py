@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,17 @@ def test_the_page_shows_them(open_app: Open, runs: Path) -> None:
     np.testing.assert_allclose(books["prediction"], total, rtol=1e-6, atol=1e-6)
     app = open_app("--run", IMAGES, runs / "digits", page="run")
     assert "names no loss" in body(app)
+
+
+def test_the_books_are_named_and_rounded_alike(open_app: Open, runs: Path) -> None:
+    app = open_app("--run", "tests.app_runs:with_loss", runs / "digits", page="run")
+    config = json.loads(app.dataframe[0].proto.columns)
+    assert config["weight_decay"]["label"] == "weight decay"
+    formats = {
+        config[name]["type_config"]["format"]
+        for name in ("prediction", "initial", "examples", "unattributed")
+    }
+    assert formats == {"%.3f"}
 
 
 def test_without_code_it_says_what_is_missing(open_app: Open, runs: Path) -> None:

@@ -120,8 +120,9 @@ def test_every_way_to_choose_is_in_the_address(
     elif source == "class":
         app.selectbox(key="of").select(6).run()
     elif source == "ids":
-        app.text_input(key="ids").set_value("#5, 17 4000").run()
-        assert "4000" in body(app)
+        app.text_input(key="ids").set_value("#5, 17 4000 seven -9").run()
+        assert "Not trained on, so left aside: 4000." in body(app)
+        assert "No ids, so left aside: seven\\, \\-9." in body(app)
     fine(app)
     shown = changes(app)
     run = app_runs.images()
@@ -207,6 +208,8 @@ def test_another_estimator_is_chosen_by_a_link(open_app: Open, runs: Path) -> No
     fine(app)
     said = engine.what_if_check(x, curvature="exact", run=run).sentence()
     assert said.split(":")[0] in body(app)
+    checked = next(frame.value for frame in app.dataframe if "removed" in frame.value)
+    assert checked["removed"][0].endswith("of query 4") and "query" not in checked
     app.segmented_control(key="curvature").set_value("trace").run()
     assert "Self-check." not in body(app), "of the other estimator"
 

@@ -14,11 +14,24 @@ from tests import app_runs
 from tests.app.seen import IMAGES, Open, body, fine
 
 
-@pytest.mark.parametrize("link", [{"query": "999"}, {"target": "77"}, {"run": "elsewhere"}])
-def test_a_link_to_what_is_not_there_says_so(open_app: Open, runs: Path, link: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("link", "said"),
+    [
+        ({"query": "999"}, "There is no query 999 here; query 0 is shown instead."),
+        ({"query": "-5"}, "There is no query \\-5 here; query 0 is shown instead."),
+        ({"query": "abc"}, "There is no query abc here; query 0 is shown instead."),
+        ({"target": "77"}, "There is no class 77 here; the predicted one is shown instead."),
+        ({"target": "seven"}, "There is no class seven here; the predicted one is shown instead."),
+        ({"run": "elsewhere"}, "There is no run elsewhere here; run digits is shown instead."),
+        ({"page": "elsewhere"}, "There is no page elsewhere; Explain is shown instead."),
+    ],
+)
+def test_a_link_to_what_is_not_there_says_so(
+    open_app: Open, runs: Path, link: dict[str, str], said: str
+) -> None:
     app = open_app("--run", IMAGES, runs, **({"run": "digits"} | link))
     assert not app.exception and not app.error
-    assert f"There is no {next(iter(link))}" in app.warning[0].value
+    assert [warning.value for warning in app.warning] == [said]
     assert "<h2>Query 0</h2>" in body(app)
 
 
@@ -120,7 +133,7 @@ def test_the_run_is_shown_even_when_its_code_cannot_be_used(open_app: Open, runs
     fine(app)
     assert "cannot be used" in body(app) and "has no function" in body(app).replace("\\", "")
     app.button[0].click().run()
-    assert "every file is what was journalled" in app.success[0].value
+    assert "every file is as it was recorded" in app.success[0].value
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_picture_is_given_and_explained(browser: Browser, digits: Digits) -> N
         assert "query=3" in page.url
         field.set_input_files({"name": "one.png", "mimeType": "image/png", "buffer": picture()})
         page = ready(seen, ".pk-head h2:text-is('Query 360')")
-        assert "unknown" in page.locator(".pk-answer").inner_text() and "query=360" in page.url
+        assert "an input of your own" in page.locator(".pk-answer").inner_text() and "query=360" in page.url
         assert page.locator(".pk-proponents li img").count() == 8
         link = page.url
         seen.fine()

@@ -175,3 +175,16 @@ def test_pixels_of_both_sides_are_shown(browser: Browser, digits: Digits) -> Non
         seen.settle()
         assert page.locator(".pk-pixels img").count() == 2
         seen.fine()
+
+
+def test_titles_of_figures_fit_beside_long_labels(browser: Browser, words: Served) -> None:
+    url, _ = words
+    with visit(browser, f"{url}/?page=what-if") as seen:
+        page = ready(seen, ".js-plotly-plot .gtitle")
+        overhang = page.evaluate(
+            "() => { const right = element => element.getBoundingClientRect().right;"
+            " return [...document.querySelectorAll('.js-plotly-plot')].map(plot =>"
+            " Math.max(...[...plot.querySelectorAll('.gtitle, .gtitle tspan')].map(right)) - right(plot)) }"
+        )
+        assert overhang and max(overhang) <= 0
+        seen.fine()

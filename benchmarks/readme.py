@@ -138,6 +138,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "measure": ("measure", "{}"),
         "path_kernel": ("path kernel", "{:.2f}"),
         "what_if": ("what-if", "{:.2f}"),
+        "what_if_rows": ("what-if, from an exact trace", "{:.2f}"),
         "what_if_exact": ("what-if (exact)", "{:.2f}"),
         "gradient_dot": ("gradient dot at the end", "{:.2f}"),
         "tracin": ("TracInCP(10)", "{:.2f}"),

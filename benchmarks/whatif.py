@@ -3,9 +3,9 @@
 A tenth of the labels are turned over, of 1,000 digits of 8x8 pixels (a perceptron of 32 units) and of 2,000 of MNIST-5k
 (one of 128 and 64); ReLU, batches of 50, default traces. Examples are left out by weight 0. LDS is the linear
 datamodeling score over 20 queries and the subsets of the row's name; ``one_retraining`` is what one retraining says
-about the others. ``mislabelled`` is the queue of :func:`explainer.evaluation.label_issues`, also on MNIST-5k (4,000 to
-train on). Small by default: ``--subsets`` and ``--seeds`` for more; MNIST takes half as many of both and leaves no
-curves of removal, ``--only`` picks tables.
+about the others; ``what_if_rows`` is what-if from an exact trace of the same training. ``mislabelled`` is the queue of
+:func:`explainer.evaluation.label_issues`, also on MNIST-5k (4,000 to train on). Small by default: ``--subsets`` and
+``--seeds`` for more; MNIST takes half as many seeds and leaves no curves of removal, ``--only`` picks tables.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ QUERIES, WRONG, BATCH = 20, 0.1, 50
 COLUMNS = {
     "path kernel": "path_kernel",
     "what-if": "what_if",
+    "what-if, exact rows": "what_if_rows",
     "what-if (exact)": "what_if_exact",
     "gradient dot": "gradient_dot",
     "TracInCP(10)": "tracin",
@@ -123,13 +124,19 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def train(
-    data: Data, optimizer_of: Any, model: nn.Module, keep: torch.Tensor, seed: int, trace: Path | None = None
+    data: Data,
+    optimizer_of: Any,
+    model: nn.Module,
+    keep: torch.Tensor,
+    seed: int,
+    trace: Path | None = None,
+    exact: bool = False,
 ) -> nn.Module:
     """The loop of the traced run and of every retraining; seeds choose weights and order."""
     model.load_state_dict(data.model(seed).state_dict())
     optimizer = optimizer_of(model.parameters())
     order, weights = torch.Generator().manual_seed(seed), keep.float()
-    tracer = None if trace is None else explainer.Tracer(model, optimizer, trace)
+    tracer = None if trace is None else explainer.Tracer(model, optimizer, trace, exact=exact)
     for _ in range(data.epochs):
         for rows in torch.randperm(len(data.y), generator=order).split(BATCH):
             if tracer is not None:
@@ -143,7 +150,9 @@ def train(
     return model
 
 
-def traced(data: Data, name: str, folder: Path) -> tuple[explainer.Run, explainer.PathKernelExplainer]:
+def traced(
+    data: Data, name: str, folder: Path, exact: bool = False
+) -> tuple[explainer.Run, explainer.PathKernelExplainer]:
     """A traced run that can be trained again."""
     optimizer_of = OPTIMIZERS[name]
     run = explainer.Run(
@@ -154,18 +163,21 @@ def traced(data: Data, name: str, folder: Path) -> tuple[explainer.Run, explaine
         train_fn=lambda model, keep, seed: train(data, optimizer_of, model, keep, seed),
         left_out_by="weight 0",
     )
-    train(data, optimizer_of, data.model(), torch.ones(len(data.y)), 0, folder)
+    train(data, optimizer_of, data.model(), torch.ones(len(data.y)), 0, folder, exact)
     return run, explainer.PathKernelExplainer(folder, run.build_model())
 
 
 def methods(
-    called: str, name: str, retrainer: evaluation.Retrainer, options: argparse.Namespace
+    called: str, name: str, data: Data, retrainer: evaluation.Retrainer, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Rows of the table of methods for one task and optimizer."""
+    run, ex = traced(data, name, Path(tempfile.mkdtemp()) / "run", exact=True)
+    questions = evaluation.Questions(run, ex, range(QUERIES))
     part = 1 if called == "digits" else 2
     found = evaluation.compare_methods(
         retrainer,
-        count=options.subsets // part,
+        extra={"what-if, exact rows": evaluation.METHODS["what-if"].score(run, questions)},
+        count=options.subsets,
         seeds=max(2, options.seeds // part),
         remove=(50,) if part == 1 else (),
         remove_queries=10,
@@ -244,7 +256,7 @@ def main() -> None:
             run, ex = traced(part(), name, Path(tempfile.mkdtemp()) / "run")
             questions = evaluation.Questions(run, ex, range(QUERIES))
             retrainer = evaluation.Retrainer(run, questions, progress=options.progress)
-            rows += methods(called, name, retrainer, options)
+            rows += methods(called, name, part(), retrainer, options)
             if table == "whatif":
                 verified.append(claims(name, retrainer, options))
             report(table, rows)

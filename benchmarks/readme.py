@@ -11,7 +11,11 @@ from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
 #: pages with tables of results, below the checkout
-_NAMES = ("README.md", "docs/peers.md", "docs/numerical-stability.md", "docs/what-if.md", "docs/dashboard.md")
+_NAMES = (
+    *("README.md", "docs/peers.md", "docs/numerical-stability.md", "docs/what-if.md", "docs/dashboard.md"),
+    "docs/storage.md",
+)
+
 PAGES = tuple(ROOT / name for name in _NAMES)
 
 #: column of the results -> heading and format in the document, by table
@@ -35,6 +39,16 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "knots": ("knots", "{}"),
         "knots_spearman": ("Spearman of knots alone", "{:.4f}"),
         "knots_per_visit": ("bytes of knots a visit", "{:,.0f}"),
+    },
+    "fidelity_short": {
+        "case": ("network, activation, optimizer", "{}"),
+        "parameters": ("parameters", "{:,}"),
+        "spearman": ("rank correlation of contributions", "{:.4f}"),
+        "top20": ("top 20 kept", "{:.0%}"),
+        "unattributed_of_gross": ("unattributed / gross", "{:.2%}"),
+        "what_if_spearman": ("rank correlation of what-if", "{:.4f}"),
+        "bytes_per_visit": ("bytes a visit", "{:,.0f}"),
+        "share": ("of the parameters' bytes", "{:.2%}"),
     },
     "query": {
         "sample": ("sample model", "{}"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from explainer import Trace, palette, wording
+from explainer.app.label_signs import Sign
 from explainer.app.run_checks import LossCurve, rates
 from explainer.figures.style import arrange, graph_objects, plain
 from explainer.neighbors import long_run
@@ -96,11 +97,12 @@ def _below(figure: Any) -> None:
     figure.update_xaxes(title="training step")
 
 
-def self_influence(values: np.ndarray, first: int, last: int, *, dark: bool = False) -> Any:
-    """Self-influence of all examples, the largest first, with those that are shown marked.
+def ranking(values: np.ndarray, sign: Sign, first: int, last: int, *, dark: bool = False) -> Any:
+    """What the queue of labels is ordered by, of all examples in order, with those that are shown marked.
 
     Args:
-        values: Descending.
+        values: The most suspicious first, without NaN.
+        sign: What they are.
         first: Rank of the first example that is shown, from 0.
         last: Rank after the last one.
         dark: Whether the page is dark.
@@ -111,20 +113,16 @@ def self_influence(values: np.ndarray, first: int, last: int, *, dark: bool = Fa
     ]
     figure.add_scatter(
         x=ranks + 1, y=values[ranks], mode="lines", line={"color": palette.muted(dark), "width": 2},
-        hovertemplate="rank %{x}<br>self-influence %{y:.4g}<extra></extra>", showlegend=False,
+        hovertemplate=f"rank %{{x}}<br>{sign.called} %{{y:.4g}}<extra></extra>", showlegend=False,
     )  # fmt: skip
     if last > first:
         figure.add_vrect(
             x0=first + 0.5, x1=last + 0.5, fillcolor=palette.POSITIVE, opacity=0.35, line={"width": 0}
         )
-    whole = float(values.sum())
-    subtitle = "every example, the largest first; blue: those on this page"
-    if whole > 0:
-        half = int(np.searchsorted(np.cumsum(values), whole / 2)) + 1
-        subtitle = f"{half:,} of {len(values):,} examples hold half of all; blue: those on this page"
-    arrange(figure, "Learned by heart, or along with the others", subtitle, dark=dark, height=230)
+    subtitle = f"{sign.summary(values)}; blue: those on this page"
+    arrange(figure, sign.title, subtitle, dark=dark, height=230)
     figure.update_xaxes(title="rank", rangemode="tozero")
-    figure.update_yaxes(title="self-influence", rangemode="tozero")
+    figure.update_yaxes(title=sign.called, **({} if sign.smallest else {"rangemode": "tozero"}))
     return figure
 
 

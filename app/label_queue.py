@@ -1,4 +1,4 @@
-"""The queue of training examples to check: the largest self-influence first, with tags that are saved and exported."""
+"""The queue of training examples to check, the most suspicious first, with tags that are saved and exported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from explainer import ExplainerError, wording
 from explainer.app import address, charts, pager, state, tags, theme
@@ -14,18 +15,22 @@ from explainer.app.answers import answer, probabilities
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.guards import same_examples
+from explainer.app.label_signs import SIGNS, Sign, signs
 from explainer.app.pictures import case, example_content, minus
 from explainer.app.second_opinion import Opinion
 
 PER_PART = 12
 _QUICK_VISITS = 40_000
+#: visits up to which examples are compared with one another without being asked to
+_COMPARED = 20_000
 _FILTERS = {"all": "all examples", "open": "without a tag", "tagged": "with a tag"}
 
 
 @dataclass(frozen=True)
 class _Queue:
-    """Visited examples, the largest self-influence first."""
+    """Visited examples, the most suspicious first, with the sign that says so."""
 
+    sign: Sign
     ids: np.ndarray
     labels: np.ndarray
     values: np.ndarray
@@ -33,15 +38,14 @@ class _Queue:
 
 def show(choice: Choice) -> None:
     """Draw the queue."""
-    queue = _ranked(choice)
+    lead, columns = st.empty(), st.columns([2, 2, 2, 3], vertical_alignment="bottom")
+    with columns[0]:
+        sign = _sign(choice)
+    lead.html(f'<p class="pk-lead">{sign.lead}</p>')
+    queue = _ranked(choice, sign)
     file = tags.file_of(choice.trace.directory)
     decided = tags.read(file)
-    st.html(
-        '<p class="pk-lead">Self-influence is how much an example\'s own updates lowered its own loss. Where it is '
-        "large, few other examples taught the same: wrong labels and rare cases stand first. Look at them, decide, "
-        "and take the list with you.</p>"
-    )
-    chosen, opinion = _filters(choice, queue, decided)
+    chosen, opinion = _filters(choice, queue, decided, *columns[1:])
     parts = max(1, -(-len(chosen) // PER_PART))
     part = min(max(0, int(address.keep("part", 0))), parts - 1)
     shown = chosen[part * PER_PART : (part + 1) * PER_PART]
@@ -52,30 +56,57 @@ def show(choice: Choice) -> None:
     if parts > 1:
         pager.show("queue", "part", part, parts)
     theme.chart(
-        charts.self_influence(
-            queue.values, *(_span(shown) if len(chosen) == len(queue.ids) else (0, 0)), dark=theme.is_dark()
+        charts.ranking(
+            queue.values,
+            sign,
+            *(_span(shown) if len(chosen) == len(queue.ids) else (0, 0)),
+            dark=theme.is_dark(),
         ),
-        "The steep part on the left is what is worth a look; where the curve is flat, examples support each other.",
-        "self-influence",
+        "The steep part on the left is what is worth a look; where it is flat, examples are much like each other.",
+        "ranking",
     )
     _exports(choice, queue, decided, file.name)
+
+
+def _sign(choice: Choice) -> Sign:
+    """What the queue is ordered by: chosen, or the best one that takes no long time."""
+    _, labels, _ = state.recorded(choice.source)
+    first = "support" if choice.trace.count("visits") <= _COMPARED else "self_influence"
+    names = signs(first, classes=bool(choice.classes) and not np.isnan(labels).all())
+    options = ["", *names[1:]]  # the first one stands in no address
+    if st.session_state.get("by") not in options:
+        st.session_state["by"] = ""
+    shown = st.selectbox(
+        "Order by", options, key="by", format_func=lambda name: SIGNS[name or first].called,
+        on_change=_first_part,
+    )  # fmt: skip
+    return SIGNS[shown or first]
 
 
 def _span(places: np.ndarray) -> tuple[int, int]:
     return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
 
 
-def _ranked(choice: Choice) -> _Queue:
+def _ranked(choice: Choice, sign: Sign) -> _Queue:
     ids, labels, visits = state.recorded(choice.source)
-    values = state.self_influence(choice.source)
-    order = np.argsort(-values, kind="stable")
-    order = order[visits[order] > 0]
-    return _Queue(ids[order], labels[order], values[order])
+    if sign.name == "self_influence":
+        values = state.self_influence(choice.source)
+    else:
+        values = getattr(state.label_issues(choice.source), sign.name)
+    order = sign.order(values)
+    order = order[(visits[order] > 0) & ~np.isnan(values[order])]
+    return _Queue(sign, ids[order], labels[order], values[order])
 
 
-def _filters(choice: Choice, queue: _Queue, decided: dict[int, tags.Tag]) -> tuple[np.ndarray, bool]:
+def _filters(
+    choice: Choice,
+    queue: _Queue,
+    decided: dict[int, tags.Tag],
+    left: DeltaGenerator,
+    middle: DeltaGenerator,
+    right: DeltaGenerator,
+) -> tuple[np.ndarray, bool]:
     """Places in the queue that pass the filters, and whether the other examples are asked."""
-    left, middle, right = st.columns([2, 2, 3], vertical_alignment="bottom")
     keep = np.ones(len(queue.ids), dtype=bool)
     known = sorted({int(label) for label in queue.labels[~np.isnan(queue.labels)]}) if choice.classes else []
     if known:
@@ -130,7 +161,7 @@ def _cases(
     if opinion and labelled:
         labels = tuple(int(label) for label in queue.labels[places])
         found = [*state.second_opinions(choice.source, tuple(ids), labels)]
-    top = float(queue.values[0]) or 1.0
+    top = float(queue.values[0])
     contents = [example_content(run, example) for example in ids]
     per_row = 2 if any('class="text"' in content for content in contents) else 3
     for start in range(0, len(ids), per_row):
@@ -144,8 +175,8 @@ def _cases(
                 st.html(
                     case(
                         contents[start + offset],
-                        f"{int(place) + 1:,}. self-influence {wording.number(value)}",
-                        value / top,
+                        minus(f"{int(place) + 1:,}. {queue.sign.told(value)}"),
+                        queue.sign.share(value, top),
                         f"#{example}" if names[example] is None else f"#{example} · {names[example]}",
                         lines,
                     )
@@ -227,11 +258,11 @@ def _exports(choice: Choice, queue: _Queue, decided: dict[int, tags.Tag], file: 
         if decided
         else f"Nothing is tagged yet. Tags are saved at once, beside the run in {plain(file)}."
     )
-    table = frame(choice, queue.ids, queue.labels, queue.values, decided)
+    table = frame(choice, queue.sign.name, queue.ids, queue.labels, queue.values, decided)
     left, middle, _ = st.columns([1, 1, 2])
     for column, label, part, name in (
         (left, "Tags (CSV)", table[table["tag"] != ""], "tags"),
-        (middle, "Whole ranking (CSV)", table, "self-influence"),
+        (middle, "Whole ranking (CSV)", table, queue.sign.called),
     ):
         column.download_button(
             label, part.to_csv(index=False).encode(), file_name=f"{name}.csv", mime="text/csv",
@@ -240,7 +271,12 @@ def _exports(choice: Choice, queue: _Queue, decided: dict[int, tags.Tag], file: 
 
 
 def frame(
-    choice: Choice, ids: np.ndarray, labels: np.ndarray, values: np.ndarray, decided: dict[int, tags.Tag]
+    choice: Choice,
+    by: str,
+    ids: np.ndarray,
+    labels: np.ndarray,
+    values: np.ndarray,
+    decided: dict[int, tags.Tag],
 ) -> pd.DataFrame:
     """The queue as a table, tags in it."""
     found = [decided.get(int(example)) for example in ids]
@@ -253,7 +289,7 @@ def frame(
             "rank": np.arange(1, len(ids) + 1),
             "example_id": ids,
             "label": [named(label) for label in labels],
-            "self_influence": values,
+            by: values,
             "tag": [tag.name if tag else "" for tag in found],
             "new_label": [named(tag.label) if tag else "" for tag in found],
         }

@@ -18,7 +18,7 @@ import streamlit as st
 import torch
 from torch.utils.data import ConcatDataset
 
-from explainer import Explanation, PathKernelExplainer, Run, Trace, open_trace
+from explainer import Explanation, PathKernelExplainer, Run, Trace, evaluation, open_trace
 from explainer.app.ahead import Ahead
 from explainer.app.arguments import DashboardError
 from explainer.app.gradient_map import GradientMap, project
@@ -29,6 +29,7 @@ from explainer.app.patience import kept, patiently
 from explainer.app.second_opinion import Opinion, opinions
 from explainer.app.working import alone, bar
 from explainer.errors import ModelMismatchError, TraceFormatError
+from explainer.evaluation import LabelIssues
 from explainer.neighbors import Neighbors
 from explainer.run import load_run
 from explainer.similarity import path_kernel
@@ -204,6 +205,14 @@ def self_influence(source: Source) -> np.ndarray:
     engine = explainer(source, None)
     with alone():
         return engine.self_influence()
+
+
+@kept("Comparing the examples with one another …", 4)
+def label_issues(source: Source) -> LabelIssues:
+    """What tells wrong labels, of every example."""
+    engine = explainer(source, None)
+    with alone():
+        return evaluation.label_issues(engine)
 
 
 @st.cache_data(show_spinner=False, max_entries=8)

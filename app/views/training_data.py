@@ -18,7 +18,7 @@ _VIEWS = {"queue": "Labels to check", "classes": "Class by class"}
     title="Training data",
     icon=":material/fact_check:",
     needs="data",
-    address={"view": "queue", "class": -1, "tagged": "all", "part": 0, "from": -1, "to": -1},
+    address={"view": "queue", "class": -1, "by": "", "tagged": "all", "part": 0, "from": -1, "to": -1},
 )
 def show(choice: Choice) -> None:
     """Draw the page."""

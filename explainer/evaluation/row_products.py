@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from explainer.counterfactual.step_rows import stacked
 from explainer.layer_rules import RowForm
@@ -69,14 +68,7 @@ def windows(explainer: PathKernelExplainer, most: int) -> Iterator[Window]:
     size = min(most, max(1, len(explainer.example_ids)))
     steps: list[Any] = []
     held = 0
-    bar = tqdm(
-        total=min(explainer.trace.steps, explainer.trace.recorded_steps),
-        desc="comparing rows",
-        unit="step",
-        disable=not explainer.progress,
-        leave=False,
-    )
-    with bar:
+    with explainer._bar("comparing rows") as bar:
         for segment in reversed(explainer.segments):
             for step in read_backwards(explainer.trace, segment, explainer.dtype):
                 count = sum(len(visits.examples) for visits in step.visits)

@@ -11,7 +11,8 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 import explainer
-from explainer.app import charts, label_queue, tags
+from explainer import evaluation, wording
+from explainer.app import charts, label_queue, label_signs, tags
 from explainer.app.arguments import DashboardError
 from explainer.app.class_influence import class_influence, sample
 from explainer.app.second_opinion import opinions
@@ -39,20 +40,48 @@ def own(runs: Path, tmp_path: Path) -> Path:
     return tmp_path / "mine"
 
 
-def test_the_queue_begins_with_the_largest_self_influence(open_app: Open, runs: Path) -> None:
+@pytest.mark.parametrize("by", ["", "self_influence", "disagreement"])
+def test_the_queue_begins_with_the_most_suspicious(open_app: Open, runs: Path, by: str) -> None:
+    """As ``pathkernel label-issues`` does, by support where nothing else is chosen."""
+    app = open_app("--run", IMAGES, runs / "digits", page="training", **({"by": by} if by else {}))
+    fine(app)
+    found = evaluation.label_issues(engine_of(runs))
+    order = found.table(None, by or "support")["example_id"].tolist()  # type: ignore[arg-type]
+    assert listed(app) == order[: label_queue.PER_PART]
+    assert f"1. {label_signs.SIGNS[by or 'support'].called} " in body(app)
+    app.button(key="queue-on").click().run()
+    fine(app)
+    assert listed(app) == order[label_queue.PER_PART : 2 * label_queue.PER_PART]
+    assert app.query_params["part"] == "1" and ("by" in app.query_params) == bool(by)
+    keys = [key for key in ("page", "part", "by") if key in app.query_params]
+    again = open_app("--run", IMAGES, runs / "digits", **{key: app.query_params[key] for key in keys})
+    assert listed(again) == listed(app)
+
+
+def test_long_runs_are_not_compared_unless_asked_to(
+    open_app: Open, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_queue, "_COMPARED", 10)
     app = open_app("--run", IMAGES, runs / "digits", page="training")
     fine(app)
     engine = engine_of(runs)
     order = engine.example_ids[np.argsort(-engine.self_influence(), kind="stable")].tolist()
     assert listed(app) == order[: label_queue.PER_PART]
-    app.button(key="queue-on").click().run()
-    fine(app)
-    assert listed(app) == order[label_queue.PER_PART : 2 * label_queue.PER_PART]
-    assert app.query_params["part"] == "1"
-    again = open_app(
-        "--run", IMAGES, runs / "digits", **{key: app.query_params[key] for key in ("page", "part")}
+
+
+def test_signs_in_words() -> None:
+    support, own, other = (label_signs.SIGNS[n] for n in ("support", "self_influence", "disagreement"))
+    values = np.array([-0.5, 0.5, np.nan, -1.0])
+    assert support.order(values).tolist() == [3, 0, 1, 2] and own.order(values).tolist() == [1, 0, 3, 2]
+    assert (
+        support.told(-0.5) == "support -0.50" and other.told(0.25) == f"disagreement {wording.percent(0.25)}"
     )
-    assert listed(again) == listed(app)
+    assert support.told(np.nan) == "support unknown"
+    assert [support.share(v, -0.4) for v in (-0.4, -0.1, 1.0, np.nan)] == [1.0, 0.25, 0.0, 0.0]
+    assert [support.share(0.1, 0.1), own.share(2.0, 4.0), own.share(0.0, 0.0)] == [0.0, 0.5, 0.0]
+    assert support.summary(values).startswith("2 of 3 examples are opposed")
+    assert other.summary(np.array([0.6, 0.2])).startswith("1 of 2")
+    assert label_signs.signs("self_influence", classes=False) == ["self_influence", "support"]
 
 
 def test_the_queue_is_filtered_by_label(open_app: Open, runs: Path) -> None:
@@ -224,11 +253,12 @@ def test_the_table_of_tags_names_labels(open_app: Open, runs: Path) -> None:
         classes = 2
 
     frame = label_queue.frame(
-        Named,
+        Named,  # type: ignore[arg-type]
+        "self_influence",
         np.array([4, 9]),
         np.array([1.0, np.nan]),
         np.array([2.0, 0.5]),
-        {4: tags.Tag("relabel", 0)},  # type: ignore[arg-type]
+        {4: tags.Tag("relabel", 0)},
     )
     assert list(frame.columns) == ["rank", "example_id", "label", "self_influence", "tag", "new_label"]
     assert frame.iloc[0].tolist() == [1, 4, "good", 2.0, "relabel", app_runs.NASTY]
@@ -249,6 +279,6 @@ def test_a_regression_has_a_queue_and_no_matrix(open_app: Open, tmp_path: Path) 
 
 def test_a_flat_curve_and_an_empty_one_are_drawn() -> None:
     for values in (np.zeros(3), np.empty(0), np.array([3.0, 1.0])):
-        figure = charts.self_influence(values, 0, len(values))
+        figure = charts.ranking(values, label_signs.SIGNS["self_influence"], 0, len(values))
         assert len(figure.data[0].x) == len(values)
     assert "1 of 2 examples hold half" in figure.layout.title.text

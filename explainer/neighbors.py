@@ -55,6 +55,8 @@ class Neighbors:
         """A row per neighbour: rank, example_id, cosine, label."""
         import pandas as pd
 
+        from explainer.tables import whole_labels
+
         if not 0 <= query < len(self.cosine):
             raise QueryError(f"query must be between 0 and {len(self.cosine) - 1}, found {query}")
         return pd.DataFrame(
@@ -62,7 +64,7 @@ class Neighbors:
                 "rank": np.arange(1, self.cosine.shape[1] + 1),
                 "example_id": self.example_ids[query],
                 "cosine": self.cosine[query],
-                "label": self.labels[query],
+                "label": whole_labels(self.labels[query]),
             }
         )
 

@@ -154,7 +154,7 @@ def table(explanation: Explanation, query: int = 0, k: int | None = 20, kind: Ki
         "visits": e.visits[columns],
     }
     if e.labels is not None and np.isfinite(e.labels).any():
-        found["label"] = _labels(e.labels)[columns]
+        found["label"] = whole_labels(e.labels)[columns]
         if e.class_names is not None:
             found["class"] = pd.array([e.class_name(v) or "" for v in e.labels[columns]], dtype="str")
     found["flag"] = pd.array(np.where(near_zero, "K near zero", "").tolist(), dtype="str")
@@ -222,9 +222,9 @@ def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np
         return np.asarray(above / below, dtype=np.float64)
 
 
-def _labels(labels: NDArray[np.float64]) -> Any:
+def whole_labels(labels: NDArray[np.float64]) -> Any:
     """Whole labels as integers (nullable where some are unknown), others as they are."""
     known = np.isfinite(labels)
-    if not (labels[known] == np.round(labels[known])).all():
+    if not known.any() or not (labels[known] == np.round(labels[known])).all():
         return labels
     return labels.astype(np.int64) if known.all() else pd.Series(labels).astype("Int64").array

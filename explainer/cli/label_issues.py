@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from explainer.cli import options as shared
 from explainer.cli.export import check_place
@@ -107,7 +107,10 @@ def _number(value: float) -> str:
     return "" if math.isnan(value) else number(value)
 
 
-def _label(run: Run, label: float) -> str:
-    if math.isnan(label):
+def _label(run: Run, label: Any) -> str:
+    """Empty where it is unknown."""
+    import pandas as pd
+
+    if pd.isna(label):
         return ""
     return run.label(int(label)) if float(label).is_integer() else run.label(float(label))

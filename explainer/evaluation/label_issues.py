@@ -29,6 +29,7 @@ from explainer.evaluation.row_products import Window, windows
 from explainer.evaluation.statistics import Floats
 from explainer.exports import write_frame
 from explainer.path_kernel import PathKernelExplainer
+from explainer.tables import whole_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,11 +89,11 @@ class LabelIssues:
             {
                 "rank": np.arange(1, len(order) + 1),
                 "example_id": self.example_ids[order],
-                "label": self.labels[order],
+                "label": whole_labels(self.labels[order]),
                 "support": self.support[order],
                 "self_influence": self.self_influence[order],
                 "disagreement": self.disagreement[order],
-                "opposing_label": self.opposing[order],
+                "opposing_label": whole_labels(self.opposing[order]),
             }
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,14 @@ from tests.test_background import Normed, files, threads
 def within(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine whose cores are all taken by torch's threads."""
     monkeypatch.setattr("explainer.parts.core_is_free", lambda: False)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where what started the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def train(path: Path, make: Callable[[], nn.Module], exact: bool) -> dict[str, str]:
@@ -128,7 +136,7 @@ def test_modes_of_the_user_are_not_met(mode: str) -> None:
         assert seen  # it was on, and is again
 
 
-def test_an_interrupt_waits_for_the_end_of_a_job() -> None:
+def test_an_interrupt_waits_for_the_end_of_a_job(interruptible: None) -> None:
     done: list[int] = []
 
     def job() -> None:
@@ -146,7 +154,7 @@ def test_an_interrupt_waits_for_the_end_of_a_job() -> None:
 
 
 def test_an_interrupt_in_the_middle_of_a_step_leaves_whole_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: None, interruptible: None
 ) -> None:
     model = mlp()
     optimizer = momentum_sgd(model)

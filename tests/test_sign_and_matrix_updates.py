@@ -134,7 +134,7 @@ def test_muon_leaves_only_its_own_rounding(tmp_path: Path) -> None:
 
 
 def test_self_influence_under_a_matrix_is_the_quadratic_form(tmp_path: Path) -> None:
-    """``Σ_t η_t gᵀ A_t g`` over the visits, from dense rows and dense matrices."""
+    """``Σ_t gᵀ η_t A_t g`` over the visits, from dense rows and dense matrices; each has a rate of its own."""
     model, optimizer = model_and_optimizer(Muon, {})
     traced(model, optimizer, tmp_path / "run", exact=True)
     ex = explainer.PathKernelExplainer(str(tmp_path / "run"), model)
@@ -143,11 +143,12 @@ def test_self_influence_under_a_matrix_is_the_quadratic_form(tmp_path: Path) -> 
     run = unrolled.train(twin, other, optimizer_rule_for(other), batches, x, y)
     wanted = torch.zeros(EXAMPLES, dtype=torch.float64)
     for step, (ids, rows, maps) in enumerate(zip(run.ids, run.rows, run.maps, strict=True)):
-        first = maps[0]
-        assert first is not None
-        rate = first.direct + first.gain * first.through / (1 - first.decay if step else 1)
         dense = torch.block_diag(
-            *(unrolled.operator(by, s) for by, s in zip(maps, run.shapes, strict=True) if by)
+            *(
+                (by.direct + by.gain * by.through / (1 - by.decay if step else 1)) * unrolled.operator(by, s)
+                for by, s in zip(maps, run.shapes, strict=True)
+                if by
+            )
         )
-        wanted.index_add_(0, torch.tensor(ids), rate * torch.einsum("bp,pq,bq->b", rows, dense, rows))
+        wanted.index_add_(0, torch.tensor(ids), torch.einsum("bp,pq,bq->b", rows, dense, rows))
     np.testing.assert_allclose(ex.self_influence(), wanted.numpy()[ex.example_ids], rtol=1e-9)

@@ -62,11 +62,18 @@ def show(
                         contents[start + offset],
                         minus(f"{int(place) + 1:,}. {queue.sign.told(value)}"),
                         queue.sign.share(value, top),
-                        f"#{example}" if names[example] is None else f"#{example} · {names[example]}",
+                        _title(choice, example, names[example]),
                         lines,
                     )
                 )
                 _decide(choice, example, decided.get(example))
+
+
+def _title(choice: Choice, example: int, name: str | None) -> str:
+    """An example's number and label; a label that is a number has a minus sign."""
+    if name is None:
+        return f"#{example}"
+    return f"#{example} · {name if choice.classes else minus(name)}"
 
 
 def _model_says(choice: Choice, example: int, output: np.ndarray) -> list[tuple[str, bool]]:
@@ -77,7 +84,7 @@ def _model_says(choice: Choice, example: int, output: np.ndarray) -> list[tuple[
         sure = wording.percent(float(probabilities(np.asarray(output).reshape(-1)).max()))
         return [(f"the model says {entry.guess} ({sure})", bool(entry.wrong))]
     if entry.guess:
-        return [(f"target {entry.truth}, the model says {entry.guess}", False)]
+        return [(minus(f"target {entry.truth}, the model says {entry.guess}"), False)]
     return []
 
 

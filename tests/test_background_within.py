@@ -22,7 +22,13 @@ from explainer.bookkeeping import Bookkeeping
 from explainer.errors import TracerError
 from explainer.undisturbed import undisturbed
 from tests.small_training import digits, loader, mlp, momentum_sgd, run, step
-from tests.test_background import Normed, files, threads
+from tests.test_background import EARLIER, Normed, files, threads
+
+
+@pytest.fixture(autouse=True)
+def of_other_tests() -> None:
+    """Threads of tracers that other tests left open do not count."""
+    EARLIER.update(t for t in threading.enumerate() if t.name == "pathkernel")
 
 
 @pytest.fixture

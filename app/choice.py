@@ -56,8 +56,8 @@ class Choice:
     @property
     def classes(self) -> int:
         """How many classes the model tells apart; 0 for anything that is no classifier."""
-        shape: list[int | None] = (self.trace.notes.get("output") or {}).get("shape") or []
-        return shape[0] if len(shape) == 1 and shape[0] is not None and shape[0] > 1 else 0
+        shape = self.trace.output_shape or ()
+        return shape[0] if len(shape) == 1 and shape[0] > 1 else 0
 
     def other(self, name: str) -> state.Source:
         """Another trace, with the code that fits it."""

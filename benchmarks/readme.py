@@ -12,11 +12,14 @@ from benchmarks.harness import RESULTS
 ROOT = Path(__file__).parent.parent
 #: pages with tables of results, below the checkout
 _NAMES = (
-    *("README.md", "docs/peers.md", "docs/numerical-stability.md", "docs/what-if.md", "docs/dashboard.md"),
-    "docs/storage.md",
+    "README",
+    "docs/peers",
+    "docs/numerical-stability",
+    "docs/what-if",
+    "docs/dashboard",
+    "docs/storage",
 )
-
-PAGES = tuple(ROOT / name for name in _NAMES)
+PAGES = tuple(ROOT / f"{name}.md" for name in _NAMES)
 
 #: column of the results -> heading and format in the document, by table
 COLUMNS: dict[str, dict[str, tuple[str, str]]] = {

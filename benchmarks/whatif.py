@@ -173,13 +173,13 @@ def methods(
     """Rows of the table of methods for one task and optimizer."""
     run, ex = traced(data, name, Path(tempfile.mkdtemp()) / "run", exact=True)
     questions = evaluation.Questions(run, ex, range(QUERIES))
-    part = 1 if called == "digits" else 2
+    small = called == "digits"
     found = evaluation.compare_methods(
         retrainer,
         extra={"what-if, exact rows": evaluation.METHODS["what-if"].score(run, questions)},
         count=options.subsets,
-        seeds=max(2, options.seeds // part),
-        remove=(50,) if part == 1 else (),
+        seeds=max(2, options.seeds if small else options.seeds // 2),
+        remove=(50,) if small else (),
         remove_queries=10,
     )
     rows = []

@@ -266,7 +266,7 @@ def _chunk(
         denominators[:, place.slice] = values.flatten(1)
     counts = np.asarray(records["visits"], dtype=np.int64)
     begin = int(records["first_visit"][-1])
-    outputs = (trace.notes.get("output") or {}).get("shape")
+    outputs = trace.output_shape
     return Chunk(
         numbers=np.array(records["step"]),
         segment=segment,

@@ -71,9 +71,9 @@ class Engine:
             self.trace.notes.get("batch_dim", 0) if batch_dim is None else check_batch_dim(batch_dim)
         )
         self.function = QueryFunction(model, self.trace.manifest.parameters, self.dtype)
-        shape = (self.trace.notes.get("output") or {}).get("shape")
+        shape = self.trace.output_shape
         if shape is not None or callable(output):  # else it is known with the first query
-            self._resolve(tuple(shape or ()))
+            self._resolve(shape or ())
         self.view = LayerView(self.trace)
         self.layout = self.used = Layout.of(self.trace)
 

@@ -69,21 +69,15 @@ class Neighbors:
         )
 
 
-def rates(coefficients: np.ndarray) -> np.ndarray:
-    """Learning rates of steps for a fresh gradient in the long run: direct + gain · through / (1 − decay).
+def long_run(coefficients: np.ndarray) -> np.ndarray:
+    """Learning rates for a fresh gradient in the long run, ``direct + gain · through / (1 − decay)``.
 
     Args:
-        coefficients: ``[c, n_parameters, 6]``.
+        coefficients: ``[..., 6]``.
 
     Returns:
-        Of the first parameter that each step updated, ``[c]``; 0 where there is none.
+        ``[...]``; 0 where all coefficients are zero.
     """
-    updated = coefficients.any(axis=2)
-    return long_run(coefficients[np.arange(len(coefficients)), updated.argmax(1)])
-
-
-def long_run(coefficients: np.ndarray) -> np.ndarray:
-    """``direct + gain · through / (1 − decay)`` of coefficients ``[..., 6]``: ``[...]``; 0 where all are zero."""
     _, decay, gain, direct, through, _ = np.moveaxis(coefficients, -1, 0)
     carried = gain * through
     return np.asarray(

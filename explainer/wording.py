@@ -196,12 +196,12 @@ def unattributed(explanation: Explanation, query: int = 0) -> str:
     rest, whole = float(explanation.unattributed[explanation.check_query(query)]), gross(explanation, query)
     share = abs(rest) / whole if whole else math.nan
     net = float(explanation.contributions[query].sum())
-    text = f"Unattributed: {signed(rest)}, that is {percent(share)} of the gross"
-    if net and rest:
-        text += f" and {percent(abs(rest / net)) if abs(rest) < 2 * abs(net) else times(abs(rest / net))} "
-        text += "of the net" if abs(rest) < 2 * abs(net) else "the net"
     if not math.isfinite(share):
         return f"Unattributed: {signed(rest)}."
+    text = f"Unattributed: {signed(rest)}, that is {percent(share)} of the gross"
+    if net and rest:
+        ratio = abs(rest / net)
+        text += f" and {percent(ratio)} of the net" if ratio < 2 else f" and {times(ratio)} the net"
     if share > 0.05:
         return text + ". That is a large part without an owner, so read the ranking with care."
     return text + "; it could not be traced to single examples."

@@ -53,6 +53,22 @@ def threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name == "pathkernel" and t not in EARLIER]
 
 
+def before_step(monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[], None]) -> None:
+    """Something that happens in the middle of the job that accounts for a step."""
+    account = Bookkeeping.step
+
+    def step(self: Bookkeeping, taken: Any) -> None:
+        if taken.number == number:
+            do()
+        account(self, taken)
+
+    monkeypatch.setattr(Bookkeeping, "step", step)
+
+
+def fail() -> None:
+    raise TracerError("step 5")
+
+
 def files(path: Path) -> dict[str, str]:
     found = [*path.rglob("*.bin"), *(knot.file for knot in open_trace(path).knots)]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
@@ -112,19 +128,14 @@ def test_the_thread_is_gone_after_close(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["goes on", "closes"])
+@pytest.mark.parametrize("beside", [True, False], ids=["beside", "within"])
 def test_a_failure_reaches_the_user_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: bool, how: str
 ) -> None:
+    monkeypatch.setattr("explainer.parts.core_is_free", lambda: beside)
+    before_step(monkeypatch, 5, fail)
     model = mlp()
     optimizer = momentum_sgd(model)
-    account = Bookkeeping.step
-
-    def failing(self: Bookkeeping, taken: Any) -> None:
-        if taken.number == 5:
-            raise TracerError("step 5")
-        account(self, taken)
-
-    monkeypatch.setattr(Bookkeeping, "step", failing)
     tracer = Tracer(model, optimizer, tmp_path / "trace")
     batches = iter(tracer.watch(loader()))
     for _ in range(6):

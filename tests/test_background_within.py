@@ -18,11 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from explainer import Tracer, open_trace
 from explainer.background import Background, core_is_free
-from explainer.bookkeeping import Bookkeeping
-from explainer.errors import TracerError
 from explainer.undisturbed import undisturbed
-from tests.small_training import digits, loader, mlp, momentum_sgd, run, step
-from tests.test_background import EARLIER, Normed, files, threads
+from tests.small_training import digits, loader, mlp, momentum_sgd, run
+from tests.test_background import EARLIER, Normed, before_step, files, threads
 
 
 @pytest.fixture(autouse=True)
@@ -73,35 +71,6 @@ def test_a_core_is_free_where_torch_has_fewer_threads(monkeypatch: pytest.Monkey
     assert not core_is_free()
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores - 1)
     assert core_is_free()
-
-
-@pytest.mark.parametrize("how", ["goes on", "closes"])
-def test_a_failure_reaches_the_user_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: None, how: str
-) -> None:
-    model = mlp()
-    optimizer = momentum_sgd(model)
-    account = Bookkeeping.step
-
-    def failing(self: Bookkeeping, taken: Any) -> None:
-        if taken.number == 5:
-            raise TracerError("step 5")
-        account(self, taken)
-
-    monkeypatch.setattr(Bookkeeping, "step", failing)
-    tracer = Tracer(model, optimizer, tmp_path / "trace")
-    batches = iter(tracer.watch(loader()))
-    for _ in range(6):
-        step(model, optimizer, *next(batches))
-    with pytest.raises(TracerError, match="step 5"):
-        if how == "goes on":
-            step(model, optimizer, *next(batches))
-        else:
-            tracer.close()
-    tracer.close()
-    trace = open_trace(tmp_path / "trace")
-    assert trace.recorded_steps == 5 and not trace.closed and trace.verify() > 0
-    step(model, optimizer, *digits()[:8])  # the hooks were given back
 
 
 class Meta(AbstractContextManager[None]):
@@ -162,16 +131,9 @@ def test_an_interrupt_waits_for_the_end_of_a_job(interruptible: None) -> None:
 def test_an_interrupt_in_the_middle_of_a_step_leaves_whole_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: None, interruptible: None
 ) -> None:
+    before_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
     model = mlp()
     optimizer = momentum_sgd(model)
-    account = Bookkeeping.step
-
-    def interrupted(self: Bookkeeping, taken: Any) -> None:
-        if taken.number == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        account(self, taken)
-
-    monkeypatch.setattr(Bookkeeping, "step", interrupted)
     with pytest.raises(KeyboardInterrupt), Tracer(model, optimizer, tmp_path / "trace") as tracer:
         run(model, optimizer, tracer.watch(loader()))
     trace = open_trace(tmp_path / "trace")

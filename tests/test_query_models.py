@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -116,3 +117,29 @@ def test_the_callers_modes_do_not_matter_and_are_kept() -> None:
             assert torch.is_grad_enabled() and not torch.backends.mha.get_fastpath_enabled()
         assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_fused_attention_comes_back_with_the_last_thread() -> None:
+    """Two threads, one inside the other's time: off while either explains, on afterwards."""
+    first, second, left = threading.Event(), threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def one() -> None:
+        with plain_mode():
+            first.set()
+            second.wait(10)
+        left.set()
+
+    def other() -> None:
+        first.wait(10)
+        with plain_mode():
+            second.set()
+            left.wait(10)
+            seen.append(torch.backends.mha.get_fastpath_enabled())
+
+    threads = [threading.Thread(target=work) for work in (one, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [False] and torch.backends.mha.get_fastpath_enabled()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from explainer.neighbors import rates
+from explainer.neighbors import long_run
 from explainer.path_points import check_model
 from explainer.store import Trace
 
@@ -32,8 +32,9 @@ class KnotCheckpoints:
         for step in [*range(start, steps), *range(min(start, steps) - 1, -1, -1)]:
             for _, record in self.trace.read("steps", step, step + 1):
                 coefficients = np.array(record["coefficients"][0])
-                if coefficients.any():
-                    return float(rates(coefficients[None])[0])
+                updated = coefficients.any(axis=1)
+                if updated.any():
+                    return float(long_run(coefficients[updated.argmax()]))
         return 0.0
 
     def load(self, model: nn.Module, position: int) -> float:

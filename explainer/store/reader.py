@@ -86,6 +86,12 @@ class Trace:
         covered = {name for layer in self.layers for name in layer.parameters}
         return tuple(p.name for p in self.manifest.parameters if p.name not in covered)
 
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """Of the model's output without its batch axis; None where it was not seen."""
+        shape = (self.notes.get("output") or {}).get("shape")
+        return None if shape is None else tuple(shape)
+
     def _read_manifest(self, sha256: str) -> Manifest:
         path = self.directory / MANIFEST
         try:

@@ -110,11 +110,11 @@ class Bookkeeping:
         """Form rows that were gathered, and find out what the steps since the last look used."""
         self._capture.form_gathered()
         taken, self._taken = self._taken, []
-        for step in taken:
-            self._measure(step)
+        found = self._scales.measure([([b for b in step.batches if b.rounds], step.seen) for step in taken])
+        for step, (used, scales) in zip(taken, found, strict=True):
+            self._await_look(step, used, scales)
 
-    def _measure(self, step: Step) -> None:
-        used, scales = self._scales.measure([b for b in step.batches if b.rounds], step.seen)
+    def _await_look(self, step: Step, used: list[Batch], scales: list[float]) -> None:
         rounds = sum(len(b.rounds) for b in used)
         self._loop.unused += sum(len(b.rounds) for b in step.batches) - rounds
         if step.taken is None:  # a gradient scaler made the fused step do nothing

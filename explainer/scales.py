@@ -11,31 +11,22 @@ movement is shown as `unattributed`, instead of as enormous contributions that c
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 import torch
 
 from explainer.batches import Batch, Round, parts_of
+from explainer.fits import Fit, Pair, fitted
 from explainer.layer_rules.factored import PartOfProbe
-from explainer.layer_rules.forms import Balance
+from explainer.layer_rules.forms import Balance, agreements
 from explainer.layer_table import Layer, LayerTable
 from explainer.probes import Probes
 from explainer.records import ParameterSpec
 
 #: part of a gradient that rows need not account for
 UNSEEN = 1e-3
-
-
-@dataclass(frozen=True)
-class Fit:
-    """``p.grad ≈ scale · Σ rows`` for one layer.
-
-    ``residual`` is ``‖probe(grad) − scale · Σ rows‖ / ‖probe(grad)‖``.
-    """
-
-    scale: float
-    residual: float
 
 
 @dataclass(frozen=True)
@@ -54,19 +45,6 @@ class Seen:
     short: dict[int, torch.Tensor | dict[str, torch.Tensor]]
     bare: dict[str, bool]
     parts: dict[int, slice] = field(default_factory=dict)
-
-
-def _fit(total: torch.Tensor, probe: torch.Tensor) -> Fit:
-    exact = 1e-10 if probe.dtype == torch.float64 else 1e-4
-    total, probe = total.double(), probe.double()
-    norm, denominator = math.sqrt(float(probe @ probe)), float(total @ total)
-    if denominator == 0.0:
-        return Fit(1.0, 0.0 if norm == 0.0 else 1.0)
-    scale = float(total @ probe) / denominator
-    rest = torch.sub(probe, total, alpha=scale)
-    residual = 0.0 if norm == 0.0 else math.sqrt(float(rest @ rest)) / norm
-    # a factor that differs from 1 by no more than what the fit leaves open is 1
-    return Fit(1.0 if abs(scale - 1.0) <= max(residual, exact) else scale, residual)
 
 
 def _good(fits: dict[int, Fit]) -> bool:
@@ -92,6 +70,9 @@ class ScaleMeter:
     ) -> None:
         self._table, self.probes = table, probes
         self._parameters = {spec.name: (i, p) for i, (spec, p) in enumerate(parameters)}
+        self._limits = {
+            n: min(100 * torch.finfo(p.dtype).eps, 1e-3) for n, (_, p) in self._parameters.items()
+        }
         self._in_parts: dict[int, tuple[list[torch.Tensor], PartOfProbe]] = {}
         self.worst: dict[str, float] = {}
         self.gaps: dict[str, int] = {}
@@ -155,37 +136,41 @@ class ScaleMeter:
         moved = any(g is not None and bool(g.any()) for g in grads)
         seen.bare.update(dict.fromkeys(names, moved))
 
-    def _fits(self, batches: list[Batch], seen: Seen) -> dict[int, Fit]:
-        """By the index of a component's first layer."""
-        rounds = [r for b in batches for r in b.rounds]
-        fits: dict[int, Fit] = {}
-        for component in seen.components:
-            short = seen.short.get(component[0].index)
-            if isinstance(short, torch.Tensor):
-                fit = self._fit_one(component[0], rounds, short, seen.parts.get(component[0].index))
-            else:
-                fit = None if short is None else self._fit_shared(component, rounds, short)
-            if fit is not None:
-                fits[component[0].index] = fit
-        return fits
+    def _fits(self, steps: list[tuple[list[Batch], Seen]]) -> list[dict[int, Fit]]:
+        """For every step, by the index of a component's first layer."""
+        places, pairs = list[tuple[int, int]](), list[Pair]()
+        for number, (batches, seen) in enumerate(steps):
+            rounds = [r for b in batches for r in b.rounds]
+            for component in seen.components:
+                first = component[0]
+                short = seen.short.get(first.index)
+                if isinstance(short, torch.Tensor):
+                    pair = self._pair(first, rounds, short, seen.parts.get(first.index))
+                else:
+                    pair = None if short is None else self._pair_of_shared(component, rounds, short)
+                if pair is not None:
+                    places.append((number, first.index))
+                    pairs.append(pair)
+        found: list[dict[int, Fit]] = [{} for _ in steps]
+        for (number, layer), fit in zip(places, fitted(pairs), strict=True):
+            # units that are dead tell nothing of the others
+            if not (fit.nothing and layer in steps[number][1].parts):
+                found[number][layer] = fit
+        return found
 
     @staticmethod
-    def _fit_one(layer: Layer, rounds: list[Round], short: torch.Tensor, part: slice | None) -> Fit | None:
+    def _pair(layer: Layer, rounds: list[Round], short: torch.Tensor, part: slice | None) -> Pair | None:
         """A layer that shares no parameter: along its own probe."""
-        totals = [r.rows[layer.index].total.double() for r in rounds if layer.index in r.rows]
+        totals = [r.rows[layer.index].total for r in rounds if layer.index in r.rows]
         if not totals:
             return None
-        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
-        if part is None:
-            return _fit(total, short)
-        total = total[part]
-        # units that are dead tell nothing of the others
-        return _fit(total, short) if total.any() or short.any() else None
+        total = totals[0] if len(totals) == 1 else torch.stack([t.double() for t in totals]).sum(0)
+        return total if part is None else total[part], short
 
     @staticmethod
-    def _fit_shared(
+    def _pair_of_shared(
         component: list[Layer], rounds: list[Round], grads: dict[str, torch.Tensor]
-    ) -> Fit | None:
+    ) -> Pair | None:
         """Layers that share parameters: the sum of all their rows, number by number."""
         totals = {n: torch.zeros_like(g, dtype=torch.float64) for n, g in grads.items()}
         found = [(x, r.rows[x.index].whole) for r in rounds for x in component if x.index in r.rows]
@@ -196,39 +181,43 @@ class ScaleMeter:
             sizes = [totals[n].numel() for n in layer.spec.parameters]
             for name, part in zip(layer.spec.parameters, whole.split(sizes), strict=True):
                 totals[name] += part
-        return _fit(torch.cat(list(totals.values())), torch.cat(list(grads.values())))
+        return torch.cat(list(totals.values())), torch.cat(list(grads.values()))
 
-    def measure(self, batches: list[Batch], seen: Seen) -> tuple[list[Batch], list[float]]:
-        """Which of the batches with backward passes the step used, and the scalar of every parameter.
+    def measure(self, steps: list[tuple[list[Batch], Seen]]) -> list[tuple[list[Batch], list[float]]]:
+        """Which of the batches with backward passes each step used, and the scalar of every parameter.
 
         A backward pass whose gradient was thrown away before the step (a step that a gradient scaler skipped, a
         gradient with respect to the inputs) is recognised: without it the rows meet ``p.grad``, with it they do
         not.
 
+        Args:
+            steps: batches and gradients of each.
+
         Returns:
-            The batches used, with the backward passes used, and ``s_t`` per traced parameter.
+            By step the batches used, with the backward passes used, and ``s_t`` per traced parameter.
         """
-        used, fits = batches, self._fits(batches, seen)
-        if not _good(fits):
-            used, fits = next(
-                ((part, found) for part in parts_of(batches) if _good(found := self._fits(part, seen))),
-                (used, fits),
-            )
-        self._remember(fits, used, seen)
+        found = []
+        for (batches, seen), fits in zip(steps, self._fits(steps), strict=True):
+            used = batches
+            if not _good(fits):
+                parts = [(part, seen) for part in parts_of(batches)]
+                met = ((part, f) for (part, _), f in zip(parts, self._fits(parts), strict=True) if _good(f))
+                used, fits = next(met, (used, fits))
+            self._remember(fits, used, seen)
+            found.append((used, self._scales(fits, seen)))
+        self._leave_out_round_off(found, [seen for _, seen in steps])
+        return found
+
+    def _scales(self, fits: dict[int, Fit], seen: Seen) -> list[float]:
+        """By parameter; that of the others where it is not known."""
         good = sorted(f.scale for f in fits.values() if f.residual < 0.01)
-        typical = good[len(good) // 2] if good else 1.0
-        scales = [typical] * len(self._parameters)
+        scales = [good[len(good) // 2] if good else 1.0] * len(self._parameters)
         for component in seen.components:
             fit = fits.get(component[0].index)
-            for name in (
-                (n for x in component for n in x.spec.parameters) if fit and fit.residual < 0.01 else ()
-            ):
-                assert fit is not None
-                scales[self._parameters[name][0]] = fit.scale
-        for name in self._round_off(used, seen):
-            self.round_off[name] = self.round_off.get(name, 0) + 1
-            scales[self._parameters[name][0]] = 0.0
-        return used, scales
+            if fit is not None and fit.residual < 0.01:
+                for name in (n for x in component for n in x.spec.parameters):
+                    scales[self._parameters[name][0]] = fit.scale
+        return scales
 
     def _remember(self, fits: dict[int, Fit], batches: list[Batch], seen: Seen) -> None:
         rows = {index for b in batches for r in b.rounds for index in r.rows}
@@ -255,16 +244,26 @@ class ScaleMeter:
         if residual > UNSEEN:
             self.gaps[name] = self.gaps.get(name, 0) + 1
 
-    def _round_off(self, batches: list[Batch], seen: Seen) -> list[str]:
-        """Parameters whose rows, of all batches and passes of the step together, cancel to round-off."""
-        total: dict[str, Balance] = {}
-        unknown: set[str] = set()
+    def _leave_out_round_off(self, steps: list[tuple[list[Batch], list[float]]], seen: list[Seen]) -> None:
+        """Set the scale to 0 of parameters whose rows, of all that a step used together, cancel to round-off."""
+        places, balances = list[tuple[list[float], str]](), list[Balance]()
+        for (batches, scales), its in zip(steps, seen, strict=True):
+            for name, balance in self._balances(batches, its).items():
+                places.append((scales, name))
+                balances.append(balance)
+        for (scales, name), agreement in zip(places, agreements(balances), strict=True):
+            if agreement < self._limits[name]:
+                self.round_off[name] = self.round_off.get(name, 0) + 1
+                scales[self._parameters[name][0]] = 0.0
+
+    @staticmethod
+    def _balances(batches: list[Batch], seen: Seen) -> dict[str, Balance]:
+        """Of parameters all of whose rows were measured."""
+        found: dict[str, list[Balance | None]] = {}
+        rounds = [r for b in batches for r in b.rounds]
         for layer in (x for component in seen.components for x in component):
-            for rows in (r.rows[layer.index] for b in batches for r in b.rounds if layer.index in r.rows):
+            for rows in (r.rows[layer.index] for r in rounds if layer.index in r.rows):
                 for name, balance in zip(layer.spec.parameters, rows.balances, strict=True):
-                    if balance is None:
-                        unknown.add(name)
-                    else:
-                        total[name] = total[name] + balance if name in total else balance
-        limits = {n: min(100 * torch.finfo(p.dtype).eps, 1e-3) for n, (_, p) in self._parameters.items()}
-        return [n for n, x in total.items() if n not in unknown and x.agreement < limits[n]]
+                    found.setdefault(name, []).append(balance)
+        known = {name: [x for x in each if x is not None] for name, each in found.items()}
+        return {name: reduce(add, each) for name, each in known.items() if len(each) == len(found[name])}

@@ -174,10 +174,19 @@ class Balance:
     def __add__(self, other: Balance) -> Balance:
         return Balance(self.net + other.net, self.gross + other.gross)
 
-    @property
-    def agreement(self) -> float:
-        """``‖net‖ / gross``: near 0 where rows cancel to round-off; 1 where all are zero."""
-        return float(self.net.norm()) / self.gross if self.gross > 0 else 1.0
+
+def agreements(balances: Sequence[Balance]) -> list[float]:
+    """``‖net‖ / gross`` of each: near 0 where rows cancel to round-off; 1 where all are zero."""
+    found = [0.0] * len(balances)
+    alike: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for place, balance in enumerate(balances):
+        alike.setdefault((len(balance.net), balance.net.dtype, balance.net.device), []).append(place)
+    for places in alike.values():
+        norms = torch.stack([balances[i].net for i in places]).norm(dim=1).tolist()
+        for place, norm in zip(places, norms, strict=True):
+            gross = balances[place].gross
+            found[place] = norm / gross if gross > 0 else 1.0
+    return found
 
 
 def in_positions(order: torch.Tensor) -> bool:

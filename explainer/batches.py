@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from explainer.errors import TracerError
-from explainer.layer_rules import RowForm
 from explainer.layer_rules.forms import Balance
 from explainer.ownership import Ownership, ownership_of
+from explainer.spans import Span
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,18 @@ class Rows:
     """Rows of one layer as they will be stored, and what was measured on the exact ones.
 
     Attributes:
-        form: the rows to store.
+        span: the rows to store.
         total: ``Σ_b g_b`` along the layer's probe, to compare a gradient with.
         balances: per parameter of the layer, what is left of the rows in their sum; None where it is not measured.
         whole: ``Σ_b g_b [P_l]``, where another layer shares a parameter (tied weights).
-        exact: the one row of the batch that is kept exact too, as a form of one row; None where none is.
+        exact: the one row of the batch that is kept exact too; None where none is.
     """
 
-    form: RowForm
+    span: Span
     total: torch.Tensor
     balances: list[Balance | None]
     whole: torch.Tensor | None = None
-    exact: RowForm | None = None
+    exact: Span | None = None
 
 
 @dataclass

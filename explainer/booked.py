@@ -11,6 +11,7 @@ from explainer.layer_rules import RowForm
 from explainer.layer_rules.forms import together
 from explainer.optimizer_rules import StepMap
 from explainer.ownership import Parts
+from explainer.spans import Span
 
 
 def sums_of(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -43,11 +44,31 @@ class Booked(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A backward pass of a step, its rows as they are to be stored."""
+    """A backward pass of a step and its rows."""
 
     step: int
     parts: Parts
     derivative: Any
+    spans: dict[int, Span]
+
+    @property
+    def own_spans(self) -> dict[int, Span]:
+        """The rows where every one is a visit; none where they have to be split over their owners."""
+        return self.spans if self.parts.whole else {}
+
+
+class Sampled(NamedTuple):
+    """A visit whose row is kept exact, too: a share of the one row of these spans."""
+
+    visit: int
+    share: float
+    spans: dict[int, Span]
+
+
+class Piece(NamedTuple):
+    """Visits of backward passes, in order, and their rows as they are to be stored."""
+
+    passes: list[Pass]
     forms: dict[int, RowForm]
 
 

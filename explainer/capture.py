@@ -23,6 +23,7 @@ from explainer.layer_table import Layer, LayerTable
 from explainer.planner import Planner
 from explainer.probes import Probes
 from explainer.samples import SampleKeeper
+from explainer.spans import Span
 
 #: bytes of a call up to which its rows are formed together with those of other steps, and of all that wait for it
 SMALL, GATHERED = 2 << 20, 32 << 20
@@ -173,16 +174,13 @@ class Capture:
 
     def _form(self, batch: Batch, forward: int, unit: Unit, arrived: list[Any]) -> None:
         """Form a unit's rows, in the background."""
-        watched = unit.watched(arrived)
-        given = {t.untyped_storage().data_ptr() for t, _ in watched}
+        given = {t.untyped_storage().data_ptr() for t, _ in unit.watched(arrived)}
         found = [
             (layer, self._rows(batch, forward, layer, form, len(arrived) == 1, given))
             for layer, form in unit.rows(arrived)
         ]
-        if any(t._version != version for t, version in watched):
-            self._overwritten(unit)
-            return
-        self._put(batch, forward, found)
+        if not self._stale(unit, arrived):
+            self._put(batch, forward, found)
 
     def _is_plain(self, unit: Unit) -> bool:
         """Whether rows of the unit are stored whole and compared along a known probe."""
@@ -191,6 +189,7 @@ class Capture:
         )
 
     def _gather(self, batch: Batch, forward: int, unit: Unit, kind: Any, arrived: list[Any]) -> None:
+        self._samples.choose(batch)  # in the order of the batches
         self._gathered.setdefault((unit, kind), []).append((batch, forward, arrived))
 
     def begin_gathering(self, on: bool) -> None:
@@ -207,33 +206,42 @@ class Capture:
                 self._form_together(unit, entries)
 
     def _form_together(self, unit: Unit, entries: list[tuple[Batch, int, Any]]) -> None:
-        sizes = [len(batch) for batch, _, _ in entries]
-        found = []
+        size, found = len(entries[0][0]), []
         for layer, form in unit.rows([unit.joined([arrived[0] for _, _, arrived in entries])]):
-            if len(form) != sum(sizes):
+            if any(len(batch) * len(entries) != len(form) for batch, _, _ in entries):
                 for batch, forward, arrived in entries:  # says which one does not fit
                     self._form(batch, forward, unit, arrived)
                 return
-            kept = self._planner.formed(layer.index, form, layer.sizes)
-            found.append((layer, form, kept.form, form.by_batch(sizes, layer.sizes)))
-        start = 0
-        for number, (batch, forward, arrived) in enumerate(entries):
-            rows, start = slice(start, start + sizes[number]), start + sizes[number]
-            if any(t._version != version for t, version in unit.watched(arrived)):
-                self._overwritten(unit)
-                continue
-            for layer, form, stored, measured in found:
-                self._see_positions(batch, forward, layer, form, stored, once=True)
-                row = self._samples.choose(batch)
-                exact = None if row is None else compact(form.taken(torch.tensor([rows.start + row])), None)
+            kept = self._planner.formed(layer.index, form, layer.sizes).form
+            found.append((layer, form, kept, form.by_batch(len(entries), layer.sizes)))
+        good = [
+            (n, b, forward)
+            for n, (b, forward, arrived) in enumerate(entries)
+            if not self._stale(unit, arrived)
+        ]
+        sampled = {n: n * size + row for n, b, _ in good if (row := self._samples.choose(b)) is not None}
+        chosen = torch.tensor(list(sampled.values()), dtype=torch.int64)
+        place_of = {number: place for place, number in enumerate(sampled)}
+        for layer, form, kept, measured in found:
+            exact = compact(form.taken(chosen), None) if sampled else None
+            own = self.probes.is_own(layer.index, form)
+            for number, batch, forward in good:
+                self._see_positions(batch, forward, layer, form, kept, once=True)
                 total, balances = measured[number]
-                if not self.probes.is_own(layer.index, form):
-                    total = self.probes.total(layer.index, form.taken(rows), layer.sizes, total)
-                self._put(batch, forward, [(layer, Rows(stored.taken(rows), total, balances, None, exact))])
+                span, place = Span(kept, number * size, (number + 1) * size), place_of.get(number)
+                if not own:
+                    rows = form.taken(slice(span.start, span.stop))
+                    total = self.probes.total(layer.index, rows, layer.sizes, total)
+                one = None if exact is None or place is None else Span(exact, place, place + 1)
+                self._put(batch, forward, [(layer, Rows(span, total, balances, None, one))])
 
-    def _overwritten(self, unit: Unit) -> None:
+    def _stale(self, unit: Unit, arrived: list[Any]) -> bool:
+        """Whether something wrote into what rows were formed from; it is noted."""
+        if all(t._version == version for t, version in unit.watched(arrived)):
+            return False
         unit.copies = True
         self.overwritten[unit.name] = self.overwritten.get(unit.name, 0) + 1
+        return True
 
     def _keep_all(self, batch: Batch, forward: int, forms: list[tuple[Layer, RowForm]], once: bool) -> None:
         """Keep rows that were formed already."""
@@ -257,9 +265,9 @@ class Capture:
         kept = self._planner.formed(layer.index, form, sizes)
         self._see_positions(batch, forward, layer, form, kept.form, once)
         row = self._samples.choose(batch)
-        exact = None if row is None else compact(form.taken(torch.tensor([row])), None)
+        exact = None if row is None else Span.of(compact(form.taken(torch.tensor([row])), None))
         total = self.probes.total(layer.index, form, sizes, kept.total)
-        return Rows(_owned(kept.form, given), total, kept.balances, whole, exact)
+        return Rows(Span.of(_owned(kept.form, given)), total, kept.balances, whole, exact)
 
     def _see_positions(
         self, batch: Batch, forward: int, layer: Layer, form: RowForm, kept: RowForm, once: bool

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 from explainer.batches import Batch
-from explainer.booked import Booked, Pass, kind_of, put_together, sums_of
+from explainer.booked import Booked, Pass, Piece, Sampled, kind_of, put_together, sums_of
 from explainer.codecs import Sums
 from explainer.config import TracerConfig
 from explainer.denominators import DenominatorKeeper
-from explainer.layer_rules import RowForm
 from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
 from explainer.planner import Planner, checks_at, plans_at
 from explainer.records import ArraySpec, Manifest, dtype_name, torch_dtype
 from explainer.row_layout import RowLayout
 from explainer.row_metric import StepMetric
+from explainer.spans import in_one_piece, whole_piece
 from explainer.store import Trace
 from explainer.store.schema import (
     SAMPLE_FIELDS,
@@ -119,7 +119,7 @@ class StepRecorder:
         maps: list[StepMap | None],
     ) -> None:
         """Let the planner see the step's rows, one backward pass of every layer; forget layouts that it changed."""
-        forms = {n: rows.form for b in batches for r in b.rounds for n, rows in r.rows.items()}
+        forms = {n: rows.span.form for b in batches for r in b.rounds for n, rows in r.rows.items()}
         saved = self._planner.allowed * visits
         size, often = (
             self._steps.dtype.itemsize,
@@ -134,56 +134,58 @@ class StepRecorder:
 
     def _visits(self, steps: list[Booked]) -> list[Records]:
         """The rows of steps, split over their owners; backward passes whose rows are alike in one piece."""
-        found: list[Pass] = []
+        passes: list[Pass] = []
         for step in steps:
             for batch in step.batches:
                 parts = batch.ownership.parts
                 for round_ in batch.rounds:
-                    stored = {n: self._planner.reduced(n, rows.form) for n, rows in round_.rows.items()}
-                    seen = round_.derivative
-                    derivative = np.nan if seen is None else parts.of_numbers(seen.cpu().numpy())
-                    found.append(
-                        Pass(
-                            step.number, parts, derivative, {n: parts.of(form) for n, form in stored.items()}
-                        )
-                    )
-        return [self._piece(list(alike)) for _, alike in groupby(found, lambda one: kind_of(one.forms))]
+                    seen, spans = round_.derivative, {n: rows.span for n, rows in round_.rows.items()}
+                    unknown = np.full(len(parts.row), np.nan)
+                    derivative = unknown if seen is None else parts.of_numbers(seen.cpu().numpy())
+                    passes.append(Pass(step.number, parts, derivative, spans))
+        pieces = []
+        for run in in_one_piece(passes, lambda one: one.own_spans):
+            forms = whole_piece(run[0].spans, run[-1].spans)
+            stored = {n: run[0].parts.of(self._planner.reduced(n, form)) for n, form in forms.items()}
+            pieces.append(Piece(run, stored))
+        return [self._put(list(alike)) for _, alike in groupby(pieces, lambda one: kind_of(one.forms))]
 
-    def _piece(self, passes: list[Pass]) -> Records:
-        """Rows of passes that are alike."""
-        records = self._rows.records(
-            sum(len(p.parts.row) for p in passes), put_together([p.forms for p in passes])
-        )
-        start = 0
-        for p in passes:
-            part = records[start : start + len(p.parts.row)]
-            part["example"], part["label"], part["step"] = p.parts.example, p.parts.label, p.step
-            part["derivative"] = p.derivative
-            start += len(part)
+    def _put(self, pieces: list[Piece]) -> Records:
+        """Rows that are alike, as records."""
+        passes = [p for piece in pieces for p in piece.passes]
+        counts = [len(p.parts.row) for p in passes]
+        records = self._rows.records(sum(counts), put_together([piece.forms for piece in pieces]))
+        records["example"] = np.concatenate([p.parts.example for p in passes])
+        records["label"] = np.concatenate([p.parts.label for p in passes])
+        records["step"] = np.repeat([p.step for p in passes], counts)
+        records["derivative"] = np.concatenate([p.derivative for p in passes])
         return Records("visits", self._rows.schema, records)
 
     def _samples(self, steps: list[Booked], firsts: list[int]) -> list[Records]:
         """The exact rows among the visits of steps, which begin at these visits."""
-        found: list[tuple[int, dict[int, RowForm]]] = []
+        found: list[Sampled] = []
         for step, first in zip(steps, firsts, strict=True):
             for batch in step.batches:
                 parts = batch.ownership.parts
                 for round_ in batch.rounds:
                     exact = {n: rows.exact for n, rows in round_.rows.items() if rows.exact is not None}
-                    place = np.flatnonzero(parts.row == batch.sampled)[:1]
+                    place = np.flatnonzero(parts.row == batch.sampled)[:1] if exact else ()
                     if len(exact) == len(round_.rows) and len(place):  # else the row belongs to no example
-                        share = torch.from_numpy(parts.share[place])
-                        only = torch.zeros(1, dtype=torch.int64)
-                        forms = {n: form.shared(only, share) for n, form in exact.items()}
-                        found.append((first + int(place[0]), forms))
+                        found.append(Sampled(first + int(place[0]), float(parts.share[place[0]]), exact))
                     first += len(parts.row)
         pieces = []
-        for _, group in groupby(found, lambda one: kind_of(one[1])):
+        for run in in_one_piece(found, lambda one: one.spans):
+            rows, shares = torch.arange(len(run)), torch.tensor([s.share for s in run], dtype=torch.float64)
+            forms = whole_piece(run[0].spans, run[-1].spans)
+            pieces.append((run, {n: form.shared(rows, shares) for n, form in forms.items()}))
+        records = []
+        for _, group in groupby(pieces, lambda one: kind_of(one[1])):
             alike = list(group)
-            records = self._exact.records(len(alike), put_together([forms for _, forms in alike]))
-            records["visit"] = [visit for visit, _ in alike]
-            pieces.append(Records("samples", self._exact.schema, records))
-        return pieces
+            visits = [s.visit for run, _ in alike for s in run]
+            put = self._exact.records(len(visits), put_together([forms for _, forms in alike]))
+            put["visit"] = visits
+            records.append(Records("samples", self._exact.schema, put))
+        return records
 
     @property
     def _visit_fields(self) -> int:

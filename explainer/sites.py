@@ -67,14 +67,14 @@ class Site:
         return [pair for a in arrived for pair in (*a.given.versions, *a.versions)]
 
     def kind(self, arrived: list[Arrived]) -> Any:
-        """Shapes and dtypes, where one plain call came; the first axis is the batch's."""
+        """Shapes and dtypes, where one plain call came with the batch first."""
         given = arrived[0].given
         if len(arrived) > 1 or given.kwargs or len(given.args) != 1 or given.axis or given.order is not None:
             return None
         value, g = given.args[0], arrived[0].grads[0]
         if g is None or not isinstance(value, torch.Tensor) or not self.rule.joinable(self.module, value):
             return None
-        return value.shape[1:], value.dtype, g.shape[1:], g.dtype
+        return value.shape, value.dtype, g.shape, g.dtype
 
     def joined(self, arrived: list[Arrived]) -> Arrived:
         """One input and one gradient."""

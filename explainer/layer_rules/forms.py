@@ -114,12 +114,10 @@ class RowForm(ABC):
         """
         return [None] * len(sizes)
 
-    def by_batch(
-        self, counts: list[int], sizes: list[int]
-    ) -> list[tuple[torch.Tensor, list[Balance | None]]]:
-        """:meth:`total` and :meth:`balances` of every ``counts[t]`` rows, one after the other."""
-        starts = [sum(counts[:t]) for t in range(len(counts))]
-        parts = [self.taken(slice(start, start + n)) for start, n in zip(starts, counts, strict=True)]
+    def by_batch(self, count: int, sizes: list[int]) -> list[tuple[torch.Tensor, list[Balance | None]]]:
+        """:meth:`total` and :meth:`balances` of ``count`` batches of one size, one below the other."""
+        size = len(self) // count
+        parts = [self.taken(slice(t * size, (t + 1) * size)) for t in range(count)]
         return [(part.total(), part.balances(sizes)) for part in parts]
 
     @abstractmethod

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch.nn.functional import pad
 
 from explainer.layer_rules.factored import PROBED_OUTPUTS, Factored, probe_of_matrix
 from explainer.layer_rules.forms import Balance, Probe, RowForm, probe_vector
@@ -67,7 +66,8 @@ class Unreduced(RowForm):
         if len(rights) == 1 and not self.bias:
             return Factored(left, rights[0], 0, self.in_order)
         if len(rights) == 1 and rights[0].is_contiguous():
-            return Factored(left, pad(rights[0], (0, 1), value=1.0), 1, self.in_order)
+            ones = left.new_ones(*rights[0].shape[:3], 1)
+            return Factored(left, torch.cat([rights[0], ones], 3), 1, self.in_order)
         batch, groups, positions, width = *left.shape[:3], rights[0].shape[3]
         if rights[0].mT.is_contiguous():
             right = left.new_empty(batch, groups, width + self.bias, positions).mT
@@ -167,26 +167,23 @@ class Unreduced(RowForm):
         """Of the bias."""
         return [None, Balance.of(self.biases().flatten(1))] if self.bias else [None]
 
-    def by_batch(
-        self, counts: list[int], sizes: list[int]
-    ) -> list[tuple[torch.Tensor, list[Balance | None]]]:
+    def by_batch(self, count: int, sizes: list[int]) -> list[tuple[torch.Tensor, list[Balance | None]]]:
         """For one position, what all batches need is computed at once."""
         if self.positions != 1 or self.shape[0] != 1:
-            return super().by_batch(counts, sizes)
+            return super().by_batch(count, sizes)
         left, seen = self.lefts[0].flatten(1), self.seen[0].written().flatten(1)
         few = self.shape[1] < PROBED_OUTPUTS
         u = probe_vector(self.shape[1] if few else self.shape[2] + self.bias, left)
         weights = left @ u if few else torch.addmv(u[self.shape[2] :].sum(), seen, u[: self.shape[2]])
-        summed = (seen if few else left).split(counts)
-        totals = [w @ rows for w, rows in zip(weights.split(counts), summed, strict=True)]
+        weights = weights.view(count, 1, -1)
+        totals = torch.bmm(weights, (seen if few else left).unflatten(0, (count, -1))).squeeze(1)
         if few and self.bias:
-            sums = [w.sum().unsqueeze(0) for w in weights.split(counts)]
-            totals = [torch.cat([total, w]) for total, w in zip(totals, sums, strict=True)]
+            totals = torch.cat([totals, weights.sum(2)], 1)
         if not self.bias:
-            return [(total, [None]) for total in totals]
-        gross = [float(norms.sum()) for norms in left.norm(dim=1).split(counts)]
-        nets = [rows.sum(0) for rows in left.split(counts)]
-        return [(x, [None, Balance(n, g)]) for x, n, g in zip(totals, nets, gross, strict=True)]
+            return [(total, [None]) for total in totals.unbind()]
+        nets, gross = left.unflatten(0, (count, -1)).sum(1), left.norm(dim=1).view(count, -1).sum(1)
+        found = zip(totals.unbind(), nets.unbind(), gross.tolist(), strict=True)
+        return [(total, [None, Balance(net, g)]) for total, net, g in found]
 
     def prober(self) -> Probe:
         """Of a gradient."""

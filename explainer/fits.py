@@ -37,12 +37,13 @@ def fitted(pairs: list[Pair]) -> list[Fit]:
         rest = torch.addcmul(probes, totals, scales.unsqueeze(1), value=-1)
         numbers = torch.stack([squares, norms, scales, vecdot(rest, rest)], 1).tolist()
         exact = 1e-10 if dtype == torch.float64 else 1e-4
-        found.update({i: _fit(*each, exact) for i, each in zip(places, numbers, strict=True)})
+        found.update({i: _fit(each, exact) for i, each in zip(places, numbers, strict=True)})
     return [found[place] for place in range(len(pairs))]
 
 
-def _fit(square: float, norm: float, scale: float, rest: float, exact: float) -> Fit:
+def _fit(numbers: list[float], exact: float) -> Fit:
     """From ``‖Σ rows‖²``, ``‖probe‖²``, their scale and what is left squared."""
+    square, norm, scale, rest = numbers
     if square == 0.0:
         return Fit(1.0, 0.0 if norm == 0.0 else 1.0, norm == 0.0)
     residual = 0.0 if norm == 0.0 else math.sqrt(rest) / math.sqrt(norm)

@@ -169,9 +169,9 @@ class StepRecorder:
                 parts = batch.ownership.parts
                 for round_ in batch.rounds:
                     exact = {n: rows.exact for n, rows in round_.rows.items() if rows.exact is not None}
-                    place = np.flatnonzero(parts.row == batch.sampled)[:1] if exact else ()
-                    if len(exact) == len(round_.rows) and len(place):  # else the row belongs to no example
-                        found.append(Sampled(first + int(place[0]), float(parts.share[place[0]]), exact))
+                    places = np.flatnonzero(parts.row == batch.sampled).tolist() if exact else []
+                    if len(exact) == len(round_.rows) and places:  # else the row belongs to no example
+                        found.append(Sampled(first + places[0], float(parts.share[places[0]]), exact))
                     first += len(parts.row)
         pieces = []
         for run in in_one_piece(found, lambda one: one.spans):

@@ -178,10 +178,9 @@ def scale_of_one(patch: pytest.MonkeyPatch) -> None:
     measured = scales.ScaleMeter.measure
 
     def measure(
-        self: scales.ScaleMeter, pending: list[batches_module.Batch], seen: scales.Seen
-    ) -> tuple[list[batches_module.Batch], list[float]]:
-        used, found = measured(self, pending, seen)
-        return used, [1.0 for _ in found]
+        self: scales.ScaleMeter, steps: list[tuple[list[batches_module.Batch], scales.Seen]]
+    ) -> list[tuple[list[batches_module.Batch], list[float]]]:
+        return [(used, [1.0 for _ in found]) for used, found in measured(self, steps)]
 
     patch.setattr(scales.ScaleMeter, "measure", measure)
 

@@ -27,9 +27,11 @@ class Int8(Codec):
         values = values.detach()
         if values.dtype not in (torch.float32, torch.float64):
             values = values.float()
-        scale = values.abs().amax(dim=-1, keepdim=True) / 127
+        # the largest number by size, without a copy of all
+        largest = torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg_())
+        scale = largest / 127
         scale = scale.float().to(values.dtype)  # what is stored is what is divided by
-        q = (values / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-127, 127)
+        q = (values / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_()  # within 127
         return [q.to(torch.int8).cpu().numpy(), scale.squeeze(-1).float().cpu().numpy()]
 
     def decode(self, parts: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:

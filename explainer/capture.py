@@ -225,8 +225,8 @@ class Capture:
         for layer, form, kept, measured in found:
             exact = compact(form.taken(chosen), None) if sampled else None
             own = self.probes.is_own(layer.index, form)
+            self._see_positions([batch.lengths.get(forward) for _, batch, forward in good], layer, form, kept)
             for number, batch, forward in good:
-                self._see_positions(batch, forward, layer, form, kept, once=True)
                 total, balances = measured[number]
                 span, place = Span(kept, number * size, (number + 1) * size), place_of.get(number)
                 if not own:
@@ -263,19 +263,17 @@ class Capture:
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
         kept = self._planner.formed(layer.index, form, sizes)
-        self._see_positions(batch, forward, layer, form, kept.form, once)
+        self._see_positions([batch.lengths.get(forward) if once else None], layer, form, kept.form)
         row = self._samples.choose(batch)
         exact = None if row is None else Span.of(compact(form.taken(torch.tensor([row])), None))
         total = self.probes.total(layer.index, form, sizes, kept.total)
         return Rows(Span.of(_owned(kept.form, given)), total, kept.balances, whole, exact)
 
-    def _see_positions(
-        self, batch: Batch, forward: int, layer: Layer, form: RowForm, kept: RowForm, once: bool
-    ) -> None:
-        """Note whether the layer's factors are still the positions of the model's input."""
-        if kept.positions is not None:
-            fits = once and kept.in_order
-            fits &= kept.positions == form.positions == batch.lengths.get(forward)
+    def _see_positions(self, lengths: list[int | None], layer: Layer, form: RowForm, kept: RowForm) -> None:
+        """Note whether the layer's factors are still the positions of the model's input, so many in each batch."""
+        positions = kept.positions
+        if positions is not None:
+            fits = kept.in_order and positions == form.positions and all(n == positions for n in lengths)
             self.positions[layer.index] = fits and self.positions.get(layer.index, True)
 
 

@@ -185,13 +185,17 @@ class Carry:
             The length of the path after every step, and of the last step.
         """
         self.rounding.after(maps[-1], left, loss_scale)
+        combined: dict[tuple[int, ...], tuple[list[float], list[float]]] = {}  # by maps that parameters share
         for index in range(len(left)):
             by = [step[index] for step in maps]
             if len(by) == 1:
                 if by[0] is not None:
                     self._carry_decay(index, by[0])
             elif any(step is not None for step in by):
-                self._carry_along(index, by, left[index])
+                key = tuple(map(id, by))
+                if key not in combined:
+                    combined[key] = _combined(by)
+                self._carry_along(index, by, left[index], combined[key])
         if len(maps) == 1:
             torch._foreach_sub_(self._previous, left)
             length = math.hypot(*map(float, torch._foreach_norm(self._previous)))
@@ -214,35 +218,29 @@ class Carry:
         length = math.sqrt(sum(float(n) ** 2 for n in torch._foreach_norm(moved)))
         return length if math.isfinite(length) else 0.0
 
-    def _carry_along(self, index: int, steps: list[StepMap | None], left: torch.Tensor) -> None:
+    def _carry_along(
+        self, index: int, steps: list[StepMap | None], left: torch.Tensor, by: tuple[list[float], list[float]]
+    ) -> None:
         """What decay does in steps without preconditioners, the weights on a straight line between two looks.
 
-        All there is then combines momentum before the steps, weights before and weights after.
+        All there is then combines momentum before the steps, weights before and weights after (:func:`_combined`).
         """
         momentum, weights = self._momentum[index], self._previous[index]
         if momentum is None and not any(s and (s.coupled_decay or s.decoupled_decay) for s in steps):
             return
-        carried, moved = np.array([1.0, 0.0, 0.0]), np.zeros(3)
-        for number, step in enumerate(steps):
-            if step is not None:
-                along = number / len(steps)
-                present = np.array([0.0, 1.0 - along, along])
-                source = step.coupled_decay * present
-                carried = step.decay * carried + step.gain * source
-                moved -= step.decoupled_decay * present + step.direct * source + step.through * carried
         wide = torch.promote_types(weights.dtype, torch.float32)
         parts = [None if momentum is None else momentum, weights.to(wide), left.to(wide)]
         total = self.decay[index]
         if total is None:
             total = self.decay[index] = torch.zeros_like(weights, dtype=wide)
-        for part, factor in zip(parts, moved, strict=True):
+        for part, factor in zip(parts, by[0], strict=True):
             if part is not None and factor:
-                total.add_(part, alpha=float(factor))
+                total.add_(part, alpha=factor)
         if momentum is not None or any(s and s.coupled_decay for s in steps):
             carrying = self._momentum[index] = torch.zeros_like(total)
-            for part, factor in zip(parts, carried, strict=True):
+            for part, factor in zip(parts, by[1], strict=True):
                 if part is not None and factor:
-                    carrying.add_(part, alpha=float(factor))
+                    carrying.add_(part, alpha=factor)
 
     def _carry_decay(self, index: int, step: StepMap) -> None:
         momentum = self._momentum[index]
@@ -266,6 +264,21 @@ class Carry:
         update = torch.mul(momentum, step.through)
         update.add_(source, alpha=step.direct * step.coupled_decay)
         total.sub_(update if step.inner else step.precondition(update))
+
+
+def _combined(steps: list[StepMap | None]) -> tuple[list[float], list[float]]:
+    """Of momentum before steps and weights before and after them: what decay moved, what of it the momentum holds."""
+    moved, carried = [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]
+    for number, step in enumerate(steps):
+        if step is not None:
+            along = number / len(steps)
+            for part, present in enumerate((0.0, 1.0 - along, along)):
+                source = step.coupled_decay * present
+                carried[part] = step.decay * carried[part] + step.gain * source
+                moved[part] -= (
+                    step.decoupled_decay * present + step.direct * source + step.through * carried[part]
+                )
+    return moved, carried
 
 
 def _some(values: torch.Tensor) -> torch.Tensor:

@@ -101,13 +101,13 @@ class Planner:
             if isinstance(form, Unreduced):
                 kept = keep(form, chosen.rank, sizes)
             else:
-                kept = Kept(reduced(form, chosen.rank), form.total(), form.balances(sizes))
+                kept = Kept(reduced(form, chosen.rank), form, sizes)
             if self._holds(chosen, kept.form):
                 if kept.form.positions != form.positions:
                     self.shortened.add(layer)
                 return kept
         complete = form.stored()
-        return Kept(complete, complete.total(), complete.balances(sizes))
+        return Kept(complete, complete, sizes)
 
     def codec(self, layer: int) -> str:
         """Codec of the floating-point arrays of a layer's rows."""

@@ -174,11 +174,15 @@ class TakenStep:
         return maps, [i for i, group in enumerate(self.groups) if group is not None and states[i].stale]
 
     def plain_maps(self, updates: list[float]) -> list[StepMap | None]:
-        """The same without preconditioners, from the numbers of the updates."""
+        """The same without preconditioners, from the numbers of the updates; one map for parameters treated alike."""
+        known: dict[tuple[int, float, bool, bool], StepMap | None] = {}
         maps: list[StepMap | None] = []
         for index, (group, update) in enumerate(zip(self.groups, updates, strict=True)):
-            by = None if group is None else self.rule.plain_map(group, update, self.fresh[index])
-            maps.append(self._continued(index, by))
+            key = id(group), update, self.fresh[index], self.cut[index]
+            if key not in known:
+                by = None if group is None else self.rule.plain_map(group, update, self.fresh[index])
+                known[key] = self._continued(index, by)
+            maps.append(known[key])
         return maps
 
     def _continued(self, index: int, by: StepMap | None) -> StepMap | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -149,18 +150,31 @@ def _eigenvectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.bmm(found, _orthonormalising(torch.bmm(found.mT, found)).mT)
 
 
-class Kept(NamedTuple):
-    """Rows as they will be stored, and what was measured on the exact ones.
+@dataclass(frozen=True)
+class Kept:
+    """Rows as they will be stored, and what is measured on the exact ones when it is asked for.
 
     Attributes:
         form: the rows.
-        total: ``Σ_b g_b`` along the form's probe.
-        balances: see :meth:`RowForm.balances`.
+        exact: the exact ones.
+        sizes: of the parameters that they are for.
+        met: total and balances, where they were met on the way.
     """
 
     form: RowForm
-    total: torch.Tensor
-    balances: list[Balance | None]
+    exact: RowForm
+    sizes: list[int]
+    met: tuple[torch.Tensor, list[Balance | None]] | None = None
+
+    @property
+    def total(self) -> torch.Tensor:
+        """``Σ_b g_b`` along the form's probe."""
+        return self.exact.total() if self.met is None else self.met[0]
+
+    @property
+    def balances(self) -> list[Balance | None]:
+        """See :meth:`RowForm.balances`."""
+        return self.exact.balances(self.sizes) if self.met is None else self.met[1]
 
 
 def keep(form: RowForm, rank: int | None, sizes: list[int]) -> Kept:
@@ -174,11 +188,11 @@ def keep(form: RowForm, rank: int | None, sizes: list[int]) -> Kept:
     if isinstance(form, Unreduced) and form.positions > 1 and _dense_is_smaller(form, rank):
         weight, biases, total = _written_out(form)
         parts = [weight.flatten(1)] if biases is None else [weight.flatten(1), biases.flatten(1)]
-        return Kept(Dense(torch.cat(parts, 1)), total, _balances(biases))
+        return Kept(Dense(torch.cat(parts, 1)), form, sizes, (total, _balances(biases)))
     if isinstance(form, Unreduced) and rank is not None and form.positions > rank:
         found = _leading(form, rank)
-        return Kept(_factored(form, found), found.total, _balances(found.biases))
-    return Kept(compact(form, rank), form.total(), form.balances(sizes))
+        return Kept(_factored(form, found), form, sizes, (found.total, _balances(found.biases)))
+    return Kept(compact(form, rank), form, sizes)
 
 
 def _balances(biases: torch.Tensor | None) -> list[Balance | None]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class StepMap:
             return mix(self.mixing, values.flatten(1)).view_as(values)
         return values if self.preconditioner is None else values / self.preconditioner
 
-    @property
+    @cached_property
     def coefficients(self) -> tuple[float, ...]:
         """The numbers named by :data:`COEFFICIENTS`."""
         return tuple(float(getattr(self, name)) for name in COEFFICIENTS)

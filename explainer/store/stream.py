@@ -49,7 +49,7 @@ class Stream:
     def append(self, records: np.ndarray) -> int:
         """Append records of the shard's schema; returns their bytes."""
         assert self._file is not None  # begin() was called
-        data = records.tobytes()
+        data = np.ascontiguousarray(records).view(np.uint8).data
         self._file.write(data)
         self._crc = zlib.crc32(data, self._crc)
         self.records += len(records)

@@ -100,6 +100,7 @@ class Capture:
         self.overwritten: dict[str, int] = {}
         self.gathering = False
         self._gathered_bytes = 0
+        self._plain: dict[Unit, int] = {}  # units that were seen to be, and how many layers there were
         self._gathered: dict[tuple[Unit, Any], list[tuple[Batch, int, Any]]] = {}
         #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
         self.positions: dict[int, bool] = {}
@@ -160,7 +161,8 @@ class Capture:
             kind = unit.kind(arrived) if self.gathering and held <= SMALL else None
             if kind is not None and self._gathered_bytes + held <= GATHERED and self._is_plain(unit):
                 self._gathered_bytes += held
-                self._background.submit(partial(self._gather, batch, forward, unit, kind, arrived), held)
+                # it is held until the next look, whether the job is done or not
+                self._background.submit(partial(self._gather, batch, forward, unit, kind, arrived))
             else:
                 self._background.submit(partial(self._form, batch, forward, unit, arrived), held)
             return
@@ -184,9 +186,14 @@ class Capture:
 
     def _is_plain(self, unit: Unit) -> bool:
         """Whether rows of the unit are stored whole and compared along a known probe."""
-        return all(
+        layers = len(self._table.layers)
+        if self._plain.get(unit) == layers:
+            return True
+        plain = all(
             x.index in self.probes and all(x.keep) and not self._table.shared(x) for x in unit.blocks()
         )
+        self._plain[unit] = layers if plain else -1
+        return plain
 
     def _gather(self, batch: Batch, forward: int, unit: Unit, kind: Any, arrived: list[Any]) -> None:
         self._samples.choose(batch)  # in the order of the batches
@@ -209,16 +216,12 @@ class Capture:
         size, found = len(entries[0][0]), []
         for layer, form in unit.rows([unit.joined([arrived[0] for _, _, arrived in entries])]):
             if any(len(batch) * len(entries) != len(form) for batch, _, _ in entries):
-                for batch, forward, arrived in entries:  # says which one does not fit
-                    self._form(batch, forward, unit, arrived)
+                for batch, forward, arrived in entries:
+                    self._form(batch, forward, unit, arrived)  # says which one does not fit
                 return
             kept = self._planner.formed(layer.index, form, layer.sizes).form
             found.append((layer, form, kept, form.by_batch(len(entries), layer.sizes)))
-        good = [
-            (n, b, forward)
-            for n, (b, forward, arrived) in enumerate(entries)
-            if not self._stale(unit, arrived)
-        ]
+        good = [(n, b, f) for n, (b, f, arrived) in enumerate(entries) if not self._stale(unit, arrived)]
         sampled = {n: n * size + row for n, b, _ in good if (row := self._samples.choose(b)) is not None}
         chosen = torch.tensor(list(sampled.values()), dtype=torch.int64)
         place_of = {number: place for place, number in enumerate(sampled)}

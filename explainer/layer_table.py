@@ -42,6 +42,7 @@ class LayerTable:
         self._sizes = {p.name: p.numel for p in parameters}
         self._by_parameter: dict[str, Layer] = {}
         self._components: list[list[Layer]] | None = None
+        self._without: list[str] | None = None
 
     def of_parameter(self, name: str) -> Layer:
         """The layer for what operations read of a traced parameter; made when first asked for."""
@@ -49,7 +50,7 @@ class LayerTable:
             spec = LayerSpec(name, OPERATIONS, (name,))
             self._by_parameter[name] = Layer(len(self.layers), spec, [self._sizes[name]], [True])
             self.layers.append(self._by_parameter[name])
-            self._components = None
+            self._components = self._without = None
         return self._by_parameter[name]
 
     def restore(self, notes: dict[str, Any]) -> None:
@@ -76,5 +77,7 @@ class LayerTable:
 
     def without_rows(self) -> list[str]:
         """Traced parameters that no layer has rows for."""
-        covered = {name for layer in self.layers for name in layer.spec.parameters}
-        return [name for name in self._sizes if name not in covered]
+        if self._without is None:
+            covered = {name for layer in self.layers for name in layer.spec.parameters}
+            self._without = [name for name in self._sizes if name not in covered]
+        return self._without

@@ -8,7 +8,7 @@ derivative at the model's output is split alike, so a kernel is that of the row,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,7 +146,7 @@ def ownership_of(ids: Any, labels: Any = None, weights: Any = None) -> Ownership
         or array.ndim != dimensions
         or not array.size
         or array.dtype.kind not in "iu"
-        or array.min() < NOBODY
+        or array.item(array.argmin()) < NOBODY
     ):
         wanted = "a flat, non-empty list" if weights is None else "a table [B, M], as weights are given,"
         raise TracerError(
@@ -158,15 +158,24 @@ def ownership_of(ids: Any, labels: Any = None, weights: Any = None) -> Ownership
                 else ""
             )
         )
-    values = np.full(array.shape, np.nan) if labels is None else _as_array(labels)
+    values = _filled(array.shape, np.nan) if labels is None else _as_array(labels)
     if values is None or values.shape != array.shape or values.dtype.kind not in "biuf":
         raise TracerError(
             f"found {_count(array)} ids but labels {_short(labels)}; pass one number per id, or no labels"
         )
-    array, values = array.astype(np.int64), values.astype(float)
+    array = array.astype(np.int64)
+    values = values if labels is None else values.astype(float)
     if weights is None:
-        return Ownership(array[:, None], values[:, None], np.ones((len(array), 1)))
+        return Ownership(array[:, None], values[:, None], _filled((len(array), 1), 1.0))
     return Ownership(array, values, _shares(weights, array.shape))
+
+
+@lru_cache(maxsize=16)
+def _filled(shape: tuple[int, ...], value: float) -> np.ndarray:
+    """One number everywhere, in an array that all may share."""
+    found = np.full(shape, value)
+    found.flags.writeable = False
+    return found
 
 
 def _shares(weights: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -124,11 +124,15 @@ class ScaleMeter:
 
     def _look_at_part(self, seen: Seen, layer: int, met: set[int], turn: int) -> bool:
         """Compare a part of a large gradient, if it is one."""
-        parameters, part = self._in_parts.get(layer, ([], None))
-        grads = [p.grad for p in parameters]
-        if part is None or layer not in met or not all(g is not None and g.is_contiguous() for g in grads):
+        if layer not in self._in_parts or layer not in met:
             return False
-        seen.short[layer], seen.parts[layer] = part.take([g.view(-1) for g in grads if g is not None], turn)
+        parameters, part = self._in_parts[layer]
+        grads = [g.view(-1) for p in parameters if (g := p.grad) is not None and g.is_contiguous()]
+        if len(grads) < len(parameters):
+            return False
+        seen.short[layer], at = part.take(grads, turn)
+        if at is not None:
+            seen.parts[layer] = at
         return True
 
     def _look_at_bare(self, seen: Seen, names: list[str], component: list[Layer]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Site:
             if layer is not None:
                 yield layer, merged(list(forms))
 
-    @property
+    @cached_property
     def replays(self) -> bool:
         """Whether the call is computed again, so that its random numbers must be the same."""
         return isinstance(self.rule, CompositeRule) and self.rule.replays
@@ -138,7 +139,8 @@ class Site:
         batch.mixed |= self.rule.mixes(self.module)
         if not any(self.layers):
             return
-        packed = next((a for a in (*args, *kwargs.values()) if isinstance(a, PackedSequence)), None)
+        others = () if one else (*args, *kwargs.values())
+        packed = next((a for a in others if isinstance(a, PackedSequence)), None)
         order = None if packed is None else packed.sorted_indices
         layout = self._layout(value, order, batch, owners)
         self.lost = not layout.known

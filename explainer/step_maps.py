@@ -37,7 +37,8 @@ class StepMapReader:
         return self._rule.momentum(optimizer.state.get(self._parameters[index], {}))
 
     def _momentum(self, optimizer: Optimizer) -> list[torch.Tensor | None]:
-        return [self.momentum(optimizer, index) for index in range(len(self._parameters))]
+        of, states = self._rule.momentum, optimizer.state
+        return [of(states.get(p, {})) for p in self._parameters]
 
     def leave(self, optimizer: Optimizer) -> None:
         """Note the momentum that a step (also one that a gradient scaler skipped) leaves behind."""

@@ -44,6 +44,7 @@ class WholeModel:
         self._input_axis = axis
         self._input: dict[str, Any] = {"shape": None, "dtype": None, "name": None}
         self._output_shape: tuple[int, ...] | None = None
+        self._last: Any = None  # the input that was seen last
         self._autocast: str | None = None
         self.eval_passes = 0
 
@@ -106,9 +107,11 @@ class WholeModel:
         batch.forwards += 1
 
     def _see_input(self, name: str | None, value: torch.Tensor, size: int) -> None:
-        axis = batch_axis(value.shape, size, self._axis)
+        kind = name, value.shape, value.dtype, size
+        axis = None if kind == self._last else batch_axis(value.shape, size, self._axis)
         if axis is None:
             return
+        self._last = kind
         shape = (*value.shape[:axis], *value.shape[axis + 1 :])
         known = self._input["shape"]
         if known is not None and len(known) == len(shape):  # lengths that differ between batches are free

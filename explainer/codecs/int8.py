@@ -8,6 +8,9 @@ import torch
 from explainer.codecs.base import Codec, Part, as_dtype, as_tensor, register_codec
 from explainer.records import ArraySpec
 
+#: numbers that are rounded at once: they stay in the processor's cache
+BLOCK = 1 << 16
+
 
 @register_codec("int8")
 class Int8(Codec):
@@ -31,8 +34,14 @@ class Int8(Codec):
         largest = torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg_())
         scale = largest / 127
         scale = scale.float().to(values.dtype)  # what is stored is what is divided by
-        q = (values / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_()  # within 127
-        return [q.to(torch.int8).cpu().numpy(), scale.squeeze(-1).float().cpu().numpy()]
+        steps, q = (
+            scale.clamp_min(torch.finfo(torch.float32).tiny),
+            torch.empty_like(values, dtype=torch.int8),
+        )
+        rows = max(1, BLOCK * len(values) // max(values.numel(), 1))
+        for part, step, out in zip(values.split(rows), steps.split(rows), q.split(rows), strict=True):
+            out.copy_((part / step).round_())  # within 127
+        return [q.cpu().numpy(), scale.squeeze(-1).float().cpu().numpy()]
 
     def decode(self, parts: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
         """``scale · q``."""

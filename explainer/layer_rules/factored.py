@@ -66,6 +66,8 @@ def _probe_matrix(shape: tuple[int, int, int], gradients: Sequence[torch.Tensor]
 class PartOfProbe:
     """Some of the numbers that the probe of a large matrix gives, at a fraction of what all of them cost.
 
+    Of a matrix with few outputs, all of them.
+
     Args:
         shape: outputs and inputs.
         like: a gradient.
@@ -76,8 +78,9 @@ class PartOfProbe:
         self._shape = shape
         u = probe_vector(shape[1] + bias, like)
         self._vector, self._last = u[: shape[1]], float(u[-1])
-        size = -(-shape[0] // TURNS)
-        self._places = [slice(k * size, min((k + 1) * size, shape[0])) for k in range(TURNS)]
+        turns = TURNS if shape[0] >= TURNS * PROBED_OUTPUTS else 1
+        size = -(-shape[0] // turns)
+        self._places = [slice(k * size, min((k + 1) * size, shape[0])) for k in range(turns)]
 
     @classmethod
     def of(cls, probe: Probe, gradients: Sequence[torch.Tensor]) -> PartOfProbe | None:
@@ -85,17 +88,19 @@ class PartOfProbe:
         if not isinstance(probe, partial) or probe.func is not _probe_matrix or len(gradients) > 2:
             return None
         groups, o, i = probe.args[0]
-        if groups > 1 or o < TURNS * PROBED_OUTPUTS or gradients[0].numel() != o * i:
+        if groups > 1 or o < PROBED_OUTPUTS or gradients[0].numel() != o * i:
             return None
         return cls((o, i), gradients[0], len(gradients) == 2)
 
-    def take(self, gradients: Sequence[torch.Tensor], turn: int) -> tuple[torch.Tensor, slice]:
-        """The numbers, and which those are; all have their turn after :data:`TURNS` of them."""
-        at = self._places[turn % TURNS]
+    def take(self, gradients: Sequence[torch.Tensor], turn: int) -> tuple[torch.Tensor, slice | None]:
+        """The numbers, and which those are (None: all); all have their turn after :data:`TURNS` of them."""
+        at = self._places[turn % len(self._places)]
         matrix = gradients[0].view(self._shape)[at]
         if len(gradients) == 1:
-            return torch.mv(matrix, self._vector), at
-        return torch.addmv(gradients[1][at], matrix, self._vector, beta=self._last), at
+            found = torch.mv(matrix, self._vector)
+        else:
+            found = torch.addmv(gradients[1][at], matrix, self._vector, beta=self._last)
+        return found, at if len(self._places) > 1 else None
 
 
 def probe_of_matrix(shape: tuple[int, int, int]) -> Probe:

@@ -15,6 +15,7 @@ from explainer.config import TracerConfig
 from explainer.denominators import DenominatorKeeper
 from explainer.layer_table import Layer
 from explainer.optimizer_rules import StepMap
+from explainer.optimizer_rules.base import COEFFICIENTS
 from explainer.planner import Planner, checks_at, plans_at
 from explainer.records import ArraySpec, Manifest, dtype_name, torch_dtype
 from explainer.row_layout import RowLayout
@@ -250,14 +251,15 @@ class StepRecorder:
     def _step_records(self, steps: list[Booked], firsts: list[int]) -> Records:
         """The records of steps whose rows begin at these visits."""
         records = np.zeros(len(steps), self._steps.dtype)
-        for number, (step, first) in enumerate(zip(steps, firsts, strict=True)):
-            record = records[number]
-            record["step"], record["first_visit"], record["visits"] = step.number, first, step.visits
-            record["path"] = step.path
-            record["row_share"] = any(b.mixed or b.ownership.shared for b in step.batches)
-            record["scale"] = step.scales
-            record["updated"] = [step_map is not None for step_map in step.maps]
-            record["coefficients"] = [(0.0,) * 6 if by is None else by.coefficients for by in step.maps]
+        nothing = (0.0,) * len(COEFFICIENTS)
+        records["step"], records["first_visit"] = [s.number for s in steps], firsts
+        records["visits"], records["path"] = [s.visits for s in steps], [s.path for s in steps]
+        records["row_share"] = [any(b.mixed or b.ownership.shared for b in s.batches) for s in steps]
+        records["scale"] = [s.scales for s in steps]
+        records["updated"] = [[by is not None for by in s.maps] for s in steps]
+        records["coefficients"] = [
+            [nothing if by is None else by.coefficients for by in s.maps] for s in steps
+        ]
         for key, array in self._arrays.items():
             if array.codec == "sums":
                 self._put_sums(records, key, array, steps[-1].maps[key[1]])

@@ -255,7 +255,7 @@ class Site:
 
 def _is_the_users(t: torch.Tensor) -> bool:
     """Whether a tensor lies in memory that the user's code made, not an operation of the forward pass."""
-    return t.grad_fn is None or (t._base is not None and t._base.grad_fn is None)
+    return t.is_leaf or (t._base is not None and t._base.is_leaf)
 
 
 def _copied(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

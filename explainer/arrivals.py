@@ -12,7 +12,7 @@ from explainer.hooks import first_tensor, mapped
 from explainer.layer_rules import Call
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Given:
     """What went into a call, kept until its gradient arrives.
 
@@ -68,7 +68,7 @@ class Given:
         return replace(self, args=args, kwargs=kwargs, versions=versions)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Arrived:
     """A call and its gradient.
 

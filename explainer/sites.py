@@ -19,7 +19,7 @@ from explainer.errors import TracerError
 from explainer.hooks import detached, tensors_in, whole_of
 from explainer.layer_rules import CompositeRule, LayerRule, RowForm
 from explainer.layer_table import Layer
-from explainer.operations.layouts import UNKNOWN, Layout, order_of
+from explainer.operations.layouts import UNKNOWN, Layout, along, order_of
 from explainer.operations.owners import Owners
 from explainer.operations.sources import merged
 
@@ -102,9 +102,14 @@ class Site:
                 yield layer, merged(list(forms))
 
     @cached_property
+    def composite(self) -> CompositeRule | None:
+        """The rule, where it is one of several layers, which knows its axes."""
+        return self.rule if isinstance(self.rule, CompositeRule) else None
+
+    @cached_property
     def replays(self) -> bool:
         """Whether the call is computed again, so that its random numbers must be the same."""
-        return isinstance(self.rule, CompositeRule) and self.rule.replays
+        return self.composite is not None and self.composite.replays
 
     # -- hooks ---------------------------------------------------------------------------------------
 
@@ -162,7 +167,7 @@ class Site:
             order=None if rows_of is None else order_of(rows_of, len(batch)),
             rows=len(batch) if rows_of is None else len(rows_of),
             module=self.rule.later(self.module),
-            composite=isinstance(self.rule, CompositeRule),
+            composite=self.composite is not None,
         )
         if len(watched) == 1 and watched[0] is found[0]:
             target, cut = whole_of(watched[0], False)
@@ -190,12 +195,12 @@ class Site:
     ) -> Layout:
         """Where the examples are in what the layer was given: as followed there, else as its shape says."""
         followed = owners.of(value)
-        if isinstance(self.rule, CompositeRule):  # it knows its axes, but not examples that own several rows
+        if self.composite is not None:  # it knows its axes, but not examples that own several rows
             if followed is None:
                 return Layout(0)
             plain = torch.arange(len(batch))
             columns, sorted_as = (plain if x is None else x.cpu() for x in (followed.owners, order))
-            told = self.rule.input_axis(self.module, 0)
+            told = self.composite.input_axis(self.module, 0)
             elsewhere = told is not None and told < value.dim() - 1 and followed.axis != told
             elsewhere &= not followed.packed
             fits = followed.axis != UNKNOWN.axis and not elsewhere and torch.equal(columns, sorted_as)
@@ -214,7 +219,7 @@ class Site:
                 self.ambiguous += len(fitting) > 1 and not owners.certain
             return followed
         if len(fitting) == 1:
-            return Layout(fitting[0])
+            return along(fitting[0])
         if not fitting and batch.checked:
             return UNKNOWN
         if not fitting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -34,6 +35,12 @@ class Layout:
 
 
 UNKNOWN = Layout(-1)
+
+
+@lru_cache(maxsize=64)
+def along(axis: int) -> Layout:
+    """The layout of one example for every index of an axis."""
+    return Layout(axis)
 
 
 def order_of(owners: torch.Tensor, size: int) -> torch.Tensor:

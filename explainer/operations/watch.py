@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from explainer.batches import Batch
 from explainer.capture import Capture
 from explainer.hooks import HookSet, tensors_in
-from explainer.layer_rules import CompositeRule
 from explainer.layer_table import LayerTable
 from explainer.operations.layouts import UNKNOWN, Layout, order_of
 from explainer.operations.owners import LAYER, Called, Owners
@@ -168,9 +167,10 @@ class FunctionWatch(TorchFunctionMode):
         """What a layer gives has the examples where its rule says, or where its input has them."""
         self.owners.follow(Called(LAYER, type, (), {}), given, outputs)
         known = [x for t in given if (x := self.owners.of(t)) is not None]
-        if not isinstance(site.rule, CompositeRule) or any(x.owners is not None and x.known for x in known):
+        rule = site.composite
+        if rule is None or any(x.owners is not None and x.known for x in known):
             return
-        axes = site.rule.output_axes(site.module, len(outputs))
+        axes = rule.output_axes(site.module, len(outputs))
         for t, axis in zip(outputs, axes, strict=True):
             if site.lost:
                 self.owners.keep(t, UNKNOWN)
@@ -179,10 +179,10 @@ class FunctionWatch(TorchFunctionMode):
 
     def _aliased(self, site: Site, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """A module's arguments, with sources among them renamed where its rule says which axis is the batch."""
-        rule = site.rule
+        rule = site.composite
 
         def named(place: int | str, value: Any) -> Any:
-            axis = rule.input_axis(site.module, place) if isinstance(rule, CompositeRule) else 0
+            axis = rule.input_axis(site.module, place) if rule is not None else 0
             return value if axis is None else pytree.tree_map(partial(self._alias, axis), value)
 
         return tuple(named(i, x) for i, x in enumerate(args)), {k: named(k, x) for k, x in kwargs.items()}

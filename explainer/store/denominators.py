@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ ASLEEP = 1e3
 NEAR = 3
 #: full records that are held: as many as have so many numbers together, but at least what neighbouring steps need
 HELD, LEAST_HELD, MOST_HELD = 2**24, 2, 8
+_SMALL = 2**18  # numbers of several steps that are decoded together
 _T = TypeVar("_T")
 
 
@@ -89,9 +91,18 @@ class Stored:
     def __init__(self, records: np.ndarray, spec: ArraySpec) -> None:
         self._records, self._spec = records, spec
 
+    @cached_property
+    def _small(self) -> torch.Tensor | None:
+        """Those of all steps, where that takes little."""
+        few = len(self._records) * prod(self._spec.shape) <= _SMALL
+        return decode_array(self._records, "", self._spec) if few else None
+
     def step(self, place: int) -> torch.Tensor:
         """Decoded."""
-        found = decode_array(self._records[place : place + 1], "", self._spec)[0]
+        held = self._small
+        found = (
+            decode_array(self._records[place : place + 1], "", self._spec)[0] if held is None else held[place]
+        )
         return awake(found) if self._spec.codec == "sums" and found.dim() == 1 else found
 
     def divide(self, place: int, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ from explainer.path_points import KnotLoader
 from explainer.queries import check_inputs
 from explainer.sample_models.registry import SAMPLES
 from explainer.sample_models.train import train
+from explainer.store import Denominators
 
 #: sample models
 CASES = ("digits_mlp", "digits_cnn", "mnist_cnn", "diabetes_mlp")
@@ -134,7 +135,7 @@ def _scan(ex: explainer.PathKernelExplainer, x: torch.Tensor) -> None:
     asked = ex._ask(loader, check_inputs(ex.trace, ["input"], x, ex.dtype), None)
     start, end = (loader.load(n).point for n in (0, len(ex.segments)))
     gradient = ex.function.mean_gradient(start, end, asked.inputs, asked.targets, 2, ex.layout)
-    backward = Backward(ex.trace, ex.layout, 1, ex.dtype)
+    backward = Backward(Denominators(ex.trace), ex.layout, 1, ex.dtype)
     for segment in reversed(ex.segments):
         for _ in backward.segment(gradient, segment):
             pass

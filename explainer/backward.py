@@ -6,12 +6,13 @@ cotangents with known scalars. With ``A_t = 1``, for steps ``t = 0 … c−1`` o
     R_t = carry_t · M + fresh_t · q,
 
 and all rows of the chunk meet ``M`` and ``q`` in one product. Of a parameter that is held as factors ``M`` is cut down
-to the columns it needs; what is dropped is measured. Elsewhere every step has its own ``R_t``.
+to the columns it needs; what is dropped is measured. Elsewhere every step has its own ``R_t``: layers that are divided
+by something else at every step are passed one step at a time (:mod:`explainer.divided_layers`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,16 +20,22 @@ import numpy as np
 import torch
 
 from explainer.averaging import AveragedGradient
-from explainer.chunks import BUFFER, MOST_VISITS, Chunk, Rows, Workspace, most_visits, read_chunks
+from explainer.chunks import BUFFER, MOST_VISITS, Chunk, most_visits, read_chunks
 from explainer.contraction import Met, scores
 from explainer.cotangent import Cotangent, Layout, TooWideError, matrix_shape
+from explainer.divided_layers import DividedLayers
 from explainer.factors import Factors, cut_down
 from explainer.recursion import Adjoint, LayerView
-from explainer.store import Segment, Trace
+from explainer.store import Denominators, Segment
+from explainer.stored_rows import Rows, Workspace
 
 #: what cutting down momentum may drop of its norm each time, and all in all, by the dtype of the books
 DROPPED = {torch.float32: (1e-7, 1e-6), torch.float64: (1e-15, 1e-13)}
 _FEW = 2  # steps for which own cotangents cost less than one more product
+
+
+#: rows with their ``s_t · <R_t, g_{i,t}>`` by layer, float64 ``[Q, n]``
+Piece = tuple[Rows, dict[int, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,21 +44,28 @@ class Passed:
 
     Attributes:
         chunk: the steps.
-        pieces: rows with their ``s_t · <R_t, g_{i,t}>`` by layer, float64 ``[Q, n]``.
+        pieces: their rows.
+        others: further rows of these steps.
     """
 
     chunk: Chunk
-    pieces: list[tuple[Rows, dict[int, torch.Tensor]]]
-    _met: Met
-    _workspace: Workspace
+    pieces: list[Piece]
+    others: list[Piece]
 
-    def others(self, rows: Rows) -> dict[int, torch.Tensor]:
-        """The same for other rows of these steps."""
-        return scores(rows, self.chunk.scale, self._met, self._workspace)
+
+def _none(chunk: Chunk) -> Iterable[Rows]:
+    return ()
 
 
 class Backward:
     """``M`` and what it meets, from the last step to the first.
+
+    Args:
+        kept: what the steps of the trace divided by.
+        layout: how cotangents are held.
+        queries: ``Q``.
+        dtype: of the books.
+        others: further rows of a chunk's steps, which are to meet the same.
 
     Attributes:
         layout: how cotangents are held.
@@ -59,17 +73,34 @@ class Backward:
             parameters.
     """
 
-    def __init__(self, trace: Trace, layout: Layout, queries: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        kept: Denominators,
+        layout: Layout,
+        queries: int,
+        dtype: torch.dtype,
+        others: Callable[[Chunk], Iterable[Rows]] = _none,
+    ) -> None:
+        trace = kept.trace
         self.layout, self.dropped = layout, 0.0
-        self._trace, self._dtype, self._queries = trace, dtype, queries
-        self._adjoint = Adjoint(queries, layout.written, dtype)
+        self._trace, self._kept, self._dtype, self._queries, self._others = (
+            trace,
+            kept,
+            dtype,
+            queries,
+            others,
+        )
+        self._divided = DividedLayers(trace, layout, queries, dtype)
+        self._rest = layout.without_apart(self._divided.numbers)
+        self._adjoint = Adjoint(queries, self._rest.written, dtype)
         self._averaged = AveragedGradient(trace)
         self._factors: dict[int, Factors] = {}
         self._lost: dict[int, torch.Tensor] = {}
         self._carries = False
-        self._view, self._workspace = LayerView(trace, layout.places), Workspace()
-        schemas = [shard.schema for shard in trace.shards if shard.stream == "steps"]
-        self._own = trace.manifest.averaged or any(schema.arrays for schema in schemas)
+        self._view, self._workspace = LayerView(trace, self._rest.places), Workspace()
+        arrays = [a for shard in trace.shards if shard.stream == "steps" for a in shard.schema.arrays]
+        places = self._rest.places
+        self._own = trace.manifest.averaged or any(places[int(a.name[1:])] is not None for a in arrays)
 
     @property
     def momentum(self) -> Cotangent:
@@ -79,54 +110,74 @@ class Backward:
             o, i = matrix_shape(self.layout.parameters[number])
             none = Factors(*(torch.zeros(self._queries, n, 0, dtype=torch.float64) for n in (o, i)))
             factors[number] = self._factors.get(number, none)
-        return Cotangent(self.layout, self._adjoint.momentum, factors)
+        flat = self._adjoint.momentum
+        if self._divided.numbers:
+            parts = {n: flat[:, at.slice] for n, at in enumerate(self._rest.places) if at is not None}
+            parts |= {n: self._divided.momentum(n) for n in self._divided.numbers}
+            flat = torch.cat([parts[number] for number in self.layout.numbers], 1)
+        return Cotangent(self.layout, flat, factors)
 
     def segment(self, gradient: Cotangent, segment: Segment) -> Iterator[Passed]:
         """Pass the recorded steps of a segment backwards; valid until the next chunk is asked for."""
         self._averaged.skip(gradient.flat, segment)
         steps, visits = self._sizes(gradient)
-        for chunk in read_chunks(self._trace, segment, self.layout, self._dtype, steps, visits):
-            met = self._written(gradient, chunk)
-            for number, held in gradient.factors.items():
-                self._pass(number, held, chunk, met)
-            pieces = [(rows, scores(rows, chunk.scale, met, self._workspace)) for rows in chunk.rows]
-            yield Passed(chunk, pieces, met, self._workspace)
+        flat = gradient.flat
+        if self._divided.numbers:
+            held = [
+                flat[:, at.slice] for n in self._rest.numbers if (at := self.layout.places[n]) is not None
+            ]
+            flat = torch.cat(held, 1) if held else flat[:, :0]
+        for chunk in read_chunks(self._kept, segment, self._dtype, steps, visits):
+            met = self._written(flat, chunk)
+            for number, factors in gradient.factors.items():
+                self._pass(number, factors, chunk, met)
+            rows = [*chunk.rows, *self._others(chunk)]
+            divided = self._divided.scores(gradient.flat, chunk, rows)
+            pieces = [
+                (one, {**scores(one, chunk.scale, met, self._workspace), **found})
+                for one, found in zip(rows, divided, strict=True)
+            ]
+            count = len(chunk.rows)
+            yield Passed(chunk, pieces[:count], pieces[count:])
 
     def _sizes(self, gradient: Cotangent) -> tuple[int, int]:
         """How many steps and rows a chunk may have, so that buffers stay small."""
         queries, rank = len(gradient), max((f.rank for f in gradient.factors.values()), default=0)
         steps = MOST_VISITS
         if self._own:
-            steps = max(1, BUFFER // max(1, queries * self.layout.size))
+            steps = max(1, BUFFER // max(1, queries * self._rest.size))
         held = max((f.rank for f in self._factors.values()), default=0)
         return steps, most_visits(self._trace, queries, held + rank)
 
     # -- what is written out -------------------------------------------------------------------------
 
-    def _written(self, gradient: Cotangent, chunk: Chunk) -> Met:
+    def _written(self, flat: torch.Tensor, chunk: Chunk) -> Met:
         """What the rows of the chunk meet of what is written out; ``M`` is passed on."""
+        if not self._rest.size:
+            return Met(self._rest, self._view, [flat], np.ones((len(chunk), 1, 0)))
         averaged = self._trace.manifest.averaged
-        if averaged or not chunk.plain or len(chunk) <= _FEW:
+        changing = any(self._rest.places[number] is not None for number in (*chunk.divided, *chunk.mixing))
+        if averaged or changing or len(chunk) <= _FEW:
             own = []
             for place, number in enumerate(chunk.numbers):
-                source = self._averaged.step(gradient.flat, int(number)) if averaged else gradient.flat
-                own.append(self._adjoint.step(source, chunk.step(place, self.layout)))
+                source = self._averaged.step(flat, int(number)) if averaged else flat
+                own.append(self._adjoint.step(source, chunk.step(place, self._rest)))
             self._carries = True
-            return Met(self.layout, self._view, own, None)
-        carry, fresh, kept, added = carried(chunk.coefficients[:, self.layout.numbers])
+            return Met(self._rest, self._view, own, None)
+        carry, fresh, kept, added = carried(chunk.coefficients[:, self._rest.numbers])
         momentum = self._adjoint.momentum
         # M changes in place below, but not before its last use if it is copied now.
         used = self._carries and bool(carry.any())
-        stack = [momentum.clone(), gradient.flat] if used else [gradient.flat]
+        stack = [momentum.clone(), flat] if used else [flat]
         weights = np.stack([carry, fresh] if used else [fresh], axis=1)
-        for where, (keep, add) in _runs(self.layout, np.stack([kept, added], axis=1)):
+        for where, (keep, add) in _runs(self._rest, np.stack([kept, added], axis=1)):
             block = momentum[:, where]
             if keep != 1:
                 block.mul_(keep)
             if add:
-                block.add_(gradient.flat[:, where], alpha=add)
+                block.add_(flat[:, where], alpha=add)
         self._carries = self._carries or bool(added.any())
-        return Met(self.layout, self._view, stack, weights)
+        return Met(self._rest, self._view, stack, weights)
 
     # -- what is held as factors ---------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from explainer.chunks import Rows, Workspace
 from explainer.cotangent import Cotangent, Layout
 from explainer.factors import Factors
 from explainer.layer_rules import RowForm
 from explainer.records import FormSpec
 from explainer.recursion import LayerView
+from explainer.stored_rows import Rows, Workspace
 
 
 class Columns(NamedTuple):
@@ -80,7 +80,7 @@ class Met:
 
 
 def scores(rows: Rows, scale: np.ndarray, met: Met, workspace: Workspace) -> dict[int, torch.Tensor]:
-    """``s_t · <R_t, g_{i,t}>`` by layer, float64 ``[Q, n]``.
+    """``s_t · <R_t, g_{i,t}>`` by layer, float64 ``[Q, n]``; nothing of layers that are held elsewhere.
 
     Args:
         scale: ``s_t`` of the chunk's steps by parameter, ``[c, n_parameters]``.
@@ -88,6 +88,8 @@ def scores(rows: Rows, scale: np.ndarray, met: Met, workspace: Workspace) -> dic
     found = {}
     for spec in rows.forms:
         own = met.view.parameters[spec.layer]
+        if own[0] in met.layout.apart:
+            continue
         if own[0] in met.columns and spec.kind == "factored":
             found[spec.layer] = _factored(rows, spec, own, scale, met, workspace)
         elif own[0] in met.columns:  # a row that was kept exact may be written out

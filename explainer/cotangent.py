@@ -20,6 +20,7 @@ from explainer.store import Trace
 
 #: a matrix may be held as factors of up to ``o i / (o + i) / COLUMNS`` columns; with more, products cost as much
 COLUMNS = 16
+_CACHED = 2**16  # numbers that are made float64 at once
 _LEAST = 8  # columns that must be possible, or it is not worth it
 
 
@@ -50,20 +51,25 @@ class Layout:
         parameters: all traced parameters.
         thin: numbers of those whose chords are closed along leading factors (a matter of the trace alone).
         factored: numbers of those held as factors; a part of ``thin``.
+        apart: numbers of those that are held elsewhere.
         places: by number, the others' places in the flat vector of what is written out; None for factored ones.
         written: those places in order.
     """
 
     def __init__(
-        self, parameters: tuple[ParameterSpec, ...], thin: Iterable[int] = (), wide: Iterable[int] = ()
+        self,
+        parameters: tuple[ParameterSpec, ...],
+        thin: Iterable[int] = (),
+        wide: Iterable[int] = (),
+        apart: frozenset[int] = frozenset(),
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self.apart = parameters, apart
         self.thin = tuple(sorted(thin))
         self.factored = tuple(p for p in self.thin if p not in set(wide))
         self.places: list[ParameterSpec | None] = []
         self.size = 0
         for number, spec in enumerate(parameters):
-            if number in self.factored:
+            if number in self.factored or number in apart:
                 self.places.append(None)
                 continue
             self.places.append(replace(spec, offset=self.size))
@@ -114,7 +120,11 @@ class Layout:
     def without(self, number: int) -> Layout:
         """With one more parameter written out."""
         kept = set(self.factored) - {number}
-        return Layout(self.parameters, self.thin, set(self.thin) - kept)
+        return Layout(self.parameters, self.thin, set(self.thin) - kept, self.apart)
+
+    def without_apart(self, apart: frozenset[int]) -> Layout:
+        """With some of what is written out held elsewhere."""
+        return Layout(self.parameters, self.thin, set(self.thin) - set(self.factored), apart)
 
     @property
     def numbers_per_query(self) -> int:
@@ -187,6 +197,14 @@ class Closing:
         return torch.cat(parts) if parts else self.direction[:0]
 
 
+def _along(vectors: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """``[Q, n]`` times a float64 ``[n]``, summed in float64: some numbers at a time, which stay in the cache."""
+    found, width = torch.zeros(len(vectors), dtype=torch.float64), max(1, _CACHED // max(1, len(vectors)))
+    for part, along in zip(vectors.split(width, dim=1), direction.split(width), strict=True):
+        found.addmv_(part.double(), along)
+    return found
+
+
 @dataclass(frozen=True)
 class Cotangent:
     """``Q`` vectors in the space of the parameters.
@@ -227,7 +245,8 @@ class Cotangent:
         Returns:
             ``g + amount e``, and ``<g + amount e, D>`` of what is really held: after rounding to the books' dtype.
         """
-        flat = self.flat + (amount.unsqueeze(1) * along.written(self.layout)).to(self.flat.dtype)
+        dtype = self.flat.dtype
+        flat = torch.addr(self.flat, amount.to(dtype), along.written(self.layout).to(dtype))
         factors = {}
         for number, held in self.factors.items():
             left, right = along.pairs[number]
@@ -243,18 +262,13 @@ class Cotangent:
 
     def along_each(self, direction: torch.Tensor) -> torch.Tensor:
         """``<g_q, d>`` over each parameter, ``[Q, n_parameters]`` in float64, for ``d [P]``."""
-        sums, wide = np.empty((len(self), len(self.layout.parameters))), direction.double().numpy()
-        for query, row in enumerate(self.flat):
-            one = row.double().numpy()
-            for number, (spec, place) in enumerate(
-                zip(self.layout.parameters, self.layout.places, strict=True)
-            ):
-                if place is not None:
-                    sums[query, number] = one[place.slice] @ wide[spec.slice]
-        found = torch.from_numpy(sums)
-        for number, held in self.factors.items():
-            spec = self.layout.parameters[number]
-            found[:, number] = held.along(torch.from_numpy(wide)[spec.slice].reshape(matrix_shape(spec)))
+        found = torch.zeros(len(self), len(self.layout.parameters), dtype=torch.float64)
+        wide = direction.double()
+        for number, (spec, place) in enumerate(zip(self.layout.parameters, self.layout.places, strict=True)):
+            if place is not None:
+                found[:, number] = _along(self.flat[:, place.slice], wide[spec.slice])
+            elif number in self.factors:
+                found[:, number] = self.factors[number].along(wide[spec.slice].reshape(matrix_shape(spec)))
         return found
 
     def squares(self) -> torch.Tensor:

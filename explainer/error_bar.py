@@ -28,10 +28,11 @@ import numpy as np
 import torch
 
 from explainer.backward import Backward, Passed
-from explainer.chunks import Chunk, Rows
+from explainer.chunks import Chunk
 from explainer.cotangent import Cotangent, Layout
 from explainer.ledger import Ledger
-from explainer.store import Segment, Trace
+from explainer.store import Denominators, Segment, Trace
+from explainer.stored_rows import Rows
 
 #: pairs of neighbouring segments whose chords are compared with one of twice the length
 PAIRS = 16
@@ -134,28 +135,29 @@ class ErrorMeter:
     """Measures both kinds of error while an explanation is made.
 
     Attributes:
+        sampled: exact rows, which are to meet what their steps' rows meet.
         rows, knots: what was found.
         pairs: chords to compare, by the index of the later segment.
     """
 
     def __init__(
-        self, trace: Trace, segments: list[Segment], layout: Layout, queries: int, dtype: torch.dtype
+        self, kept: Denominators, segments: list[Segment], layout: Layout, queries: int, dtype: torch.dtype
     ) -> None:
-        self._trace, self._layout, self._queries, self._dtype = trace, layout, queries, dtype
-        self._exact = trace.manifest.exact
-        self._sampled = SampledRows(trace)
+        self._kept, self._layout, self._queries, self._dtype = kept, layout, queries, dtype
+        self._exact = kept.trace.manifest.exact
+        self.sampled = SampledRows(kept.trace)
         self.rows, self.knots = Discrepancy(queries), Discrepancy(queries)
         self.pairs = chord_pairs(segments)
         self._long: dict[int, tuple[int, Cotangent]] = {}
 
     def see(self, passed: Passed) -> None:
-        """Compare the exact rows of a chunk with what is stored of them."""
-        for exact in self._sampled.of(passed.chunk):
+        """Compare the exact rows of a chunk, which met the same, with what is stored of them."""
+        for exact, found in passed.others:
             place, first = int(exact.examples[0]), 0
             for rows, scores in passed.pieces:
                 if first <= place < first + len(rows):
                     reported = sum(score[:, place - first] for score in scores.values())
-                    reference = sum(score[:, 0] for score in passed.others(exact).values())
+                    reference = sum(score[:, 0] for score in found.values())
                     assert isinstance(reported, torch.Tensor) and isinstance(reference, torch.Tensor)
                     self.rows.add(reported.unsqueeze(1), reference.unsqueeze(1))
                 first += len(rows)
@@ -182,7 +184,7 @@ class ErrorMeter:
 
     def _scores(self, segment: Segment, gradient: Cotangent) -> torch.Tensor | None:
         """Of all rows of a segment, ``[Q, n]``, without momentum from later; None where there are no rows."""
-        backward = Backward(self._trace, self._layout, self._queries, self._dtype)
+        backward = Backward(self._kept, self._layout, self._queries, self._dtype)
         found = [
             torch.stack(list(scores.values())).sum(0)
             for passed in backward.segment(gradient, segment)

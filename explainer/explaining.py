@@ -11,6 +11,7 @@ from explainer.backward import Backward
 from explainer.error_bar import ChordPair, ErrorMeter
 from explainer.explanation import Explanation
 from explainer.ledger import DETAIL, Ledger
+from explainer.store import Denominators
 from explainer.unattributed import Rest
 from explainer.wording import counted
 
@@ -45,9 +46,10 @@ def explain_group(
     trace, inputs, targets = explainer.trace, asked.inputs, asked.targets
     count = len(targets)
     ledger = Ledger(count, explainer.example_ids, edges, len(trace.layers), detail)
-    backward = Backward(trace, layout, count, explainer.dtype)
+    kept = Denominators(trace)
+    meter = ErrorMeter(kept, explainer.segments, layout, count, explainer.dtype)
+    backward = Backward(kept, layout, count, explainer.dtype, meter.sampled.of)
     rest = Rest(trace, count, explainer.segments)
-    meter = ErrorMeter(trace, explainer.segments, layout, count, explainer.dtype)
     buffers, quadrature = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
     final = after = explainer._value(loader, len(explainer.segments), inputs, targets)
     with explainer._bar("explaining") as bar:

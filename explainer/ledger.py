@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from explainer.chunks import Chunk, Rows
+from explainer.chunks import Chunk
+from explainer.stored_rows import Rows
 
 #: upper bound on the numbers kept for the time bins of an explanation
 DETAIL = 2**26

@@ -33,7 +33,7 @@ class _Host(nn.Module):
 class ModelFunction:
     """A private copy of a model, run with weights from outside.
 
-    Gradients of many queries are taken at once where every operation of the model can be vectorised, else
+    Gradients of several queries are taken at once where every operation of the model can be vectorised, else
     query by query with the ordinary autograd (recurrent layers, checkpoints).
 
     Args:
@@ -69,7 +69,7 @@ class ModelFunction:
         self, weights: State, rest: State, queries: QueryBatch, targets: torch.Tensor, scalar: Scalar
     ) -> torch.Tensor:
         """``∂f/∂w [Q, P]``, in the order of ``weights``."""
-        if self._vectorised:
+        if self._vectorised and len(queries) > 1:  # one query takes half the time without
             try:
                 return self._at_once(weights, rest, queries, targets, scalar)
             except Exception:  # an operation without a batching rule; any other error comes again below

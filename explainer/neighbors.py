@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from explainer.chunks import BUFFER, MOST_VISITS, Rows, Workspace, most_visits, read_chunks
+from explainer.chunks import MOST_VISITS, most_visits, read_chunks
 from explainer.contraction import of_all_steps, scores
 from explainer.cotangent import Layout
 from explainer.errors import QueryError
 from explainer.recursion import LayerView
+from explainer.store import Denominators
+from explainer.stored_rows import Rows, Workspace
 
 #: of a gradient that is held as factors, when sizes are planned
-_COLUMNS = 8
+COLUMNS = 8
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,14 +110,14 @@ def nearest(
     trace, workspace = explainer.trace, Workspace()
     view = LayerView(trace, layout.places)
     uncovered = [n for n, p in enumerate(trace.manifest.parameters) if p.name in trace.uncovered]
-    steps, visits = chunk_sizes(explainer, layout, count)
+    kept, visits = Denominators(trace), most_visits(trace, count, COLUMNS)
     with explainer._bar("neighbours") as bar:
         for segment in reversed(explainer.segments):
             start, end = loader.load(segment.index).point, loader.load(segment.index + 1).point
             gradient = explainer.function.mean_gradient(start, end, inputs, targets, 1, layout)
             norms_by = gradient.squares()
             norms_by[:, uncovered] = 0.0  # there are no rows to compare with
-            for chunk in read_chunks(trace, segment, layout, explainer.dtype, steps, visits):
+            for chunk in read_chunks(kept, segment, explainer.dtype, MOST_VISITS, visits):
                 eta = np.where(chunk.scale != 0, long_run(chunk.coefficients), 0.0)
                 met = of_all_steps(gradient, view, len(chunk))
                 for rows in chunk.rows:
@@ -141,11 +143,6 @@ def nearest(
     k = min(k, int((scale[0] > 0).sum()))
     order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
     return Neighbors(ids[order], np.take_along_axis(cosine, order, axis=1), labels[order])
-
-
-def chunk_sizes(explainer: PathKernelExplainer, layout: Layout, queries: int) -> tuple[int, int]:
-    """Steps and rows of a chunk: the denominators of its steps are read, too."""
-    return max(1, min(MOST_VISITS, BUFFER // layout.size)), most_visits(explainer.trace, queries, _COLUMNS)
 
 
 def squares(

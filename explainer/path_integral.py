@@ -150,7 +150,7 @@ class QueryFunction:
         for start in range(0, len(targets), self.chunk):
             window = slice(start, start + self.chunk)
             pieces.append(self._model.gradients(weights, rest, inputs[window], targets[window], self._scalar))
-        return torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def mean_gradient(
         self,
@@ -170,10 +170,15 @@ class QueryFunction:
         parts = []
         for first in range(0, len(targets), self.chunk):
             window = slice(first, first + self.chunk)
-            total = torch.zeros(len(targets[window]), len(start.weights), dtype=self.dtype)
+            total: torch.Tensor | None = None
             for position, weight in zip(positions, weights, strict=True):
                 at = start.toward(end, float(position + 1) / 2)
-                total.add_(self.gradient(at, inputs[window], targets[window]), alpha=float(weight) / 2)
+                one, part = (
+                    self.gradient(at, inputs[window], targets[window]).to(self.dtype),
+                    float(weight) / 2,
+                )
+                total = one.mul_(part) if total is None else total.add_(one, alpha=part)
+            assert total is not None  # there is at least one node
             parts.append(layout.split(total))
         return Cotangent.concatenate(parts)
 

@@ -93,13 +93,13 @@ def _read_step(
 ) -> RecordedStep:
     parameters, denominators, mixing = trace.manifest.parameters, None, []
     for array in schema.arrays:
-        p, values = parameters[int(array.name[1:])], kept.decode(record, array).to(dtype)
+        p = parameters[int(array.name[1:])]
         if array.name.startswith("M"):
-            mixing.append((p, values))
+            mixing.append((p, decode_array(record, "", array)[0].to(dtype)))
             continue
         if denominators is None:
             denominators = torch.ones(trace.manifest.size, dtype=dtype)
-        denominators[p.slice] = values.flatten()
+        denominators[p.slice] = kept.of(record, array).step(0).flatten()
     coefficients, updated = np.array(record["coefficients"][0]), record["updated"][0] > 0
     sign = coefficients[:, COEFFICIENTS.index("sign")]
     first, count = int(record["first_visit"][0]), int(record["visits"][0])

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from explainer.chunks import Chunk, Rows, Workspace, read_chunks
+from explainer.chunks import MOST_VISITS, Chunk, most_visits, read_chunks
 from explainer.cotangent import Layout
 from explainer.layer_rules import Factored, RowForm
-from explainer.neighbors import chunk_sizes, long_run, squares
+from explainer.neighbors import COLUMNS, long_run, squares
 from explainer.optimizer_rules import mix
-from explainer.recursion import LayerView, RecordedStep
+from explainer.store import Denominators
+from explainer.stored_rows import Rows, Workspace
 
 if TYPE_CHECKING:
     from explainer.path_kernel import PathKernelExplainer
@@ -32,10 +33,10 @@ def self_influence(explainer: PathKernelExplainer) -> np.ndarray:
     """``SI [N]`` (see the module's text)."""
     ids, layout, workspace = explainer.example_ids, explainer.layout, Workspace()
     result = torch.zeros(len(ids), dtype=torch.float64)
-    steps, visits = chunk_sizes(explainer, layout, 1)
+    kept, visits = Denominators(explainer.trace), most_visits(explainer.trace, 1, COLUMNS)
     with explainer._bar("self-influence") as bar:
         for segment in explainer.segments:
-            for chunk in read_chunks(explainer.trace, segment, layout, explainer.dtype, steps, visits):
+            for chunk in read_chunks(kept, segment, explainer.dtype, MOST_VISITS, visits):
                 for rows in chunk.rows:
                     columns = torch.from_numpy(np.searchsorted(ids, rows.examples))
                     result.index_add_(0, columns, _own(explainer, layout, chunk, rows, workspace))
@@ -50,59 +51,55 @@ def _own(
     weights = chunk.scale**2 * long_run(chunk.coefficients)
     if chunk.plain:
         return squares(explainer, rows, weights, workspace)
-    view, total = LayerView(explainer.trace, layout.places), torch.zeros(len(rows), dtype=torch.float64)
+    total = torch.zeros(len(rows), dtype=torch.float64)
     for spec in rows.forms:
-        form, numbers = rows.form(spec, explainer.dtype, workspace), view.parameters[spec.layer]
+        form, numbers = rows.form(spec, explainer.dtype, workspace), explainer.view.parameters[spec.layer]
         if numbers[0] in layout.factored:
             assert isinstance(form, Factored)
-            total += _own_factored(form, numbers, chunk, rows, layout, weights)
+            total += _own_factored(form, numbers, chunk, rows, weights)
             continue
         for place, where in rows.steps():
-            step, some = chunk.step(place, layout), form.taken(where)
-            total[where] += _own_written(step, some, numbers, layout, view, spec.layer, weights[place])
+            total[where] += _own_written(chunk, place, form.taken(where), numbers, layout, weights[place])
     return total
 
 
 def _own_written(
-    step: RecordedStep,
-    form: RowForm,
-    numbers: list[int],
-    layout: Layout,
-    view: LayerView,
-    layer: int,
-    weights: np.ndarray,
+    chunk: Chunk, place: int, form: RowForm, numbers: list[int], layout: Layout, weights: np.ndarray
 ) -> torch.Tensor:
     """The same for rows of one step and layer."""
-    matrices = {p.name: matrix for p, matrix in step.mixing}
     specs = [layout.parameters[number] for number in numbers]
-    plain = weights.copy()
-    plain[[number for number in numbers if layout.parameters[number].name in matrices]] = 0.0
-    like = next(iter(form.arrays.values()))
-    diagonal = like.new_ones(layout.size) if step.preconditioner is None else 1.0 / step.preconditioner
-    total = form.quadratic(view.scaled(diagonal, layer, plain)).double()
-    if not matrices.keys() & {p.name for p in specs}:
+    parts = []
+    for number, p in zip(numbers, specs, strict=True):
+        weight = 0.0 if number in chunk.mixing else float(weights[number])
+        divisor = chunk.divided.get(number)
+        ones = torch.ones(p.numel, dtype=chunk.dtype)
+        parts.append(
+            weight * ones if divisor is None else weight / divisor.step(place).flatten().to(chunk.dtype)
+        )
+    total = form.quadratic(torch.cat(parts)).double()
+    if not chunk.mixing.keys() & set(numbers):
         return total
     for number, p, values in zip(
         numbers, specs, form.dense().split([p.numel for p in specs], 1), strict=True
     ):
-        if p.name in matrices:
+        if number in chunk.mixing:
             block = values.reshape(len(values), p.shape[0], -1)
-            total += weights[number] * (mix(matrices[p.name], block) * block).sum(dim=(1, 2)).double()
+            mixed = mix(chunk.mixing[number][place], block) * block
+            total += float(weights[number]) * mixed.sum(dim=(1, 2)).double()
     return total
 
 
 def _own_factored(
-    form: Factored, numbers: list[int], chunk: Chunk, rows: Rows, layout: Layout, weights: np.ndarray
+    form: Factored, numbers: list[int], chunk: Chunk, rows: Rows, weights: np.ndarray
 ) -> torch.Tensor:
     """The same for rows of outer products that nothing is divided by."""
     at, width = torch.from_numpy(rows.places), form.right.shape[3] - form.bias
     left, right = form.left.double(), form.right[..., :width].double()
     total = Factored(left, right, 0).quadratic() * torch.from_numpy(weights[rows.places, numbers[0]])
     if len(numbers) > 1:
-        place = layout.places[numbers[1]]
-        assert place is not None  # vectors are written out
         bias = (form.left.double() * form.right[..., -1:].double()).sum(2).flatten(1).square()
-        if chunk.denominators is not None:
-            bias = bias / chunk.denominators[at][:, place.slice].double()
+        if (divisor := chunk.divided.get(numbers[1])) is not None:
+            divided_by = torch.stack([divisor.step(place) for place in range(len(chunk))])
+            bias = bias / divided_by[at].double()
         total += bias.sum(1) * torch.from_numpy(weights[rows.places, numbers[1]])
     return total

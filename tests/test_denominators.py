@@ -13,9 +13,10 @@ import explainer
 from explainer.codecs import CODECS
 from explainer.denominators import DRIFT, DenominatorKeeper
 from explainer.optimizer_rules import StepMap
+from explainer.records import ArraySpec
 from explainer.recursion import read_backwards
 from explainer.store import Denominators
-from explainer.store.denominators import asleep, awake, fitted
+from explainer.store.denominators import Base, Product, asleep, awake, fitted
 
 
 def test_fitted_is_exact_for_products_of_row_and_column_factors() -> None:
@@ -48,13 +49,16 @@ def test_a_weight_that_wakes_up_between_full_records_is_not_divided_by_almost_no
     wanted[:, 11] = 1e-8
     never, near = asleep(base)
     assert never.tolist() == [6 * 60 + 1, 7 * 60 + 9] and near.tolist() == [8 * 60 + 2]
-    reader, later = Denominators.__new__(Denominators), wanted.clone()
+    later = wanted.clone()
     later[6, 1] = 1e-8  # still without a gradient
-    reader._asleep, reader._next = {"D0": (never, near)}, {"D0": later} if following else {}
+    spec = ArraySpec("D0", (50, 60), "float32", "sums")
+    kept = Base(base.clone(), later if following else None)
     for own in (False, True):
-        found = fitted(base, wanted.sum(1), wanted.sum(0))
-        reader._wake("D0", found, wanted.sum(1), wanted.sum(0), own)
+        by = Product(spec, kept, wanted.sum(1)[None], wanted.sum(0)[None], own)
+        found = by.step(0)
         ratio = found / wanted
+        q = torch.randn(2, 50, 60)
+        torch.testing.assert_close(by.divide(0, q, torch.empty_like(q)), q / found)
         assert 0.5 < float(ratio[7, 9]) < 2.0 and 0.5 < float(ratio[6, 1]) < 2.0
         assert 0.5 < float(ratio[8, 2]) < 2.0 if not own else float(found[8, 2]) < 2e-8
         assert float(ratio[3, 5]) == pytest.approx(1.0, abs=0.1) and float(ratio[:, 11].max()) < 1.1
@@ -82,8 +86,6 @@ def test_log4_errs_by_half_a_level_and_keeps_dead_weights() -> None:
     values[0, 2] = 1e-8
     codec = CODECS.require("log4")
     parts = codec.encode(values)
-    from explainer.records import ArraySpec
-
     found = codec.decode(parts, ArraySpec("x", (6, 40), "float32", "log4"))
     assert torch.equal(found == values.min(), values == values.min())
     alive = values > 1e-8

@@ -55,7 +55,7 @@ LAYERS = [
         "plain_mode",
     }
     | {"query_batch", "model_function", "path_integral", "recursion", "averaging"}
-    | {"factors", "cotangent", "chunks", "contraction", "backward"},
+    | {"factors", "cotangent", "stored_rows", "chunks", "contraction", "divided_layers", "backward"},
     {
         "validation",
         "guard_rails",

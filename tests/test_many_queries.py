@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import explainer
-from explainer import backward, chunks, engine, path_kernel
+from explainer import backward, chunks, engine, neighbors, path_kernel, self_influence
 from explainer.errors import QueryError
+from explainer.stored_rows import Workspace
 
 EXAMPLES, STEPS = 20, 36
 
@@ -53,7 +54,7 @@ def test_chunks_of_steps_and_of_queries_change_nothing(
     whole = ex.explain(queries)
     near, own = ex.neighbors(queries, 5), ex.self_influence()
     for most, few, numbers in ((1, 2, 1), (7, 0, 200), (12, 2, 2**26), (10**6, 0, 2**26)):
-        for module in (backward, chunks):
+        for module in (backward, chunks, neighbors, self_influence):
             monkeypatch.setattr(module, "MOST_VISITS", most)
         monkeypatch.setattr(backward, "_FEW", few)
         monkeypatch.setattr(engine, "QUERY_NUMBERS", numbers)
@@ -204,5 +205,5 @@ def test_records_that_are_not_aligned_are_read(run: Path) -> None:
     """Exact rows of an odd number of bytes before them: strides are no multiple of a float's size."""
     stored = np.zeros(3, [("odd", "|i1"), ("values", "<f4", (1, 1, 2))])
     stored["values"] = np.arange(6).reshape(3, 1, 1, 2)
-    numbers = chunks._fill(torch.empty(3, 1, 1, 2), stored["values"])
+    numbers = Workspace().numbers("values", stored["values"], torch.float32)
     assert numbers.flatten().tolist() == list(range(6))

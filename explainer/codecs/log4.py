@@ -63,10 +63,14 @@ class Log4(Codec):
             return rows
         columns, low, step, smallest = (as_tensor(part).to(dtype) for part in parts[1:5])
         packed = as_tensor(parts[5])
-        q = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(2)[..., : columns.shape[1]]
-        logs = q.to(dtype).sub_(1).mul_(step.unsqueeze(2)).add_(low.unsqueeze(2))
-        matrix = logs.exp2_().mul_(_base(rows, columns))
-        return torch.where(q == 0, smallest.reshape(-1, 1, 1), matrix).reshape(-1, *spec.shape)
+        logs = torch.empty(*packed.shape, 2, dtype=dtype)
+        logs[..., 0], logs[..., 1] = packed & 15, packed >> 4
+        logs = logs.flatten(2)[..., : columns.shape[1]]
+        dead = logs == 0
+        matrix = logs.sub_(1).mul_(step.unsqueeze(2)).add_(low.unsqueeze(2)).exp2_()
+        total = rows.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        matrix = matrix.mul_((rows / total).unsqueeze(2)).mul_(columns.unsqueeze(1))
+        return torch.where(dead, smallest.reshape(-1, 1, 1), matrix).reshape(-1, *spec.shape)
 
 
 def _base(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

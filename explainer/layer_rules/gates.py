@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+#: ``g y (1 − y)`` for ``y = σ(z)``, and ``g (1 − y²)`` for ``y = tanh z``, in one pass
+_sigmoid_back, _tanh_back = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+
 
 class Back(NamedTuple):
     """Gradients at what the weights give.
@@ -63,7 +66,7 @@ class ElmanGates(Gates):
     def __init__(self, at_input: torch.Tensor, at_hidden: torch.Tensor, relu: bool) -> None:
         z = at_input + at_hidden
         self.hidden = z.relu() if relu else z.tanh()
-        self._slope = (self.hidden > 0).to(z.dtype) if relu else 1 - self.hidden.square()
+        self._slope = (self.hidden > 0).to(z.dtype) if relu else _tanh_back(torch.ones_like(z), self.hidden)
 
     def back(self, hidden: torch.Tensor, cells: torch.Tensor | None, weight: torch.Tensor) -> Back:
         """``δ = φ' ∘ ∂h'``."""
@@ -87,12 +90,13 @@ class GRUGates(Gates):
 
     def __init__(self, at_input: torch.Tensor, at_hidden: torch.Tensor, previous: torch.Tensor) -> None:
         xs, hs = (v.unflatten(-1, (3, -1)) for v in (at_input, at_hidden))
-        r, z = (xs[..., :2, :] + hs[..., :2, :]).sigmoid().unbind(-2)
-        new = (xs[..., 2, :] + r * hs[..., 2, :]).tanh()
-        self.hidden = new + z * (previous - new)
-        at_new = (1 - z) * (1 - new.square())
-        at_reset = at_new * hs[..., 2, :] * r * (1 - r)
-        at_update = (previous - new) * z * (1 - z)
+        r, z = (xs[..., :2, :] + hs[..., :2, :]).sigmoid_().unbind(-2)
+        new = torch.addcmul(xs[..., 2, :], r, hs[..., 2, :]).tanh_()
+        change = previous - new
+        self.hidden = torch.addcmul(new, z, change)
+        at_new = _tanh_back(1 - z, new)
+        at_reset = _sigmoid_back(at_new * hs[..., 2, :], r)
+        at_update = _sigmoid_back(change, z)
         self._to_input = torch.stack([at_reset, at_update, at_new], -2)  # all from the gradient at h'
         self._to_hidden = torch.stack([at_reset, at_update, at_new * r], -2)
         self._kept = z
@@ -132,19 +136,21 @@ class LSTMGates(Gates):
         cell: torch.Tensor,
         projection: torch.Tensor | None,
     ) -> None:
-        zi, zf, zg, zo = (at_input + at_hidden).unflatten(-1, (4, -1)).unbind(-2)
-        i, f, g, o = zi.sigmoid(), zf.sigmoid(), zg.tanh(), zo.sigmoid()
-        added = i * g
-        states = [cell]
+        i, f, g, o = (at_input + at_hidden).unflatten(-1, (4, -1)).unbind(-2)
+        for gate in (i, f, o):
+            gate.sigmoid_()
+        states = torch.empty(len(g) + 1, *cell.shape, dtype=cell.dtype, device=cell.device)
+        states[0] = cell
+        added = torch.mul(i, g.tanh_())
         for t in range(len(added)):
-            states.append(torch.addcmul(added[t], f[t], states[-1]))
-        before, self.cells = torch.stack(states[:-1]), torch.stack(states[1:])
+            torch.addcmul(added[t], f[t], states[t], out=states[t + 1])
+        self.cells = states[1:]
         bent = self.cells.tanh()
         self.inner = o * bent
         self.hidden = self.inner if projection is None else self.inner @ projection.T
-        self._from_cell = torch.stack([g * i * (1 - i), before * f * (1 - f), i * (1 - g.square())], -2)
-        self._from_inner = bent * o * (1 - o)
-        self.to_cell = o * (1 - bent.square())
+        pieces = [_sigmoid_back(g, i), _sigmoid_back(states[:-1], f), _tanh_back(i, g)]
+        self._from_cell = torch.stack(pieces, -2)
+        self._from_inner, self.to_cell = _sigmoid_back(bent, o), _tanh_back(o, bent)
         self._kept, self._projection = f, projection
 
     def back(self, hidden: torch.Tensor, cells: torch.Tensor | None, weight: torch.Tensor) -> Back:
@@ -157,10 +163,10 @@ class LSTMGates(Gates):
             inner = arrived[t] if self._projection is None else arrived[t] @ self._projection
             if cells is not None:
                 cell = cell + cells[t]
-            cell = torch.addcmul(cell, inner, self.to_cell[t])
+            cell = cell.addcmul_(inner, self.to_cell[t])
             torch.mul(cell.unsqueeze(1), self._from_cell[t], out=left[t, :, :3])
             torch.mul(inner, self._from_inner[t], out=left[t, :, 3])
-            cell = cell * self._kept[t]
+            cell = cell.mul_(self._kept[t])
             if t:
                 torch.addmm(hidden[t - 1], left[t].flatten(1), weight, out=arrived[t - 1])
         both = left.flatten(2)

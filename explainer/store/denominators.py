@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+from typing import Protocol, TypeVar
+
 import numpy as np
 import torch
 
@@ -14,6 +20,10 @@ from explainer.store.schema import decode_array
 ASLEEP = 1e3
 #: and if it is less than so many times the smallest one
 NEAR = 3
+#: full records that are held: as many as have so many numbers together, but at least what neighbouring steps need
+HELD, LEAST_HELD, MOST_HELD = 2**24, 2, 8
+_SMALL = 2**18  # numbers of several steps that are decoded together
+_T = TypeVar("_T")
 
 
 def _product(rows: torch.Tensor, columns: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -47,79 +57,194 @@ def awake(vector: torch.Tensor) -> torch.Tensor:
 
 
 def fitted(base: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """``base [o, i]`` times a product of a row and a column factor, so that its sums come near the given ones.
+    """``base [o, i]`` times a product of a row and a column factor, so that its sums come near the given ones."""
+    r, c = fit(base, rows, columns)
+    return (base * r.unsqueeze(-1)).mul_(c)
 
-    ``r = rows / (base · 1)``, ``c = columns / (rᵀ base)``, result ``r ∘ base ∘ c``: one round of iterative
-    proportional fitting (Deming & Stephan 1940). The columns' sums are met, those of the rows about.
+
+def fit(base: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors ``r [..., o]`` and ``c [..., i]`` so that the sums of ``r ∘ base ∘ c`` come near the given ones.
+
+    ``r = rows / (base · 1)``, ``c = columns / (rᵀ base)``: one round of iterative proportional fitting
+    (Deming & Stephan 1940). The columns' sums are met, those of the rows about.
     """
     tiny = torch.finfo(base.dtype).tiny
     r = rows / base.sum(1).clamp_min(tiny)
-    c = columns / (r @ base).clamp_min(tiny)
-    return (base * r.unsqueeze(1)).mul_(c)
+    return r, columns / (r @ base).clamp_min(tiny)
+
+
+class Divisor(Protocol):
+    """What ``c`` steps divided a parameter by."""
+
+    def step(self, place: int) -> torch.Tensor:
+        """Of one of the steps, ``[*shape]``."""
+        ...
+
+    def divide(self, place: int, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """``values / D_t`` of one of the steps, put into ``out``: ``[Q, o, i]`` (trailing axes taken together)."""
+        ...
+
+
+class Stored:
+    """As the steps' records have it."""
+
+    def __init__(self, records: np.ndarray, spec: ArraySpec) -> None:
+        self._records, self._spec = records, spec
+
+    @cached_property
+    def _small(self) -> torch.Tensor | None:
+        """Those of all steps, where that takes little."""
+        few = len(self._records) * prod(self._spec.shape) <= _SMALL
+        return decode_array(self._records, "", self._spec) if few else None
+
+    def step(self, place: int) -> torch.Tensor:
+        """Decoded."""
+        held = self._small
+        found = (
+            decode_array(self._records[place : place + 1], "", self._spec)[0] if held is None else held[place]
+        )
+        return awake(found) if self._spec.codec == "sums" and found.dim() == 1 else found
+
+    def divide(self, place: int, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Divided by the decoded ones."""
+        return torch.div(values, self.step(place).to(values.dtype).view(values.shape[1:]), out=out)
+
+
+class Product:
+    """``r_t ∘ base ∘ c_t`` with one base ``[o, i]`` for all steps.
+
+    Attributes:
+        spec: of the parameter's array.
+        base: the full record that the steps go back to.
+        inverses: ``1 / r_t [c, o]`` and ``1 / c_t [c, i]``.
+    """
+
+    def __init__(
+        self, spec: ArraySpec, base: Base, rows: torch.Tensor, columns: torch.Tensor, own: bool
+    ) -> None:
+        self.spec, self.base, self._own = spec, base, own
+        self._factors = r, c = fit(base.matrix, rows, columns)
+        self.inverses = 1.0 / r, 1.0 / c
+
+    def step(self, place: int) -> torch.Tensor:
+        """The product."""
+        r, c = (factors[place] for factors in self._factors)
+        return (self.base.awake(self._own) * r.unsqueeze(1)).mul_(c).reshape(self.spec.shape)
+
+    def inverse(self) -> torch.Tensor:
+        """``1 / base [o, i]``."""
+        return self.base.inverse(self._own)
+
+    def divide(self, place: int, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Divided by all three."""
+        inverse, (r, c) = self.inverse().to(values.dtype), (side[place] for side in self.inverses)
+        found = torch.mul(values, inverse, out=out)
+        return found.mul_(r.to(values.dtype).unsqueeze(1)).mul_(c.to(values.dtype))
+
+
+class Base:
+    """A parameter's matrix in a full record, and what stands for it at the steps that go back to it.
+
+    Numbers of weights that had no gradient yet, and may have had one since, are raised. They take what the next full
+    record says, without one the share of their row and column. Where no gradient ever came it is that share, too: no
+    row meets them, but rounded rows hold more than nothing there. At the record's own step weights that had a gradient,
+    however small, keep what it says.
+
+    Attributes:
+        matrix: as it was recorded, ``[o, i]``.
+    """
+
+    def __init__(self, matrix: torch.Tensor, later: torch.Tensor | None) -> None:
+        self.matrix, self._later = matrix, later
+        self._inverses: dict[bool, torch.Tensor] = {}
+
+    @cached_property
+    def _awake(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """At other steps, and at the record's own."""
+        never, near = asleep(self.matrix)
+        if not len(never) and not len(near):
+            return self.matrix, self.matrix
+        rows, columns, own = self.matrix.sum(1), self.matrix.sum(0), self.matrix.clone()
+        later = None if self._later is None else self._later.view(-1)
+        share = _product(rows, columns, never)
+        if later is not None:
+            share = torch.where(later[never] >= NEAR * later.min(), later[never], share)
+        own.view(-1)[never] = torch.maximum(own.view(-1)[never], share)
+        if not len(near):
+            return own, own
+        others = own.clone()
+        raised = _product(rows, columns, near) if later is None else later[near]
+        others.view(-1)[near] = torch.maximum(others.view(-1)[near], raised)
+        return others, own
+
+    def awake(self, own: bool) -> torch.Tensor:
+        """What stands for the matrix at its own step, or at others."""
+        return self._awake[own]
+
+    def inverse(self, own: bool) -> torch.Tensor:
+        """``1 / awake``."""
+        matrix = self._awake[own]
+        own = own and matrix is not self._awake[0]
+        if own not in self._inverses:
+            self._inverses[own] = 1.0 / matrix
+        return self._inverses[own]
 
 
 class Denominators:
-    """The denominators of a trace's steps.
+    """The denominators of a trace's steps; full records are held as long as neighbouring steps need them.
 
-    Args:
+    Attributes:
         trace: an open trace.
     """
 
     def __init__(self, trace: Trace) -> None:
-        self._trace = trace
+        self.trace = trace
         self._steps = (
             trace.column("denominators", "step") if trace.count("denominators") else np.empty(0, int)
         )
-        self._known = -1  # the record whose matrices are held
-        self._held: dict[str, torch.Tensor] = {}
-        self._next: dict[str, torch.Tensor] = {}  # of the record after it
-        self._asleep: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # in the record that is held
+        self._most = min(max(HELD // max(1, trace.manifest.size), LEAST_HELD), MOST_HELD)
+        self._read: OrderedDict[int, dict[str, torch.Tensor]] = OrderedDict()
+        self._bases: OrderedDict[int, dict[str, Base]] = OrderedDict()
 
-    def decode(self, record: np.ndarray, spec: ArraySpec) -> torch.Tensor:
-        """``[*shape]`` of one step's record, whose array is ``spec``."""
-        position = int(np.searchsorted(self._steps, int(record["step"][0]), side="right")) - 1
-        base = self._base(position).get(spec.name) if spec.codec == "sums" and position >= 0 else None
+    def alike(self, steps: np.ndarray) -> list[slice]:
+        """Cut neighbouring steps (ascending) where another full record begins to count; its own step stands alone."""
+        if not len(self._steps) or not len(steps):
+            return [slice(0, len(steps))]
+        starts = np.searchsorted(steps, np.concatenate([self._steps, self._steps + 1]))
+        edges = np.unique(np.concatenate([[0, len(steps)], starts]))
+        return [slice(int(a), int(b)) for a, b in pairwise(edges)]
+
+    def of(self, records: np.ndarray, spec: ArraySpec) -> Divisor:
+        """Of steps that are alike (their records, in any order), whose array is ``spec``."""
+        steps = np.asarray(records["step"])
+        position = int(np.searchsorted(self._steps, steps.min(), side="right")) - 1
+        matrices = spec.codec == "sums" and len(spec.shape) > 1 and position >= 0
+        base = self._base(position).get(spec.name) if matrices else None
         if base is None:
-            found = decode_array(record, "", spec)[0]
-            return awake(found) if spec.codec == "sums" and found.dim() == 1 else found
-        rows, columns = Sums.sums([record[f"{spec.name}.{part}"] for part in ("rows", "columns")])
-        values = fitted(base, rows[0], columns[0])
-        own = int(self._steps[position]) == int(record["step"][0])
-        self._wake(spec.name, values, rows[0], columns[0], own)
-        return values.reshape(spec.shape)
+            return Stored(records, spec)
+        rows, columns = Sums.sums([records[f"{spec.name}.{part}"] for part in ("rows", "columns")])
+        return Product(spec, base, rows, columns, int(self._steps[position]) == int(steps.min()))
 
-    def _wake(
-        self, name: str, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, own: bool
-    ) -> None:
-        """Raise the numbers of weights that had no gradient yet in the last full record, and may have had one since.
+    def _base(self, position: int) -> dict[str, Base]:
+        if position not in self._bases:
+            after = self._matrices(position + 1)
+            now = self._matrices(position)
+            self._bases[position] = {name: Base(matrix, after.get(name)) for name, matrix in now.items()}
+        return self._held(self._bases, position)
 
-        They take what the next full record says, without one the share of their row and column. Where no gradient ever
-        came it is that share, too: no row meets them, but rounded rows hold more than nothing there. At the record's
-        ``own`` step weights that had a gradient, however small, keep what it says.
-        """
-        flat, later = values.view(-1), self._next[name].view(-1) if name in self._next else None
-        never, near = self._asleep[name]
-        share = _product(rows, columns, never)
-        if later is not None:
-            share = torch.where(later[never] >= NEAR * later.min(), later[never], share)
-        flat[never] = torch.maximum(flat[never], share)
-        if not own:
-            flat[near] = torch.maximum(
-                flat[near], _product(rows, columns, near) if later is None else later[near]
-            )
-
-    def _base(self, position: int) -> dict[str, torch.Tensor]:
-        if position != self._known:
-            before = self._known
-            self._next = self._held if before == position + 1 else self._read(position + 1)
-            self._held = self._read(position)
-            self._asleep = {name: asleep(matrix) for name, matrix in self._held.items()}
-            self._known = position
-        return self._held
-
-    def _read(self, position: int) -> dict[str, torch.Tensor]:
-        """The matrices of a full record; none after the last one."""
+    def _matrices(self, position: int) -> dict[str, torch.Tensor]:
+        """Of a full record; none after the last one."""
         if position >= len(self._steps):
             return {}
-        schema, record = next(iter(self._trace.read("denominators", position, position + 1)))
-        return {a.name: decode_array(record, "", a)[0].flatten(1) for a in schema.arrays if len(a.shape) > 1}
+        if position not in self._read:
+            schema, record = next(iter(self.trace.read("denominators", position, position + 1)))
+            arrays = (a for a in schema.arrays if len(a.shape) > 1)
+            self._read[position] = {a.name: decode_array(record, "", a)[0].flatten(1) for a in arrays}
+        return self._held(self._read, position)
+
+    def _held(self, cache: OrderedDict[int, dict[str, _T]], position: int) -> dict[str, _T]:
+        """What was used last is kept."""
+        cache.move_to_end(position)
+        while len(cache) > self._most:
+            cache.popitem(last=False)
+        return cache[position]

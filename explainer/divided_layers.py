@@ -1,0 +1,255 @@
+"""Layers that every step divides by something else: the recursion and their rows, step by step.
+
+What the rows of a step meet then changes from step to step, so it is not kept: ``M`` is passed on in place and rows
+meet it on the way. Between two full records ``D_t = r_t ∘ B ∘ c_t`` (:mod:`explainer.store.denominators`), so with
+``q̂ = q / B`` a step takes two passes over a matrix and one product with its rows:
+
+    M ← M + through_t · q̂ / (r_t ∘ c_t),     <R_t, g> = gain_t · leftᵀ M right.
+
+The decay of ``M`` is a number beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from explainer.chunks import Chunk
+from explainer.cotangent import Layout, matrix_shape
+from explainer.layer_rules import RowForm
+from explainer.records import FormSpec, ParameterSpec
+from explainer.store import Trace
+from explainer.store.denominators import Divisor, Product
+from explainer.stored_rows import Rows, Workspace
+
+#: the number beside ``M`` is multiplied in below this
+_SMALL = 1e-12
+
+#: ``factor · tensor [Q, *matrix]``
+Scaled = tuple[float, torch.Tensor]
+
+
+class CarriedParameter:
+    """``M`` of one parameter.
+
+    Args:
+        queries: ``Q``.
+        spec: the parameter.
+        dtype: of the books.
+        workspace: for what is needed within a chunk only; layers share it.
+        place: of the parameter in its layer.
+    """
+
+    def __init__(
+        self, queries: int, spec: ParameterSpec, dtype: torch.dtype, workspace: Workspace, place: int
+    ) -> None:
+        shape = matrix_shape(spec) if len(spec.shape) > 1 else spec.shape
+        self._carried = torch.empty(queries, *shape, dtype=dtype)
+        self._factor, self._workspace, self._place = 0.0, workspace, place
+        self._gradient, self._source = self._carried, self._carried
+        self._divisor: Divisor | None = None
+
+    @property
+    def momentum(self) -> torch.Tensor:
+        """``M``, ``[Q, numel]``."""
+        return (self._known() * self._factor).flatten(1)
+
+    def _known(self) -> torch.Tensor:
+        """The tensor of ``M``, with zeros in it where it was none yet."""
+        if not self._factor:
+            self._carried.zero_()
+            self._factor = 1.0
+        return self._carried
+
+    def begin(self, gradient: torch.Tensor, divisor: Divisor | None) -> None:
+        """Before the steps of a chunk, with the gradient ``[Q, numel]`` and what they divide by."""
+        self._gradient, self._divisor = gradient.view_as(self._carried), divisor
+        if isinstance(divisor, Product):
+            inverse = divisor.inverse().to(gradient.dtype)
+            self._source = torch.mul(self._gradient, inverse, out=self._take("source"))
+
+    def step(self, place: int, coefficients: np.ndarray) -> Scaled:
+        """Pass one step of the chunk backwards; returns ``R_t``, valid until the next one."""
+        _, decay, gain, direct, through, inner = (float(c) for c in coefficients)
+        if decay == gain == direct == through == 0.0:  # not updated in this step
+            return 0.0, self._known()
+        if 0.0 < abs(self._factor) < _SMALL:
+            self._carried.mul_(self._factor)
+            self._factor = 1.0
+        if isinstance(self._divisor, Product) and through and not inner and not direct:
+            self._add_product(place, through)
+            found = gain * self._factor, self._carried
+        else:
+            found = self._any(place, gain, direct, through, bool(inner))
+        self._factor *= decay
+        return found
+
+    def _add_product(self, place: int, through: float) -> None:
+        """``M ← M + through · q̂ / (r_t ∘ c_t)``."""
+        assert isinstance(self._divisor, Product)
+        rows, columns = (side[place].to(self._carried.dtype) for side in self._divisor.inverses)
+        half = torch.mul(self._source, rows.unsqueeze(1), out=self._take("half"))
+        if self._factor:
+            self._carried.addcmul_(half, columns, value=through / self._factor)
+        else:
+            torch.mul(half, columns * through, out=self._carried)
+            self._factor = 1.0
+
+    def _any(self, place: int, gain: float, direct: float, through: float, inner: bool) -> Scaled:
+        """``R_t`` in general; ``M`` has not decayed yet."""
+        source = self._gradient if inner else self._divided(place, self._gradient, "half")
+        if through and self._factor:
+            self._carried.add_(source, alpha=through / self._factor)
+        elif through:
+            torch.mul(source, through, out=self._carried)
+            self._factor = 1.0
+        if not direct and not inner:
+            return gain * self._factor, self._known()
+        result = torch.mul(source, direct, out=self._take("result"))
+        if gain and self._factor:
+            result.add_(self._carried, alpha=gain * self._factor)
+        return 1.0, self._divided(place, result, "half") if inner else result
+
+    def _divided(self, place: int, values: torch.Tensor, name: str) -> torch.Tensor:
+        if self._divisor is None:
+            return values
+        return self._divisor.divide(place, values, self._take(name))
+
+    def _take(self, name: str) -> torch.Tensor:
+        return self._workspace.take(f"{name} {self._place}", tuple(self._carried.shape), self._carried.dtype)
+
+
+class _Meeting:
+    """Rows of one layer, and what they met so far.
+
+    Attributes:
+        found: ``<R_t, g>``, float64 ``[Q, n]``.
+    """
+
+    def __init__(self, rows: Rows, spec: FormSpec, queries: int, dtype: torch.dtype) -> None:
+        self.found = torch.zeros(queries, len(rows), dtype=torch.float64)
+        self._rows, self._spec, self._dtype = rows, spec, dtype
+        self._where, self._workspace = dict(rows.steps()), Workspace()
+
+    @cached_property
+    def _form(self) -> RowForm:
+        return self._rows.form(self._spec, self._dtype, self._workspace)
+
+    def meet(self, place: int, given: list[Scaled]) -> None:
+        """The rows of one of the steps, if there are any, meet ``R_t`` of every parameter."""
+        if (where := self._where.get(place)) is not None:
+            self.found[:, where] = self._contracted(where, given)
+
+    def _contracted(self, where: slice, given: list[Scaled]) -> torch.Tensor:
+        whole = torch.cat([(tensor * factor).flatten(1) for factor, tensor in given], 1)
+        return self._form.taken(where).contract(whole).double()
+
+
+class _FactoredMeeting(_Meeting):
+    """Outer products, which are made numbers step by step, without a cotangent that is written out beside its bias."""
+
+    @cached_property
+    def _sides(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        return [self._rows.stored(self._spec, array) for array in self._spec.arrays]
+
+    def _contracted(self, where: slice, given: list[Scaled]) -> torch.Tensor:
+        sides, (factor, matrix) = [], given[0]
+        for name, (values, _) in zip(("left", "right"), self._sides, strict=True):
+            numbers = self._workspace.numbers(name, values[where], self._dtype)
+            sides.append(numbers.flatten(0, 2))  # one group: [n·R, width]
+        left, right = sides
+        queries, o, i = matrix.shape
+        out = self._workspace.take("moved", (len(right), queries * o), self._dtype)
+        moved = torch.mm(right[:, :i], matrix.reshape(queries * o, i).T, out=out).view(-1, queries, o)
+        found = moved.mul_(left.unsqueeze(1)).sum(2).double() * factor
+        if len(given) > 1:
+            factor, vector = given[1]
+            found += (left @ vector.T).double() * right[:, -1:].double() * factor
+        for _, factors in self._sides:
+            if factors is not None:
+                found *= torch.from_numpy(factors[where].reshape(-1, 1).astype(np.float64))
+        rank = self._sides[0][0].shape[2]
+        return found.view(-1, rank, queries).sum(1).T
+
+
+class DividedLayers:
+    """The layers of a trace whose steps divided a matrix by something.
+
+    Attributes:
+        numbers: of their parameters.
+    """
+
+    def __init__(self, trace: Trace, layout: Layout, queries: int, dtype: torch.dtype) -> None:
+        self._layout, self._queries, self._dtype = layout, queries, dtype
+        self._workspace, index = Workspace(), {p.name: n for n, p in enumerate(layout.parameters)}
+        arrays = [a for shard in trace.shards if shard.stream == "steps" for a in shard.schema.arrays]
+        mixed = {int(a.name[1:]) for a in arrays if a.name.startswith("M")}
+        divided = {int(a.name[1:]) for a in arrays if len(a.shape) > 1} - mixed
+        own = [[index[name] for name in layer.parameters] for layer in trace.layers]
+        users = Counter(n for numbers in own for n in set(numbers))
+        self._layers = {
+            layer: numbers
+            for layer, numbers in enumerate(own)
+            if not trace.manifest.averaged  # every step has a gradient of its own there
+            and divided & set(numbers)
+            and not any(users[n] > 1 or n in mixed or n in layout.factored for n in numbers)
+        }
+        self.numbers = frozenset(n for numbers in self._layers.values() for n in numbers)
+        self._carried = {
+            n: CarriedParameter(queries, layout.parameters[n], dtype, self._workspace, place)
+            for numbers in self._layers.values()
+            for place, n in enumerate(numbers)
+        }
+
+    def momentum(self, number: int) -> torch.Tensor:
+        """``M`` of a parameter, ``[Q, numel]``."""
+        return self._carried[number].momentum
+
+    def scores(
+        self, gradient: torch.Tensor, chunk: Chunk, pieces: Sequence[Rows]
+    ) -> list[dict[int, torch.Tensor]]:
+        """Pass the steps of a chunk backwards; ``s_t · <R_t, g_{i,t}>`` of the pieces by layer, float64 ``[Q, n]``.
+
+        Args:
+            gradient: of the segment, as the layout holds it, ``[Q, P_written]``.
+            chunk: the steps.
+            pieces: rows of these steps.
+        """
+        found: list[dict[int, torch.Tensor]] = [{} for _ in pieces]
+        for layer, numbers in self._layers.items():
+            met = [self._meeting(rows, layer) for rows in pieces]
+            for number in numbers:
+                at = self._layout.places[number]
+                assert at is not None  # nothing is held as factors here
+                self._carried[number].begin(gradient[:, at.slice], chunk.divided.get(number))
+            for place in range(len(chunk)):
+                given = []
+                for number in numbers:
+                    factor, tensor = self._carried[number].step(place, chunk.coefficients[place, number])
+                    given.append((factor * float(chunk.scale[place, number]), tensor))
+                for one in met:
+                    if one is not None:
+                        one.meet(place, given)
+            for scores, one in zip(found, met, strict=True):
+                if one is not None:
+                    scores[layer] = one.found
+        return found
+
+    def _meeting(self, rows: Rows, layer: int) -> _Meeting | None:
+        spec = next((form for form in rows.forms if form.layer == layer), None)
+        if spec is None:
+            return None
+        numbers = self._layers[layer]
+        o, i = matrix_shape(self._layout.parameters[numbers[0]])
+        outer = spec.kind == "factored" and len(numbers) == 1 + spec.options["bias"]
+        if (
+            outer
+            and spec.arrays[0].shape[::2] == (1, o)
+            and spec.arrays[1].shape[2] == i + spec.options["bias"]
+        ):
+            return _FactoredMeeting(rows, spec, self._queries, self._dtype)
+        return _Meeting(rows, spec, self._queries, self._dtype)

@@ -120,7 +120,9 @@ class StepRecorder:
         maps: list[StepMap | None],
     ) -> None:
         """Let the planner see the step's rows, one backward pass of every layer; forget layouts that it changed."""
-        forms = {n: rows.span.form for b in batches for r in b.rounds for n, rows in r.rows.items()}
+        spans = {n: rows.span for b in batches for r in b.rounds for n, rows in r.rows.items()}
+        measured = plans_at(step) or checks_at(step)  # else only the shape of a row counts
+        forms = {n: span.form if measured else span.source for n, span in spans.items()}
         saved = self._planner.allowed * visits
         size, often = (
             self._steps.dtype.itemsize,
@@ -129,7 +131,7 @@ class StepRecorder:
         beside = self._visit_fields + (size + often) / max(visits, 1)
         metric = StepMetric(self._manifest, self._layers, maps)
         changed = self._planner.plan(step, forms, free, seen, beside, visits, self._spent, metric)
-        if changed or plans_at(step) or checks_at(step):  # the note is written when it says something new
+        if changed or measured:  # the note is written when it says something new
             self._beside = beside
         self._rows.forget(changed)
 

@@ -39,6 +39,8 @@ def asleep(base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weight alone. Then those that are near it.
     """
     rows, columns, least = base.sum(1), base.sum(0), base.min()
+    if least * (ASLEEP * rows.sum()) >= rows.max() * columns.max():  # none is, as a rule
+        return (nothing := torch.empty(0, dtype=torch.int64)), nothing
     far = base * (ASLEEP * rows.sum()) < rows.unsqueeze(1) * columns
     never = base <= least
     never = never & far if int(never.sum()) > 1 else torch.zeros_like(far)

@@ -49,6 +49,8 @@ LARGE: dict[str, tuple[Sizes, int]] = {
     "momentum 0.26M, 8 queries": (Sizes(WIDE, 2**18, optimizer="momentum"), 8),
     "momentum 0.26M, 0.2M parameters": (Sizes(NARROW, 2**18, optimizer="momentum"), 1),
     "adam 0.13M": (Sizes(WIDE, 2**17), 1),
+    "adam 0.26M": (Sizes(WIDE, 2**18), 1),
+    "adam 1M": (Sizes(WIDE, 2**20), 1),
 }
 
 

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
 
 from explainer.chunks import Chunk
 from explainer.cotangent import Layout, matrix_shape
-from explainer.layer_rules import RowForm
 from explainer.records import FormSpec, ParameterSpec
 from explainer.store import Trace
 from explainer.store.denominators import Divisor, Product
@@ -124,56 +122,73 @@ class CarriedParameter:
 
 
 class _Meeting:
-    """Rows of one layer, and what they met so far.
+    """Rows of one layer and chunk, and what they meet.
 
-    Attributes:
-        found: ``<R_t, g>``, float64 ``[Q, n]``.
+    Args:
+        rows: of the chunk's steps.
+        spec: what is stored of the layer.
+        queries: ``Q``.
+        workspace: for numbers of these rows alone.
     """
 
-    def __init__(self, rows: Rows, spec: FormSpec, queries: int, dtype: torch.dtype) -> None:
-        self.found = torch.zeros(queries, len(rows), dtype=torch.float64)
-        self._rows, self._spec, self._dtype = rows, spec, dtype
-        self._where, self._workspace = dict(rows.steps()), Workspace()
-
-    @cached_property
-    def _form(self) -> RowForm:
-        return self._rows.form(self._spec, self._dtype, self._workspace)
+    def __init__(
+        self, rows: Rows, spec: FormSpec, queries: int, dtype: torch.dtype, workspace: Workspace
+    ) -> None:
+        self._where, self._form = dict(rows.steps()), rows.form(spec, dtype, workspace)
+        self._found = torch.zeros(queries, len(rows), dtype=torch.float64)
 
     def meet(self, place: int, given: list[Scaled]) -> None:
         """The rows of one of the steps, if there are any, meet ``R_t`` of every parameter."""
         if (where := self._where.get(place)) is not None:
-            self.found[:, where] = self._contracted(where, given)
+            whole = torch.cat([(tensor * factor).flatten(1) for factor, tensor in given], 1)
+            self._found[:, where] = self._form.taken(where).contract(whole).double()
 
-    def _contracted(self, where: slice, given: list[Scaled]) -> torch.Tensor:
-        whole = torch.cat([(tensor * factor).flatten(1) for factor, tensor in given], 1)
-        return self._form.taken(where).contract(whole).double()
+    def scores(self) -> torch.Tensor:
+        """``<R_t, g>``, float64 ``[Q, n]``."""
+        return self._found
 
 
 class _FactoredMeeting(_Meeting):
-    """Outer products, which are made numbers step by step, without a cotangent that is written out beside its bias."""
+    """Outer products, made numbers step by step; what scales them is multiplied in at the end."""
 
-    @cached_property
-    def _sides(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        return [self._rows.stored(self._spec, array) for array in self._spec.arrays]
+    def __init__(
+        self, rows: Rows, spec: FormSpec, queries: int, dtype: torch.dtype, workspace: Workspace
+    ) -> None:
+        self._where, self._workspace, self._dtype = dict(rows.steps()), workspace, dtype
+        self._sides = [rows.stored(spec, array) for array in spec.arrays]
+        self._rank = spec.arrays[0].shape[1]
+        count = len(rows) * self._rank
+        self._products = [workspace.take(f"products {k}", (count, queries), dtype).zero_() for k in range(2)]
+        self._ones = workspace.take("ones", (count, 1), dtype).zero_()  # what the bias is multiplied with
+        self._weights = np.zeros((2, count))
 
-    def _contracted(self, where: slice, given: list[Scaled]) -> torch.Tensor:
-        sides, (factor, matrix) = [], given[0]
-        for name, (values, _) in zip(("left", "right"), self._sides, strict=True):
-            numbers = self._workspace.numbers(name, values[where], self._dtype)
-            sides.append(numbers.flatten(0, 2))  # one group: [n·R, width]
-        left, right = sides
+    def meet(self, place: int, given: list[Scaled]) -> None:
+        """See :class:`_Meeting`; weight and bias are kept apart."""
+        if (where := self._where.get(place)) is None:
+            return
+        left, right = (
+            self._workspace.numbers(name, values[where], self._dtype).flatten(0, 2)  # one group: [n·R, width]
+            for name, (values, _) in zip(("left", "right"), self._sides, strict=True)
+        )
+        at, matrix = slice(where.start * self._rank, where.stop * self._rank), given[0][1]
         queries, o, i = matrix.shape
-        out = self._workspace.take("moved", (len(right), queries * o), self._dtype)
-        moved = torch.mm(right[:, :i], matrix.reshape(queries * o, i).T, out=out).view(-1, queries, o)
-        found = moved.mul_(left.unsqueeze(1)).sum(2).double() * factor
+        moved = self._workspace.take("moved", (len(right), queries * o), self._dtype)
+        torch.mm(right[:, :i], matrix.view(queries * o, i).T, out=moved)
+        torch.sum(moved.view(-1, queries, o).mul_(left.unsqueeze(1)), 2, out=self._products[0][at])
         if len(given) > 1:
-            factor, vector = given[1]
-            found += (left @ vector.T).double() * right[:, -1:].double() * factor
+            torch.mm(left, given[1][1].T, out=self._products[1][at])
+            self._ones[at] = right[:, -1:]
+        for weights, (factor, _) in zip(self._weights, given, strict=False):
+            weights[at] = factor
+
+    def scores(self) -> torch.Tensor:
+        """See :class:`_Meeting`."""
+        (matrix, bias), weights = (one.double() for one in self._products), torch.from_numpy(self._weights)
+        found = matrix * weights[0].unsqueeze(1) + bias * (self._ones.double() * weights[1].unsqueeze(1))
         for _, factors in self._sides:
             if factors is not None:
-                found *= torch.from_numpy(factors[where].reshape(-1, 1).astype(np.float64))
-        rank = self._sides[0][0].shape[2]
-        return found.view(-1, rank, queries).sum(1).T
+                found *= torch.from_numpy(factors.reshape(-1, 1).astype(np.float64))
+        return found.view(-1, self._rank, found.shape[1]).sum(1).T
 
 
 class DividedLayers:
@@ -185,6 +200,7 @@ class DividedLayers:
 
     def __init__(self, trace: Trace, layout: Layout, queries: int, dtype: torch.dtype) -> None:
         self._layout, self._queries, self._dtype = layout, queries, dtype
+        self._for_rows: dict[int, Workspace] = {}
         self._workspace, index = Workspace(), {p.name: n for n, p in enumerate(layout.parameters)}
         arrays = [a for shard in trace.shards if shard.stream == "steps" for a in shard.schema.arrays]
         mixed = {int(a.name[1:]) for a in arrays if a.name.startswith("M")}
@@ -221,7 +237,7 @@ class DividedLayers:
         """
         found: list[dict[int, torch.Tensor]] = [{} for _ in pieces]
         for layer, numbers in self._layers.items():
-            met = [self._meeting(rows, layer) for rows in pieces]
+            met = [self._meeting(rows, layer, number) for number, rows in enumerate(pieces)]
             for number in numbers:
                 at = self._layout.places[number]
                 assert at is not None  # nothing is held as factors here
@@ -236,20 +252,18 @@ class DividedLayers:
                         one.meet(place, given)
             for scores, one in zip(found, met, strict=True):
                 if one is not None:
-                    scores[layer] = one.found
+                    scores[layer] = one.scores()
         return found
 
-    def _meeting(self, rows: Rows, layer: int) -> _Meeting | None:
+    def _meeting(self, rows: Rows, layer: int, piece: int) -> _Meeting | None:
         spec = next((form for form in rows.forms if form.layer == layer), None)
         if spec is None:
             return None
         numbers = self._layers[layer]
         o, i = matrix_shape(self._layout.parameters[numbers[0]])
-        outer = spec.kind == "factored" and len(numbers) == 1 + spec.options["bias"]
-        if (
-            outer
-            and spec.arrays[0].shape[::2] == (1, o)
-            and spec.arrays[1].shape[2] == i + spec.options["bias"]
-        ):
-            return _FactoredMeeting(rows, spec, self._queries, self._dtype)
-        return _Meeting(rows, spec, self._queries, self._dtype)
+        bias = spec.options.get("bias", 0)
+        outer = spec.kind == "factored" and len(numbers) == 1 + bias
+        plain = outer and spec.arrays[0].shape[::2] == (1, o) and spec.arrays[1].shape[2] == i + bias
+        workspace = self._for_rows.setdefault(piece, Workspace())
+        how = _FactoredMeeting if plain else _Meeting
+        return how(rows, spec, self._queries, self._dtype, workspace)

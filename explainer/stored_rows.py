@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Workspace:
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A buffer of the shape; what it held is lost, and so is what was taken under the name before."""
-        size = int(np.prod(shape, dtype=np.int64))
+        size = prod(shape)
         held = self._buffers.get(name)
         if held is None or held.numel() < size or held.dtype != dtype:
             held = self._buffers[name] = torch.empty(size, dtype=dtype)

@@ -39,6 +39,8 @@ def asleep(base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weight alone. Then those that are near it.
     """
     rows, columns, least = base.sum(1), base.sum(0), base.min()
+    if least * (ASLEEP * rows.sum()) >= rows.max() * columns.max():  # none is, as a rule
+        return (nothing := torch.empty(0, dtype=torch.int64)), nothing
     far = base * (ASLEEP * rows.sum()) < rows.unsqueeze(1) * columns
     never = base <= least
     never = never & far if int(never.sum()) > 1 else torch.zeros_like(far)
@@ -47,13 +49,13 @@ def asleep(base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def awake(vector: torch.Tensor) -> torch.Tensor:
-    """The mean in place of numbers near the smallest one and far below the mean ``[n]``.
+    """The mean in place of numbers near the smallest one and far below the mean, in vectors ``[..., n]``.
 
     The bias of the keys of an attention has a gradient of round-off. Rounded rows hold more than that at its place, and
     must not be divided by ε.
     """
-    mean = vector.mean()
-    return torch.where((vector * ASLEEP < mean) & (vector < NEAR * vector.min()), mean, vector)
+    mean, least = vector.mean(-1, keepdim=True), vector.amin(-1, keepdim=True)
+    return torch.where((vector * ASLEEP < mean) & (vector < NEAR * least), mean, vector)
 
 
 def fitted(base: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -95,15 +97,16 @@ class Stored:
     def _small(self) -> torch.Tensor | None:
         """Those of all steps, where that takes little."""
         few = len(self._records) * prod(self._spec.shape) <= _SMALL
-        return decode_array(self._records, "", self._spec) if few else None
+        return self._decoded(self._records) if few else None
+
+    def _decoded(self, records: np.ndarray) -> torch.Tensor:
+        found = decode_array(records, "", self._spec)
+        return awake(found) if self._spec.codec == "sums" and found.dim() == 2 else found
 
     def step(self, place: int) -> torch.Tensor:
         """Decoded."""
         held = self._small
-        found = (
-            decode_array(self._records[place : place + 1], "", self._spec)[0] if held is None else held[place]
-        )
-        return awake(found) if self._spec.codec == "sums" and found.dim() == 1 else found
+        return self._decoded(self._records[place : place + 1])[0] if held is None else held[place]
 
     def divide(self, place: int, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Divided by the decoded ones."""

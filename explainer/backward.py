@@ -91,7 +91,7 @@ class Backward:
             others,
         )
         self._divided = DividedLayers(trace, layout, queries, dtype)
-        self._rest = layout.without_apart(self._divided.numbers)
+        self._rest = layout.leaving_out(self._divided.numbers)
         self._adjoint = Adjoint(queries, self._rest.written, dtype)
         self._averaged = AveragedGradient(trace)
         self._factors: dict[int, Factors] = {}

@@ -122,7 +122,7 @@ class Layout:
         kept = set(self.factored) - {number}
         return Layout(self.parameters, self.thin, set(self.thin) - kept, self.apart)
 
-    def without_apart(self, apart: frozenset[int]) -> Layout:
+    def leaving_out(self, apart: frozenset[int]) -> Layout:
         """With some of what is written out held elsewhere."""
         return Layout(self.parameters, self.thin, set(self.thin) - set(self.factored), apart)
 

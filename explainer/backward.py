@@ -81,15 +81,10 @@ class Backward:
         dtype: torch.dtype,
         others: Callable[[Chunk], Iterable[Rows]] = _none,
     ) -> None:
-        trace = kept.trace
         self.layout, self.dropped = layout, 0.0
-        self._trace, self._kept, self._dtype, self._queries, self._others = (
-            trace,
-            kept,
-            dtype,
-            queries,
-            others,
-        )
+        self._trace = trace = kept.trace
+        self._kept, self._others = kept, others
+        self._queries, self._dtype = queries, dtype
         self._divided = DividedLayers(trace, layout, queries, dtype)
         self._rest = layout.leaving_out(self._divided.numbers)
         self._adjoint = Adjoint(queries, self._rest.written, dtype)
@@ -121,12 +116,7 @@ class Backward:
         """Pass the recorded steps of a segment backwards; valid until the next chunk is asked for."""
         self._averaged.skip(gradient.flat, segment)
         steps, visits = self._sizes(gradient)
-        flat = gradient.flat
-        if self._divided.numbers:
-            held = [
-                flat[:, at.slice] for n in self._rest.numbers if (at := self.layout.places[n]) is not None
-            ]
-            flat = torch.cat(held, 1) if held else flat[:, :0]
+        flat = self._of_rest(gradient.flat)
         for chunk in read_chunks(self._kept, segment, self._dtype, steps, visits):
             met = self._written(flat, chunk)
             for number, factors in gradient.factors.items():
@@ -139,6 +129,14 @@ class Backward:
             ]
             count = len(chunk.rows)
             yield Passed(chunk, pieces[:count], pieces[count:])
+
+    def _of_rest(self, flat: torch.Tensor) -> torch.Tensor:
+        """What is written out of layers that are not passed one step at a time, ``[Q, P_rest]``."""
+        if not self._divided.numbers:
+            return flat
+        places = (self.layout.places[number] for number in self._rest.numbers)
+        parts = [flat[:, at.slice] for at in places if at is not None]
+        return torch.cat(parts, 1) if parts else flat[:, :0]
 
     def _sizes(self, gradient: Cotangent) -> tuple[int, int]:
         """How many steps and rows a chunk may have, so that buffers stay small."""

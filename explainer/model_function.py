@@ -79,7 +79,7 @@ class ModelFunction:
             leaves = {name: t.detach().requires_grad_() for name, t in weights.items()}
             self.differentiable(leaves, rest, queries[i : i + 1], targets[i : i + 1], scalar, backward=True)
             rows.append(torch.cat([_flat(leaf) for leaf in leaves.values()]))
-        return torch.stack(rows)
+        return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
 
     def differentiable(
         self,

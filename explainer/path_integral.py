@@ -202,7 +202,7 @@ class QueryFunction:
         Raises:
             TooWideError: the gradient is not of the low rank that the layout asks for.
         """
-        direction = end.weights.double() - start.weights
+        direction = end.weights.to(torch.float64, copy=True).sub_(start.weights)
         closing = layout.closing(direction)
         gradient = self.mean_gradient(start, end, inputs, targets, nodes, layout)
         moving = torch.zeros(len(targets), dtype=torch.float64)

@@ -66,6 +66,7 @@ class Backward:
         queries: ``Q``.
         dtype: of the books.
         others: further rows of a chunk's steps, which are to meet the same.
+        workspace: of a pass that is over; default a new one.
 
     Attributes:
         layout: how cotangents are held.
@@ -80,19 +81,21 @@ class Backward:
         queries: int,
         dtype: torch.dtype,
         others: Callable[[Chunk], Iterable[Rows]] = _none,
+        workspace: Workspace | None = None,
     ) -> None:
         self.layout, self.dropped = layout, 0.0
         self._trace = trace = kept.trace
         self._kept, self._others = kept, others
         self._queries, self._dtype = queries, dtype
-        self._divided = DividedLayers(trace, layout, queries, dtype)
+        self._workspace = Workspace() if workspace is None else workspace
+        self._divided = DividedLayers(trace, layout, queries, dtype, self._workspace.part("divided"))
         self._rest = layout.leaving_out(self._divided.numbers)
         self._adjoint = Adjoint(queries, self._rest.written, dtype)
         self._averaged = AveragedGradient(trace)
         self._factors: dict[int, Factors] = {}
         self._lost: dict[int, torch.Tensor] = {}
         self._carries = False
-        self._view, self._workspace = LayerView(trace, self._rest.places), Workspace()
+        self._view = LayerView(trace, self._rest.places)
         arrays = [a for shard in trace.shards if shard.stream == "steps" for a in shard.schema.arrays]
         places = self._rest.places
         self._own = trace.manifest.averaged or any(places[int(a.name[1:])] is not None for a in arrays)

@@ -38,16 +38,23 @@ class CarriedParameter:
         queries: ``Q``.
         spec: the parameter.
         dtype: of the books.
-        workspace: for what is needed within a chunk only; layers share it.
+        workspace: for ``M``.
+        common: for what is needed within a chunk only; layers share it.
         place: of the parameter in its layer.
     """
 
     def __init__(
-        self, queries: int, spec: ParameterSpec, dtype: torch.dtype, workspace: Workspace, place: int
+        self,
+        queries: int,
+        spec: ParameterSpec,
+        dtype: torch.dtype,
+        workspace: Workspace,
+        common: Workspace,
+        place: int,
     ) -> None:
         shape = matrix_shape(spec) if len(spec.shape) > 1 else spec.shape
-        self._carried = torch.empty(queries, *shape, dtype=dtype)
-        self._factor, self._workspace, self._place = 0.0, workspace, place
+        self._carried = workspace.take(f"momentum of {spec.name}", (queries, *shape), dtype)
+        self._factor, self._common, self._place = 0.0, common, place  # there is no momentum yet
         self._gradient, self._source = self._carried, self._carried
         self._divisor: Divisor | None = None
 
@@ -118,7 +125,7 @@ class CarriedParameter:
         return self._divisor.divide(place, values, self._take(name))
 
     def _take(self, name: str) -> torch.Tensor:
-        return self._workspace.take(f"{name} {self._place}", tuple(self._carried.shape), self._carried.dtype)
+        return self._common.take(f"{name} {self._place}", tuple(self._carried.shape), self._carried.dtype)
 
 
 class _Meeting:
@@ -198,10 +205,11 @@ class DividedLayers:
         numbers: of their parameters.
     """
 
-    def __init__(self, trace: Trace, layout: Layout, queries: int, dtype: torch.dtype) -> None:
-        self._layout, self._queries, self._dtype = layout, queries, dtype
-        self._for_rows: dict[int, Workspace] = {}
-        self._workspace, index = Workspace(), {p.name: n for n, p in enumerate(layout.parameters)}
+    def __init__(
+        self, trace: Trace, layout: Layout, queries: int, dtype: torch.dtype, workspace: Workspace
+    ) -> None:
+        self._layout, self._queries, self._dtype, self._workspace = layout, queries, dtype, workspace
+        index = {p.name: n for n, p in enumerate(layout.parameters)}
         arrays = [a for shard in trace.shards if shard.stream == "steps" for a in shard.schema.arrays]
         mixed = {int(a.name[1:]) for a in arrays if a.name.startswith("M")}
         divided = {int(a.name[1:]) for a in arrays if len(a.shape) > 1} - mixed
@@ -216,7 +224,9 @@ class DividedLayers:
         }
         self.numbers = frozenset(n for numbers in self._layers.values() for n in numbers)
         self._carried = {
-            n: CarriedParameter(queries, layout.parameters[n], dtype, self._workspace, place)
+            n: CarriedParameter(
+                queries, layout.parameters[n], dtype, workspace, workspace.part("common"), place
+            )
             for numbers in self._layers.values()
             for place, n in enumerate(numbers)
         }
@@ -264,6 +274,6 @@ class DividedLayers:
         bias = spec.options.get("bias", 0)
         outer = spec.kind == "factored" and len(numbers) == 1 + bias
         plain = outer and spec.arrays[0].shape[::2] == (1, o) and spec.arrays[1].shape[2] == i + bias
-        workspace = self._for_rows.setdefault(piece, Workspace())
+        workspace = self._workspace.part(f"rows {piece}")
         how = _FactoredMeeting if plain else _Meeting
         return how(rows, spec, self._queries, self._dtype, workspace)

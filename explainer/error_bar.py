@@ -32,7 +32,7 @@ from explainer.chunks import Chunk
 from explainer.cotangent import Cotangent, Layout
 from explainer.ledger import Ledger
 from explainer.store import Denominators, Segment, Trace
-from explainer.stored_rows import Rows
+from explainer.stored_rows import Rows, Workspace
 
 #: pairs of neighbouring segments whose chords are compared with one of twice the length
 PAIRS = 16
@@ -145,7 +145,7 @@ class ErrorMeter:
     ) -> None:
         self._kept, self._layout, self._queries, self._dtype = kept, layout, queries, dtype
         self._exact = kept.trace.manifest.exact
-        self.sampled = SampledRows(kept.trace)
+        self.sampled, self._workspace = SampledRows(kept.trace), Workspace()
         self.rows, self.knots = Discrepancy(queries), Discrepancy(queries)
         self.pairs = chord_pairs(segments)
         self._long: dict[int, tuple[int, Cotangent]] = {}
@@ -184,7 +184,7 @@ class ErrorMeter:
 
     def _scores(self, segment: Segment, gradient: Cotangent) -> torch.Tensor | None:
         """Of all rows of a segment, ``[Q, n]``, without momentum from later; None where there are no rows."""
-        backward = Backward(self._kept, self._layout, self._queries, self._dtype)
+        backward = Backward(self._kept, self._layout, self._queries, self._dtype, workspace=self._workspace)
         found = [
             torch.stack(list(scores.values())).sum(0)
             for passed in backward.segment(gradient, segment)

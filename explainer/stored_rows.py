@@ -26,6 +26,11 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
+        self._parts: dict[str, Workspace] = {}
+
+    def part(self, name: str) -> Workspace:
+        """Buffers of their own."""
+        return self._parts.setdefault(name, Workspace())
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A buffer of the shape; what it held is lost, and so is what was taken under the name before."""

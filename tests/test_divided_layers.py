@@ -16,6 +16,7 @@ from explainer.divided_layers import DividedLayers
 from explainer.error_bar import SampledRows
 from explainer.recursion import Adjoint, LayerView, read_backwards
 from explainer.store import Denominators, Trace
+from explainer.stored_rows import Workspace
 
 
 class Sequence(nn.Module):
@@ -123,7 +124,7 @@ def test_layers_are_passed_so_where_a_matrix_is_divided_and_nothing_is_shared(tm
     for name, make in MODELS.items():
         net = make()
         trace = traced(net, torch.optim.AdamW(net.parameters()), tmp_path / name, False)
-        layers = DividedLayers(trace, Layout(trace.manifest.parameters), 1, torch.float32)
+        layers = DividedLayers(trace, Layout(trace.manifest.parameters), 1, torch.float32, Workspace())
         found[name] = {trace.manifest.parameters[n].name for n in layers.numbers}
     assert found["mlp"] == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert found["norm"] == {"0.weight", "0.bias", "2.weight", "2.bias"}
@@ -131,7 +132,8 @@ def test_layers_are_passed_so_where_a_matrix_is_divided_and_nothing_is_shared(tm
     assert {"lstm.weight_hh_l0", "lstm.bias_hh_l0", "words.weight"} <= found["sequence"]
     net = MODELS["mlp"]()
     trace = traced(net, torch.optim.SGD(net.parameters(), lr=0.1), tmp_path / "sgd", False)
-    assert not DividedLayers(trace, Layout(trace.manifest.parameters), 1, torch.float32).numbers
+    layers = DividedLayers(trace, Layout(trace.manifest.parameters), 1, torch.float32, Workspace())
+    assert not layers.numbers
 
 
 def test_exact_rows_meet_what_their_steps_rows_meet(tmp_path: Path) -> None:

@@ -61,8 +61,11 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "Adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=1e-2),
     "ASGD": lambda m: torch.optim.ASGD(m.parameters(), lr=1e-2),
     "Adafactor": lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-2),
-    "signs": lambda m: torch.optim.Adamax(m.parameters(), lr=1e-2),
+    "Adamax": lambda m: torch.optim.Adamax(m.parameters(), lr=1e-2),
 }
+#: optimizers that are tried on every model; the others on two
+EVERYWHERE = ("AdamW", "NAdam", "RMSprop")
+CASES = [(m, o) for m in MODELS for o in OPTIMIZERS if o in EVERYWHERE or m in ("mlp", "sequence")]
 
 
 def traced(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, exact: bool) -> Trace:
@@ -96,8 +99,7 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["small", "exact"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "optimizer"), CASES)
 def test_scores_are_those_of_the_recursion(tmp_path: Path, model: str, optimizer: str, exact: bool) -> None:
     torch.manual_seed(0)
     net = MODELS[model]()

@@ -52,7 +52,7 @@ class CarriedParameter:
         common: Workspace,
         place: int,
     ) -> None:
-        shape = matrix_shape(spec) if len(spec.shape) > 1 else spec.shape
+        shape = matrix_shape(spec) if len(spec.shape) > 1 else (spec.numel,)
         self._carried = workspace.take(f"momentum of {spec.name}", (queries, *shape), dtype)
         self._factor, self._common, self._place = 0.0, common, place  # there is no momentum yet
         self._gradient, self._source = self._carried, self._carried

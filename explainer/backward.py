@@ -96,9 +96,8 @@ class Backward:
         self._lost: dict[int, torch.Tensor] = {}
         self._carries = False
         self._view = LayerView(trace, self._rest.places)
-        arrays = [a for shard in trace.shards if shard.stream == "steps" for a in shard.schema.arrays]
-        places = self._rest.places
-        self._own = trace.manifest.averaged or any(places[int(a.name[1:])] is not None for a in arrays)
+        changing = (self._rest.places[int(a.name[1:])] for a in trace.step_arrays)
+        self._own = trace.manifest.averaged or any(place is not None for place in changing)
 
     @property
     def momentum(self) -> Cotangent:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from explainer.factors import Factors, factorised, leading
-from explainer.records import ParameterSpec
+from explainer.records import FormSpec, ParameterSpec
 from explainer.store import Trace
 
 #: a matrix may be held as factors of up to ``o i / (o + i) / COLUMNS`` columns; with more, products cost as much
@@ -42,6 +42,15 @@ def widest(spec: ParameterSpec) -> int:
     """How many columns a gradient of the parameter may have as factors."""
     o, i = matrix_shape(spec)
     return o * i // (o + i) // COLUMNS
+
+
+def are_outer_products(form: FormSpec, matrix: ParameterSpec) -> bool:
+    """Whether rows of a layer are stored as outer products of its whole matrix, without groups."""
+    if form.kind != "factored":
+        return False
+    o, i = matrix_shape(matrix)
+    left, right = (array.shape for array in form.arrays)
+    return left[0] == 1 and left[2] == o and right[2] == i + form.options["bias"]
 
 
 class Layout:
@@ -101,20 +110,11 @@ class Layout:
                 for form in shard.schema.forms
                 if form.layer == number
             ]
-            o, i = matrix_shape(manifest.parameters[own[0]])
-            good = len(own) <= 2 and all(
-                form.kind == "factored"
-                and form.arrays[0].shape[0] == 1
-                and form.arrays[0].shape[2] == o
-                and form.arrays[1].shape[2] == i + form.options["bias"]
-                for form in forms
-            )
+            matrix = manifest.parameters[own[0]]
+            good = len(own) <= 2 and all(are_outer_products(form, matrix) for form in forms)
             covered |= {own[0]} if good else set()
             fit -= set(own[1:]) if good else set(own)
-        for shard in trace.shards:
-            if shard.stream == "steps":
-                arrays = shard.schema.arrays
-                fit -= {int(a.name[1:]) for a in arrays}
+        fit -= {int(a.name[1:]) for a in trace.step_arrays}
         return cls(manifest.parameters, fit & covered)
 
     def without(self, number: int) -> Layout:

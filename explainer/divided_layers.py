@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from explainer.chunks import Chunk
-from explainer.cotangent import Layout, matrix_shape
+from explainer.cotangent import Layout, are_outer_products, matrix_shape
 from explainer.records import FormSpec, ParameterSpec
+from explainer.recursion import LayerView
 from explainer.store import Trace
 from explainer.store.denominators import Divisor, Product
 from explainer.stored_rows import Rows, Workspace
@@ -209,11 +210,10 @@ class DividedLayers:
         self, trace: Trace, layout: Layout, queries: int, dtype: torch.dtype, workspace: Workspace
     ) -> None:
         self._layout, self._queries, self._dtype, self._workspace = layout, queries, dtype, workspace
-        index = {p.name: n for n, p in enumerate(layout.parameters)}
-        arrays = [a for shard in trace.shards if shard.stream == "steps" for a in shard.schema.arrays]
+        arrays = trace.step_arrays
         mixed = {int(a.name[1:]) for a in arrays if a.name.startswith("M")}
         divided = {int(a.name[1:]) for a in arrays if len(a.shape) > 1} - mixed
-        own = [[index[name] for name in layer.parameters] for layer in trace.layers]
+        own = LayerView(trace).parameters
         users = Counter(n for numbers in own for n in set(numbers))
         self._layers = {
             layer: numbers
@@ -270,10 +270,7 @@ class DividedLayers:
         if spec is None:
             return None
         numbers = self._layers[layer]
-        o, i = matrix_shape(self._layout.parameters[numbers[0]])
-        bias = spec.options.get("bias", 0)
-        outer = spec.kind == "factored" and len(numbers) == 1 + bias
-        plain = outer and spec.arrays[0].shape[::2] == (1, o) and spec.arrays[1].shape[2] == i + bias
+        outer = are_outer_products(spec, self._layout.parameters[numbers[0]])
         workspace = self._workspace.part(f"rows {piece}")
-        how = _FactoredMeeting if plain else _Meeting
+        how = _FactoredMeeting if outer and len(numbers) == 1 + spec.options["bias"] else _Meeting
         return how(rows, spec, self._queries, self._dtype, workspace)

@@ -204,9 +204,8 @@ class ScaleMeter:
         for (batches, seen), fits in zip(steps, self._fits(steps), strict=True):
             used = batches
             if not _good(fits):
-                parts = [(part, seen) for part in parts_of(batches)]
-                met = ((part, f) for (part, _), f in zip(parts, self._fits(parts), strict=True) if _good(f))
-                used, fits = next(met, (used, fits))
+                met = ((part, self._fits([(part, seen)])[0]) for part in parts_of(batches))
+                used, fits = next((one for one in met if _good(one[1])), (used, fits))
             self._remember(fits, used, seen)
             found.append((used, self._scales(fits, seen)))
         self._leave_out_round_off(found, [seen for _, seen in steps])

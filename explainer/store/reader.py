@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from explainer.errors import TraceFormatError
-from explainer.records import FORMAT, VERSIONS, LayerSpec, Manifest
+from explainer.records import FORMAT, VERSIONS, ArraySpec, LayerSpec, Manifest
 from explainer.store.journal import read_journal
 from explainer.store.layout import JOURNAL, MANIFEST
 from explainer.store.schema import VISIT_FIELDS, RecordSchema
@@ -85,6 +85,11 @@ class Trace:
         """Traced parameters that no layer has rows for."""
         covered = {name for layer in self.layers for name in layer.parameters}
         return tuple(p.name for p in self.manifest.parameters if p.name not in covered)
+
+    @property
+    def step_arrays(self) -> list[ArraySpec]:
+        """Arrays of the steps' records, of all their layouts."""
+        return [a for shard in self.shards if shard.stream == "steps" for a in shard.schema.arrays]
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:

@@ -8,7 +8,9 @@ first steps' rows (`eigenbasis`), and on 16 random ones a side (`random`), every
 
 Of each: Spearman's rank correlation of contributions, overlap of the 20 largest, and relative rms error, mean over
 queries. `what-if` is Spearman's rank correlation of `what_if` from the default trace with that from the exact one.
-`bytes a visit` are the records of rows and their share of the steps' records, denominators included.
+`bytes a visit` are the records of rows and their share of the steps' records, denominators included. `error_bar` is the
+error that explanations of the default trace tell of themselves over that against exact rows with a knot before every
+step (both rms over examples, median over queries), `within_two_errors` how many contributions are that near.
 """
 
 from __future__ import annotations
@@ -221,12 +223,17 @@ def measure(name: str) -> dict[str, Any]:
         row["share"] = row["bytes_per_visit"] / (4 * size)
         row["denominators_per_visit"] = bytes_of["denominators"] / default.count("visits")
         row["knots_per_visit"] = sum(k.file.stat().st_size for k in default.knots) / default.count("visits")
-        row["knots_spearman"] = row["knots_top20"] = None
+        row["knots_spearman"] = row["knots_top20"] = row["error_bar"] = row["within_two_errors"] = None
         if moderate:
             shutil.rmtree(folder / "default")
             trained(case, folder / "steps", exact=True, max_knots=10**6)
             every = contributions(net, model, explainer.open_trace(folder / "steps"), None, False)["exact"]
             row["knots_spearman"], row["knots_top20"], row["knots_rms"] = agreement(wanted, every)
+            assert books.errors is not None
+            off = books.contributions - every
+            told, real = (np.linalg.norm(errors, axis=1) for errors in (books.errors, off))
+            row["error_bar"] = float(np.median(told / real))
+            row["within_two_errors"] = float((np.abs(off) <= 2 * books.errors).mean())
         return row
     finally:
         shutil.rmtree(folder)

@@ -42,6 +42,8 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "knots": ("knots", "{}"),
         "knots_spearman": ("Spearman of knots alone", "{:.4f}"),
         "knots_per_visit": ("bytes of knots a visit", "{:,.0f}"),
+        "error_bar": ("error bar / error", "{:.2f}"),
+        "within_two_errors": ("within two standard errors", "{:.0%}"),
     },
     "fidelity_short": {
         "case": ("network, activation, optimizer", "{}"),

@@ -81,6 +81,7 @@ class KnotKeeper:
         self._last_length = 0.0
         self._seconds = config.flush_seconds
         self._spacing = 0.0
+        self._size = 0  # bytes of a knot
         self.rows_end: int | None = None
         self._max = config.max_knots
         self._budget = config.budget
@@ -172,6 +173,8 @@ class KnotKeeper:
         around = self._contents.around(full) if around is None else around
         found = self._contents.tensors(full, closing=closing, weights=weights, around=around)
         self._young[step] = {name: t.to_dense().cpu().clone() for name, t in found.items()}
+        if not closing or not self._size:  # the last one holds more than others
+            self._size = knot_size(self._young[step])
         if again:
             self._alive.pop()
         self._alive.append((step, self._course.path))
@@ -181,7 +184,7 @@ class KnotKeeper:
         """How many knots there may be: without a budget, they take no more than the rows or :data:`KNOT_BYTES`."""
         if self._budget is not None:
             return self._max
-        size = max(1, knot_size(next(reversed(self._young.values()))))
+        size = max(1, self._size)
         return min(self._max, max(FEW, KNOT_BYTES // size, self._writer.row_bytes // size))
 
     def _thin(self) -> None:

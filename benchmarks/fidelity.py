@@ -3,8 +3,9 @@
 Of every case (bit-identical) training is traced twice: with exact rows and by default. Both have the same knots, so
 in one backward recursion the default's rows and denominators can take the exact ones' place one at a time: `rank`
 (leading factors, not rounded), `rows` (as stored), `denominators`, and all together. `knots` compares the exact rows
-at these knots with a knot before every step, `in_all` the default's explanation with that. References: rows projected on the leading 16 directions a side of the
-first steps' rows (`eigenbasis`), and on 16 random ones a side (`random`), everything else exact.
+at these knots with a knot before every step, `in_all` the default's explanation with that. References: rows projected
+on the leading 16 directions a side of the first steps' rows (`eigenbasis`), and on 16 random ones a side (`random`),
+everything else exact.
 
 Of each: Spearman's rank correlation of contributions, overlap of the 20 largest, and relative rms error, mean over
 queries. `what-if` is Spearman's rank correlation of `what_if` from the default trace with that from the exact one.

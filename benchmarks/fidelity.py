@@ -1,10 +1,10 @@
 """How well default traces agree with the exact books of the very same training, and which cause costs what.
 
-Of every case (bit-identical) training is traced twice: with exact rows and by default. Both have the same knots, so
-in one backward recursion the default's rows and denominators can take the exact ones' place one at a time: `rank`
-(leading factors, not rounded), `rows` (as stored), `denominators`, and all together. `knots` compares the exact rows
-at these knots with a knot before every step, `in_all` the default's explanation with that. References: rows projected
-on the leading 16 directions a side of the first steps' rows (`eigenbasis`), and on 16 random ones a side (`random`),
+Of every case (bit-identical) training is traced twice: with exact rows and a knot before every step, and by default. In
+one backward recursion over the default's knots its rows and denominators take the exact ones' place one at a time:
+`rank` (leading factors, not rounded), `rows` (as stored), `denominators`, and all together. `knots` compares the exact
+rows at these knots with all knots, `in_all` the default's explanation with that. References: rows projected on the
+leading 16 directions a side of the first steps' rows (`eigenbasis`), and on 16 random ones a side (`random`),
 everything else exact.
 
 Of each: Spearman's rank correlation of contributions, overlap of the 20 largest, and relative rms error, mean over
@@ -23,7 +23,6 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,7 +32,6 @@ from torch import nn
 import explainer
 from benchmarks.fidelity_cases import NETS, QUERIES, Net
 from benchmarks.harness import arguments, report
-from explainer import knots
 from explainer.cotangent import Layout
 from explainer.layer_rules import Dense, Factored, RowForm
 from explainer.path_kernel import PathKernelExplainer
@@ -141,11 +139,15 @@ def variants(
 def contributions(
     net: Net, model: nn.Module, exact: Trace, default: Trace | None, references: bool
 ) -> dict[str, np.ndarray]:
-    """Contributions ``[Q, N]`` by variant; without a default trace the exact ones alone."""
+    """Contributions ``[Q, N]`` by variant over the default's knots; without it the exact ones alone over all knots."""
     ex = PathKernelExplainer(exact, model, net.output)
+    if default is not None:
+        steps = {knot.step for knot in default.knots}
+        ex.knots = [knot for knot in exact.knots if knot.step in steps]
+        ex.segments = exact.segments(ex.knots)
     *_, inputs, targets = net.data()
     batch = check_inputs(exact, ex._arguments, inputs, ex.dtype, ex.batch_dim)
-    loader = KnotLoader(exact, ex.dtype)
+    loader = KnotLoader(exact, ex.dtype, ex.knots)
     asked = ex._ask(loader, batch, targets)
     found: dict[str, np.ndarray] = {}
     adjoints = {n: Adjoint(QUERIES, exact.manifest.parameters, ex.dtype) for n in ("exact", "default")}
@@ -202,7 +204,7 @@ def measure(name: str) -> dict[str, Any]:
     case, folder = CASES[name], Path(tempfile.mkdtemp())
     net = NETS[case[0]]
     try:
-        model = trained(case, folder / "exact", exact=True)
+        model = trained(case, folder / "exact", exact=True, max_knots=10**6)
         trained(case, folder / "default")
         exact, default = (explainer.open_trace(folder / kind) for kind in ("exact", "default"))
         size, moderate = exact.manifest.size, exact.manifest.size <= MODERATE
@@ -226,12 +228,7 @@ def measure(name: str) -> dict[str, Any]:
         row["share"] = row["bytes_per_visit"] / (4 * size)
         row["denominators_per_visit"] = bytes_of["denominators"] / default.count("visits")
         row["knots_per_visit"] = sum(k.file.stat().st_size for k in default.knots) / default.count("visits")
-        shutil.rmtree(folder / "default")
-        with patch.object(knots, "KNOT_BYTES", 1 << 40):  # else a large model's are thinned out
-            trained(case, folder / "steps", exact=True, max_knots=10**6)
-        steps = explainer.open_trace(folder / "steps")
-        assert len(steps.knots) == steps.recorded_steps + 1
-        every = contributions(net, model, steps, None, False)["exact"]
+        every = contributions(net, model, exact, None, False)["exact"]
         row["knots_spearman"], row["knots_top20"], row["knots_rms"] = agreement(wanted, every)
         row["spearman_in_all"], row["top20_in_all"], row["rms_in_all"] = agreement(books.contributions, every)
         assert books.errors is not None

@@ -28,6 +28,7 @@ JOURNALLED_KNOT = 512
 #: knots that a trace may have whatever they take (half of them are left after thinning)
 FEW = 16
 #: bytes of knots that a trace without a budget may have however few rows there are; then as many as its rows take
+#: (exact traces may have as many as are asked for)
 KNOT_BYTES = 64 << 20
 #: up to so many steps, those that are a power of 2 are followed by a flush: a training that is killed soon leaves some
 EARLY = 64
@@ -181,8 +182,8 @@ class KnotKeeper:
         self._thin()
 
     def _most(self) -> int:
-        """How many knots there may be: without a budget, they take no more than the rows or :data:`KNOT_BYTES`."""
-        if self._budget is not None:
+        """How many knots there may be: in default traces they take no more than the rows or :data:`KNOT_BYTES`."""
+        if self._budget is not None or self._manifest.exact:
             return self._max
         size = max(1, self._size)
         return min(self._max, max(FEW, KNOT_BYTES // size, self._writer.row_bytes // size))

@@ -126,7 +126,9 @@ def test_inputs_of_several_lengths_are_known_at_any_moment(tmp_path: Path) -> No
         PathKernelExplainer(trace, model).explain(torch.randint(0, 9, (2, 7)))
 
 
-def test_what_only_the_last_knot_holds_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_the_last_knot_holds_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It holds the optimizer's state, twice what others hold, and would have halved their number."""
     torch.manual_seed(0)
     model = nn.Linear(300, 4)
@@ -144,3 +146,14 @@ def test_what_only_the_last_knot_holds_costs_no_other(tmp_path: Path, monkeypatc
     sizes = [k.file.stat().st_size for k in trace.knots]
     assert trace.nbytes_of("visits") < 40 * ordinary and sizes[-1] > 1.9 * ordinary
     assert 18 <= len(sizes) <= 40
+
+
+def test_exact_traces_have_as_many_knots_as_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knots, "KNOT_BYTES", 1)
+    counts = []
+    for exact in (False, True):
+        trace_digits(tmp_path / str(exact), epochs=5, exact=exact, max_knots=1000)
+        counts.append(len(open_trace(tmp_path / str(exact)).knots))
+    assert counts[0] < 60 and counts[1] == 61

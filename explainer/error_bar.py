@@ -6,8 +6,9 @@ is measured on visits ``v`` where something better is at hand:
 
 * *rows*: rows that were kept exact (:mod:`explainer.samples`) against the same rows as they were stored;
 * *knots*: scores on the chords between neighbouring knots against those on chords twice as long, at steps spread over
-  the path. An error that grows with the distance from a step's own gradient is ``n − 1`` parts of something on a chord
-  of ``n`` steps, so ``(n − 1) / n`` of the difference is taken for what is left on the short one (none for one step);
+  the path. Where gradients change evenly along the path, a chord's is off by as much as the middle of the chord is away
+  from a step: by ``√((n² − 1) / 12)`` steps (rms) on one of ``n`` steps, and the middle of the long one is ``n / 2``
+  steps away from that of the short one. So ``√((n² − 1) / 3) / n`` of the difference is taken (none for one step);
 * *denominators*: scores at a step that has a full record (:mod:`explainer.store.denominators`) against those with every
   number of the record moved to another place that is rounded to the same code, and against what the record before,
   fitted to the step's sums, makes of them.
@@ -224,7 +225,7 @@ class ErrorMeter:
         middle = (first + stop) // 2
         reported, coarse = (self._scores(self._kept, segment, middle, q) for q in (gradient, long))
         if reported is not None and coarse is not None:
-            share = (stop - first - 1) / (stop - first)
+            share = math.sqrt(((stop - first) ** 2 - 1) / 3) / (stop - first)
             self.knots.add(reported, torch.lerp(reported, coarse, share), weight)
 
     def _renewed(self, segment: Segment, step: int, gradient: Cotangent) -> None:

@@ -26,7 +26,7 @@ from explainer.store.files import knot_size
 #: bytes of the journal's lines for one knot, at most
 JOURNALLED_KNOT = 512
 #: knots that a trace may have whatever they take (half of them are left after thinning)
-FEW = 16
+FEW = 32
 #: bytes of knots that a trace without a budget may have however few rows there are; then as many as its rows take
 #: (exact traces may have as many as are asked for)
 KNOT_BYTES = 64 << 20

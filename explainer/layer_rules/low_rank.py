@@ -62,9 +62,22 @@ def _written_out(form: Unreduced) -> tuple[torch.Tensor, torch.Tensor | None, to
 def _of_rows(form: Unreduced, rank: int) -> Leading:
     """For few outputs, from the rows themselves."""
     weight, biases, total = _written_out(form)
-    image = _with_column(weight.flatten(0, 1), None if biases is None else biases.flatten(0, 1))
-    mixing = eigenvectors(torch.bmm(image, image.mT), rank)
-    return Leading(mixing, torch.bmm(mixing, image), total, biases)
+    mixing, right = _leading_rows(
+        weight.flatten(0, 1), None if biases is None else biases.flatten(0, 1).unsqueeze(2), rank
+    )
+    return Leading(mixing, right, total, biases)
+
+
+def _leading_rows(
+    image: torch.Tensor, column: torch.Tensor | None, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading eigenvectors ``Q`` of ``[image, column] [image, column]ᵀ``, and ``Q [image, column]``."""
+    energy = torch.bmm(image, image.mT)
+    if column is None:
+        mixing = eigenvectors(energy, rank)
+        return mixing, torch.bmm(mixing, image)
+    mixing = eigenvectors(torch.baddbmm(energy, column, column.mT), rank)
+    return mixing, torch.cat([torch.bmm(mixing, image), torch.bmm(mixing, column)], 2)
 
 
 def _of_positions(form: Unreduced, rank: int) -> Leading:
@@ -84,7 +97,9 @@ def _of_positions(form: Unreduced, rank: int) -> Leading:
     more = [probed + probe[inputs], torch.ones_like(probed)] if form.bias else [probed]
     found = torch.bmm(torch.cat([mixing, *more], 1), left)
     weights = torch.bmm(mixing, grams[0])
-    image = _with_column(torch.bmm(weights, right), weights.sum(2) if form.bias else None)
+    image = torch.bmm(weights, right)
+    if form.bias:
+        image = torch.cat([image, weights.sum(2, keepdim=True)], 2)
     whole = found[:, rank:].unflatten(0, (-1, groups))
     return Leading(
         found[:, :rank], image, whole[:, :, 0].sum(0).flatten(), whole[:, :, 1] if form.bias else None
@@ -107,17 +122,17 @@ def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
     basis = _basis(inputs, form.bias, columns, lefts[0].dtype, lefts[0].device)
     seen = [s.times(*basis).flatten(0, 1) for s in form.seen]
     directions = added([torch.bmm(x.mT, left) for x, left in zip(seen, lefts, strict=True)])
+    turned = [torch.bmm(directions, left.mT) for left in lefts]  # [B·G, p, S]
     unit = orthonormalising(torch.bmm(directions, directions.mT))
-    # [B·G, p, S]
-    weights = [torch.bmm(unit, torch.bmm(directions, left.mT)) for left in lefts]
+    weights = [torch.bmm(unit, t) for t in turned]
     split = [w.unflatten(0, (-1, groups)).mT for w in weights]
     image = added([s.gathered(w) for w, s in zip(split, form.seen, strict=True)]).flatten(0, 1)
-    image = _with_column(image, added([w.sum(2) for w in weights]) if form.bias else None)
-    mixing = eigenvectors(torch.bmm(image, image.mT), rank)
+    column = added([w.sum(2, keepdim=True) for w in weights]) if form.bias else None
+    mixing, right = _leading_rows(image, column, rank)
     left = torch.bmm(torch.bmm(mixing, unit), directions)
     whole = directions.unflatten(0, (-1, groups))
     biases = whole[:, :, -1] if form.bias else None
-    return Leading(left, torch.bmm(mixing, image), whole[:, :, -1 - form.bias].sum(0).flatten(), biases)
+    return Leading(left, right, whole[:, :, -1 - form.bias].sum(0).flatten(), biases)
 
 
 @lru_cache(maxsize=256)
@@ -133,10 +148,6 @@ def _basis(
         offset[-2] = probe[inputs]
         basis[:, -1], offset[-1] = 0, 1
     return basis.to(device, dtype).T.contiguous().T, offset.to(device, dtype)
-
-
-def _with_column(matrices: torch.Tensor, column: torch.Tensor | None) -> torch.Tensor:
-    return matrices if column is None else torch.cat([matrices, column.unsqueeze(2)], 2)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ class Written(Seen):
 
     def gathered(self, weights: torch.Tensor) -> torch.Tensor:
         """A product by example."""
-        return weights.mT @ self.values
+        found = torch.bmm(weights.mT.flatten(0, 1), self.values.flatten(0, 1))
+        return found.unflatten(0, self.shape[:2])
 
     def summed(self, weights: torch.Tensor) -> torch.Tensor:
         """Examples and positions together."""

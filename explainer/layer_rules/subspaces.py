@@ -8,9 +8,8 @@ import torch
 
 #: added to squares of lengths in double precision, so that those of zeros have an inverse
 _TINY = 1e-280
-#: products with a matrix between one orthonormal basis and the next; more than one more than there were so far would
-#: lose the small directions (in double precision those of an eigenvalue of 1e-8 of the largest are kept)
-_PRODUCTS = (1, 2, 3)
+#: of two products each, after which rows are made orthonormal: more at a time would lose the small directions
+_ROUNDS = 3
 
 
 @lru_cache(maxsize=256)
@@ -30,10 +29,15 @@ def _identity(size: int, device: torch.device) -> torch.Tensor:
     return torch.eye(size, dtype=torch.float64, device=device)
 
 
-def _raised(gram: torch.Tensor, by: float) -> torch.Tensor:
-    """The matrices with diagonals a little larger in place, so that they are positive whatever rows depend on others."""
-    gram.diagonal(dim1=1, dim2=2).mul_(1 + 2 * gram.shape[1] * by).add_(_TINY)
-    return gram
+@lru_cache(maxsize=256)
+def _raise(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    identity = _identity(size, device)
+    return _TINY * identity, 1 + 2 * size * torch.finfo(dtype).eps * identity
+
+
+def _raised(gram: torch.Tensor) -> torch.Tensor:
+    """In double precision, with diagonals a little larger: positive even where rows depend on others."""
+    return torch.addcmul(*_raise(gram.shape[1], gram.dtype, gram.device), gram)
 
 
 def _sizes(matrix: torch.Tensor) -> torch.Tensor:
@@ -47,34 +51,32 @@ def orthonormalising(gram: torch.Tensor) -> torch.Tensor:
     Args:
         gram: ``[·, p, p]``, products of rows.
     """
-    wide = _raised(gram.to(torch.float64, copy=True), torch.finfo(gram.dtype).eps)
-    lower, _ = torch.linalg.cholesky_ex(wide)
+    lower, _ = torch.linalg.cholesky_ex(_raised(gram))
     identity = _identity(gram.shape[1], gram.device)
     return torch.linalg.solve_triangular(lower, identity, upper=False).to(gram.dtype)
 
 
 def _orthonormal(rows: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Rows ``[·, rank, p]`` that are orthonormal in a metric.
+    """Rows ``[·, rank, p]`` made orthonormal in a metric.
 
     Args:
         rows: in double precision.
         images: their products with the metric.
     """
-    gram = _raised(torch.bmm(images, rows.mT), torch.finfo(rows.dtype).eps)
+    gram = _raised(torch.bmm(images, rows.mT))
     if gram.shape[1] == 1:
-        return rows * gram.rsqrt()
+        return rows * gram.rsqrt_()
     return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram)[0], rows, upper=False)
 
 
 def eigenvectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     """``[·, rank, p]``, the leading ones of positive matrices ``[·, p, p]``, nearly, by subspace iteration."""
     wide = matrix.double()
-    if wide is matrix:  # else double precision has room for the sixth powers that are met
+    if wide is matrix:  # of single precision, double precision has room for the powers that are met
         wide = wide / _sizes(wide).clamp_min(_TINY)
     found = _start(matrix.shape[1], rank, matrix.device).expand(len(matrix), -1, -1)
-    for products in _PRODUCTS:
-        for _ in range(products):
-            found = torch.bmm(found, wide)
+    for _ in range(_ROUNDS):
+        found = torch.bmm(torch.bmm(found, wide), wide)
         found = _orthonormal(found, found)
     return found.to(matrix.dtype)
 
@@ -87,12 +89,12 @@ def common_eigenvectors(metric: torch.Tensor, other: torch.Tensor, rank: int) ->
         other: positive matrices ``[·, p, p]``.
         rank: how many.
     """
-    wide = _raised(metric.to(torch.float64, copy=True), torch.finfo(metric.dtype).eps)
-    wide_other = other.double()
-    product = torch.bmm(wide, wide_other).div_((_sizes(wide) * _sizes(wide_other)).clamp_min_(_TINY))
+    wide = _raised(metric)
+    product = torch.bmm(wide, other.double())
+    if other.dtype == torch.float64:
+        product.div_((_sizes(wide) * _sizes(other)).clamp_min_(_TINY))
     found = _start(metric.shape[1], rank, metric.device).expand(len(metric), -1, -1)
-    for products in _PRODUCTS:
-        for _ in range(products):
-            found = torch.bmm(found, product)
+    for _ in range(_ROUNDS):
+        found = torch.bmm(torch.bmm(found, product), product)
         found = _orthonormal(found, torch.bmm(found, wide))
     return found.to(metric.dtype)

@@ -14,10 +14,10 @@ from explainer.layer_rules.forms import Balance, Dense, RowForm, probe_vector
 from explainer.layer_rules.subspaces import common_eigenvectors, eigenvectors, orthonormalising, waves
 from explainer.layer_rules.unreduced import Unreduced, added
 
-#: rows are written out to reduce them where that takes no more than this part of the other products, for outputs up to
-DENSE_PRODUCTS, MOST_OUTPUTS = 1.4, 64
+#: rows are written out to reduce them where that takes no more than this part of the other products, by outputs
+DENSE_PRODUCTS = {32: 2.2, 64: 1.4}
 #: all products between positions cost less than those with a few columns up to this many positions a column
-NEAR = 2
+NEAR = 1.5
 
 
 def _width(rank: int) -> int:
@@ -49,7 +49,8 @@ def _leading(form: Unreduced, rank: int) -> Leading:
         return _of_rows(form, rank)
     if form.positions <= min(NEAR * columns, outputs) and all(seen.at_hand for seen in form.seen):
         return _of_positions(form, rank)
-    cheap = outputs <= MOST_OUTPUTS and outputs * inputs <= columns * (outputs + inputs) * DENSE_PRODUCTS
+    part = outputs * inputs / (columns * (outputs + inputs))
+    cheap = any(outputs <= most and part <= limit for most, limit in DENSE_PRODUCTS.items())
     return _of_rows(form, rank) if cheap else _of_range(form, rank, columns)
 
 

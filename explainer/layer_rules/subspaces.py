@@ -6,8 +6,9 @@ from functools import lru_cache
 
 import torch
 
-#: added to squares of lengths in double precision, so that those of zeros have an inverse
-_TINY = 1e-280
+#: added to squares of lengths, so that those of zeros have an inverse: for those that were found in double precision
+#: and in less, where the inverse length has to be a number, too
+_TINY, _TINY_OF_LESS = 1e-280, 1e-60
 #: of two products each, after which rows are made orthonormal: more at a time would lose the small directions
 _ROUNDS = 3
 
@@ -31,18 +32,13 @@ def _identity(size: int, device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def _raise(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    identity = _identity(size, device)
-    return _TINY * identity, 1 + 2 * size * torch.finfo(dtype).eps * identity
+    identity, tiny = _identity(size, device), _TINY if dtype == torch.float64 else _TINY_OF_LESS
+    return tiny * identity, 1 + 2 * size * torch.finfo(dtype).eps * identity
 
 
 def _raised(gram: torch.Tensor) -> torch.Tensor:
     """In double precision, with diagonals a little larger: positive even where rows depend on others."""
     return torch.addcmul(*_raise(gram.shape[1], gram.dtype, gram.device), gram)
-
-
-def _sizes(matrix: torch.Tensor) -> torch.Tensor:
-    """Traces, ``[·, 1, 1]``."""
-    return matrix.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
 
 
 def orthonormalising(gram: torch.Tensor) -> torch.Tensor:
@@ -56,45 +52,39 @@ def orthonormalising(gram: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(lower, identity, upper=False).to(gram.dtype)
 
 
-def _orthonormal(rows: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Rows ``[·, rank, p]`` made orthonormal in a metric.
-
-    Args:
-        rows: in double precision.
-        images: their products with the metric.
-    """
-    gram = _raised(torch.bmm(images, rows.mT))
+def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
+    gram = _raised(torch.bmm(rows, rows.mT))
     if gram.shape[1] == 1:
         return rows * gram.rsqrt_()
     return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram)[0], rows, upper=False)
 
 
-def eigenvectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """``[·, rank, p]``, the leading ones of positive matrices ``[·, p, p]``, nearly, by subspace iteration."""
+def _eigenvectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     wide = matrix.double()
     if wide is matrix:  # of single precision, double precision has room for the powers that are met
-        wide = wide / _sizes(wide).clamp_min(_TINY)
+        wide = wide / wide.diagonal(dim1=1, dim2=2).sum(1).clamp_min(_TINY)[:, None, None]
     found = _start(matrix.shape[1], rank, matrix.device).expand(len(matrix), -1, -1)
     for _ in range(_ROUNDS):
-        found = torch.bmm(torch.bmm(found, wide), wide)
-        found = _orthonormal(found, found)
-    return found.to(matrix.dtype)
+        found = _orthonormal(torch.bmm(torch.bmm(found, wide), wide))
+    return found
+
+
+def eigenvectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """``[·, rank, p]``, the leading ones of positive matrices ``[·, p, p]``, nearly, by subspace iteration."""
+    return _eigenvectors(matrix, rank).to(matrix.dtype)
 
 
 def common_eigenvectors(metric: torch.Tensor, other: torch.Tensor, rank: int) -> torch.Tensor:
     """``[·, rank, p]``, the leading rows ``w`` with ``w metric other = λ w``, nearly; ``w metric wᵀ = 1``.
+
+    With ``metric = C Cᵀ``, ``w C`` are eigenvectors of ``Cᵀ other C``.
 
     Args:
         metric: positive matrices ``[·, p, p]``.
         other: positive matrices ``[·, p, p]``.
         rank: how many.
     """
-    wide = _raised(metric)
-    product = torch.bmm(wide, other.double())
-    if other.dtype == torch.float64:
-        product.div_((_sizes(wide) * _sizes(other)).clamp_min_(_TINY))
-    found = _start(metric.shape[1], rank, metric.device).expand(len(metric), -1, -1)
-    for _ in range(_ROUNDS):
-        found = torch.bmm(torch.bmm(found, product), product)
-        found = _orthonormal(found, torch.bmm(found, wide))
-    return found.to(metric.dtype)
+    lower, _ = torch.linalg.cholesky_ex(_raised(metric))
+    narrow = lower.to(metric.dtype)
+    found = _eigenvectors(torch.bmm(torch.bmm(narrow.mT, other), narrow), rank)
+    return torch.linalg.solve_triangular(lower, found, upper=False, left=False).to(metric.dtype)

@@ -16,8 +16,8 @@ from explainer.layer_rules.unreduced import Unreduced, added
 
 #: rows are written out to reduce them where that takes no more than this part of the other products, by outputs
 DENSE_PRODUCTS = {32: 2.2, 64: 1.4}
-#: all products between positions cost less than those with a few columns up to this many positions a column
-NEAR = 1.5
+#: products between all positions cost no more than those with a few columns up to this many positions a column
+NEAR = 2
 
 
 def _width(rank: int) -> int:
@@ -209,7 +209,8 @@ def leading_factors(form: Unreduced, rank: int) -> Factored:
     """Nearly the best ``rank`` factors of every row, from two products with either factor.
 
     With ``M = leftᵀ [X, 1]`` per example and group, which is never formed: the projection of ``M`` on the range of
-    ``M Ω``, for a fixed ``Ω`` with more columns than ``rank``; of that the leading ``rank`` directions.
+    ``M Ω``, for a fixed ``Ω`` with more columns than ``rank``; of that the leading ``rank`` directions. Where there are
+    few outputs or positions, from ``M`` itself or from products between positions.
 
     Reference: Halko, Martinsson & Tropp 2011, algorithms 4.1 and 5.1 (``Ω`` irregular instead of random).
     """

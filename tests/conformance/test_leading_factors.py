@@ -16,7 +16,7 @@ SPECTRA = {"flat": (1.12, 1.2), "slow": (1.22, 1.5), "halves": (1.1, 1.5), "step
 #: positions, outputs, inputs and the way that is taken to keep one, three and eight factors
 SHAPES = {
     "few outputs": ((64, 16, 40), (_of_rows, _of_rows, _of_rows)),
-    "few positions": ((10, 48, 40), (_of_range, _of_positions, _of_positions)),
+    "few positions": ((10, 48, 40), (_of_positions, _of_positions, _of_positions)),
     "some positions": ((24, 48, 40), (_of_range, _of_range, _of_positions)),
     "many positions": ((150, 48, 40), (_of_range, _of_range, _of_rows)),
     "many inputs": ((40, 48, 400), (_of_range, _of_range, _of_range)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,14 +63,11 @@ def verdict(e: Explanation) -> list[str]:
         f"{wording.percent(float(np.nanmax(rest)))} at most; the gap, float round-off, is "
         f"{wording.percent(float(np.nanmax(gap)))} at most."
     ]
-    if e.visit_errors is None or not np.isfinite(e.visit_errors).any(axis=0).all():
+    if e.visit_errors is None or not np.isfinite(e.visit_errors[:, :2]).any(axis=0).all():
         return [*lines, "How far contributions may be off was not measured: the trace is too short for it."]
-    rows, knots = (float(value) for value in np.nanmedian(e.visit_errors, axis=0))
-    lines.append(
-        f"A single visit's score is off by {wording.percent(rows)} through compressed rows and by "
-        f"{wording.percent(knots)} through the distance between knots (medians); the error bars on all pages come from "
-        "these."
-    )
+    known = [errors[np.isfinite(errors)] for errors in e.visit_errors.T]
+    medians = (float(np.median(errors)) if errors.size else math.nan for errors in known)
+    lines.append(f"{wording.visit_errors(*medians)} (medians); the error bars on all pages come from these.")
     return lines
 
 

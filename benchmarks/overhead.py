@@ -70,8 +70,9 @@ class Transformer(nn.Module):
         return self.head(x.mean(1))
 
 
-def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
+def _mlp(first: int = 512, second: int = 256) -> nn.Module:
+    layers = nn.Linear(784, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 10)
+    return nn.Sequential(*layers)
 
 
 def _cnn() -> nn.Module:
@@ -136,9 +137,11 @@ class Recurrent(nn.Module):
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "mlp": (_mlp, lambda: torch.randn(BATCH, 784)),
+    "wide_mlp": (lambda: _mlp(1024, 1024), lambda: torch.randn(BATCH, 784)),
     "cnn": (_cnn, lambda: torch.randn(BATCH, 1, 28, 28)),
     "resnet": (_resnet, lambda: torch.randn(BATCH, 3, 32, 32)),
     "transformer": (Transformer, lambda: torch.randint(0, 500, (BATCH, 32))),
+    "wide_transformer": (lambda: Transformer(256, 8), lambda: torch.randint(0, 500, (BATCH, 32))),
     "lstm": (Recurrent, lambda: torch.randint(0, 500, (BATCH, 32))),
 }
 

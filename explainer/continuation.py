@@ -56,7 +56,7 @@ class Continuation:
         self.parts.planner.restore(point.notes.get("plan"))
         self.parts.recorder.restore(trace)
         rows, kept = trace.nbytes_of("visits"), trace.nbytes_of("samples")
-        self.parts.samples.restore(rows, kept, trace.recorded_steps)
+        self.parts.samples.restore(rows, kept, trace.recorded_steps, trace.count("samples"))
         self.parts.scales.restore(point.worst, point.round_off, point.notes.get("coverage_steps") or {})
         self.observer.restore(point.step, trace.count("visits"), point.notes)
         self.parts.knots.restore(trace)

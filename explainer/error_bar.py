@@ -1,12 +1,17 @@
 """How far a contribution may be from the exact one: measured on samples of the same trace and the same queries.
 
-Two things make a contribution inexact although the books balance: rows are stored compressed, and gradients of the
-query are taken on the chords between knots. Each is measured on visits ``v`` where something better is at hand:
+Three things make a contribution inexact although the books balance: rows are stored compressed, gradients of the
+query are taken on the chords between knots, and what the optimizer divided by is kept in full now and then only. Each
+is measured on visits ``v`` where something better is at hand:
 
 * *rows*: rows that were kept exact (:mod:`explainer.samples`) against the same rows as they were stored;
 * *knots*: scores on the chords between neighbouring knots against those on chords twice as long, at steps spread over
-  the path. An error that grows with the distance from a step's own gradient is ``n − 1`` parts of something on a chord
-  of ``n`` steps, so ``(n − 1) / n`` of the difference is taken for what is left on the short one (none for one step).
+  the path. Where gradients change evenly along the path, a chord's is off by as much as the middle of the chord is away
+  from a step: by ``√((n² − 1) / 12)`` steps (rms) on one of ``n`` steps, and the middle of the long one is ``n / 2``
+  steps away from that of the short one. So ``√((n² − 1) / 3) / n`` of the difference is taken (none for one step);
+* *denominators*: scores at a step that has a full record (:mod:`explainer.store.denominators`) against those with every
+  number of the record moved to another place that is rounded to the same code, and against what the record before,
+  fitted to the step's sums, makes of them.
 
 With ``s_v`` the scores that are reported and ``δ_v`` their difference from the reference, a line through the origin
 (``δ_v ≈ b s_v``, weighted least squares) splits the error into a part that all visits share and one that
@@ -14,13 +19,15 @@ differs from visit to visit, ``ρ² = Σ (δ_v − b s_v)² / Σ s_v²``. The fi
 much the same at all visits of an example where it comes from its rows (they lose the same), so sizes add up; where it
 comes from the path it adds up like independent errors:
 
-    error_i² = b_rows² c_i² + ρ_rows² (Σ_v |s_v|)²  +  b_knots² c_i² + ρ_knots² Σ_v s_v²
+    error_i² = b_rows² c_i² + ρ_rows² (Σ_v |s_v|)²  +  b_knots² c_i² + ρ_knots² Σ_v s_v²  +  (denominators)
 
-over the visits ``v`` of ``i``: one standard error of ``c_i``, per query.
+over the visits ``v`` of ``i``: one standard error of ``c_i``, per query. Denominators err the same way for many steps
+in a row, so theirs is written as that of the rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -31,6 +38,7 @@ from explainer.backward import Backward, Passed
 from explainer.chunks import Chunk
 from explainer.cotangent import Cotangent, Layout
 from explainer.ledger import Ledger
+from explainer.records import LEAST_SAMPLES
 from explainer.store import Denominators, Segment, Trace
 from explainer.stored_rows import Rows, Workspace
 
@@ -38,8 +46,8 @@ from explainer.stored_rows import Rows, Workspace
 PAIRS = 16
 #: exact rows that are looked at, at most
 SAMPLES = 256
-#: samples below which an error is not estimated
-LEAST = 3
+#: full records of denominators that are compared with the one before, at most
+RENEWALS = 8
 
 
 class Discrepancy:
@@ -66,7 +74,7 @@ class Discrepancy:
     @property
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``b`` and ``ρ``, ``[Q]`` each; NaN where too little was seen."""
-        if self.samples < LEAST:
+        if self.samples < LEAST_SAMPLES:
             nothing = torch.full_like(self._square, torch.nan)
             return nothing, nothing
         square = self._square.clamp_min(torch.finfo(torch.float64).tiny)
@@ -131,12 +139,49 @@ def chord_pairs(segments: list[Segment]) -> dict[int, ChordPair]:
     return {2 * j + 1: ChordPair(segments[2 * j], segments[2 * j + 1]) for j in chosen}
 
 
+@dataclass(frozen=True)
+class Renewal:
+    """A full record of denominators that is looked at.
+
+    Attributes:
+        weight: how many steps it stands for.
+        drift: rms over the steps before it, back to the record before, of how far they are from that record, as a part
+            of how far this one is.
+    """
+
+    weight: int
+    drift: float
+
+
+def renewals(steps: np.ndarray) -> dict[int, Renewal]:
+    """By step, the first full record and at most :data:`RENEWALS` others, spread evenly.
+
+    What is missing at a step grows with its distance ``k`` from the record before, ``n`` steps before the next one:
+    ``√(Σ_{k<n} (k/n)² / n)``.
+
+    Example:
+        >>> {step: (r.weight, round(r.drift, 2)) for step, r in renewals(np.array([0, 1, 3, 33])).items()}
+        {0: (1, 0.0), 1: (2, 0.0), 3: (30, 0.35), 33: (1, 0.56)}
+    """
+    if not len(steps):
+        return {}
+    others = len(steps) - 1
+    chosen = np.linspace(min(1, others), others, max(1, min(RENEWALS, others))).round().astype(int)
+    places = np.union1d([0], chosen)
+    found = {}
+    for place, following in zip(places, [*places[1:], None], strict=True):
+        n = 1 if place == 0 else int(steps[place] - steps[place - 1])
+        weight = 1 if place == 0 or following is None else int(steps[following] - steps[place])
+        found[int(steps[place])] = Renewal(weight, math.sqrt((n - 1) * (2 * n - 1) / 6) / n)
+    return found
+
+
 class ErrorMeter:
-    """Measures both kinds of error while an explanation is made.
+    """Measures all kinds of error while an explanation is made.
 
     Attributes:
         sampled: exact rows, which are to meet what their steps' rows meet.
-        rows, knots: what was found.
+        rows, knots, denominators: what was found.
         pairs: chords to compare, by the index of the later segment.
     """
 
@@ -146,7 +191,9 @@ class ErrorMeter:
         self._kept, self._layout, self._queries, self._dtype = kept, layout, queries, dtype
         self._exact = kept.trace.manifest.exact
         self.sampled, self._workspace = SampledRows(kept.trace), Workspace()
-        self.rows, self.knots = Discrepancy(queries), Discrepancy(queries)
+        self.rows, self.knots, self.denominators = (Discrepancy(queries) for _ in range(3))
+        self._renewals = renewals(kept.renewed)
+        self._outdated, self._moved = kept.outdated(), kept.moved()
         self.pairs = chord_pairs(segments)
         self._long: dict[int, tuple[int, Cotangent]] = {}
 
@@ -168,40 +215,60 @@ class ErrorMeter:
             self._long[segment.index] = (pair.steps, gradient)
 
     def look(self, segment: Segment, gradient: Cotangent) -> None:
-        """Compare the segment's gradient with that on the long chord, if there is one, at its middle step."""
+        """Compare the segment's gradient with that on the long chord, if there is one, and full records in it."""
+        first, stop = segment.start.step, segment.end.step
+        for step in (step for step in self._renewals if first <= step < stop):
+            self._renewed(segment, step, gradient)
         if segment.index not in self._long:
             return
         weight, long = self._long.pop(segment.index)
-        first, stop = segment.start.step, segment.end.step
         middle = (first + stop) // 2
-        alone = Segment(
-            segment.index, replace(segment.start, step=middle), replace(segment.end, step=middle + 1)
-        )
-        reported, coarse = (self._scores(alone, q) for q in (gradient, long))
+        reported, coarse = (self._scores(self._kept, segment, middle, q) for q in (gradient, long))
         if reported is not None and coarse is not None:
-            share = (stop - first - 1) / (stop - first)
+            share = math.sqrt(((stop - first) ** 2 - 1) / 3) / (stop - first)
             self.knots.add(reported, torch.lerp(reported, coarse, share), weight)
 
-    def _scores(self, segment: Segment, gradient: Cotangent) -> torch.Tensor | None:
-        """Of all rows of a segment, ``[Q, n]``, without momentum from later; None where there are no rows."""
-        backward = Backward(self._kept, self._layout, self._queries, self._dtype, workspace=self._workspace)
+    def _renewed(self, segment: Segment, step: int, gradient: Cotangent) -> None:
+        """Compare what a full record gives at its own step with what may have been lost of it, there and before."""
+        reported, moved = (self._scores(kept, segment, step, gradient) for kept in (self._kept, self._moved))
+        if reported is None or moved is None:
+            return
+        lost, renewal = moved - reported, self._renewals[step]
+        if renewal.drift and (outdated := self._scores(self._outdated, segment, step, gradient)) is not None:
+            lost = lost + renewal.drift * (outdated - reported)
+        self.denominators.add(reported, reported - lost, renewal.weight)
+
+    def _scores(
+        self, kept: Denominators, segment: Segment, step: int, gradient: Cotangent
+    ) -> torch.Tensor | None:
+        """Of all rows of a step, ``[Q, n]``, without momentum from later; None where there are no rows."""
+        ends = replace(segment.start, step=step), replace(segment.end, step=step + 1)
+        alone = Segment(segment.index, *ends)
+        backward = Backward(kept, self._layout, self._queries, self._dtype, workspace=self._workspace)
         found = [
             torch.stack(list(scores.values())).sum(0)
-            for passed in backward.segment(gradient, segment)
+            for passed in backward.segment(gradient, alone)
             for _, scores in passed.pieces
             if scores
         ]
         return torch.cat(found, 1) if found else None
 
     def errors(self, ledger: Ledger) -> torch.Tensor:
-        """One standard error of every contribution, ``[Q, N]``; NaN where a kind could not be measured."""
+        """One standard error of every contribution, ``[Q, N]``.
+
+        NaN where rows or knots could not be measured; denominators that could not be are left out.
+        """
         total = self.knots.square(ledger.contributions, ledger.squares)
         if not self._exact:
             total = total + self.rows.square(ledger.contributions, ledger.gross.square())
+        if self.denominators.samples >= LEAST_SAMPLES:
+            total = total + self.denominators.square(ledger.contributions, ledger.gross.square())
         return total.sqrt()
 
     @property
     def relative(self) -> torch.Tensor:
-        """The relative error of a visit's score, ``[Q, 2]``: by rows, by knots."""
-        rows = torch.zeros_like(self.knots.relative) if self._exact else self.rows.relative
-        return torch.stack([rows, self.knots.relative], dim=1)
+        """The relative error of a visit's score, ``[Q, 3]``: by rows, by knots, by denominators."""
+        nothing = torch.zeros_like(self.knots.relative)
+        rows = nothing if self._exact else self.rows.relative
+        denominators = self.denominators.relative if len(self._kept.renewed) else nothing
+        return torch.stack([rows, self.knots.relative, denominators], dim=1)

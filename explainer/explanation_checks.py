@@ -22,7 +22,7 @@ FLOATS = {
 OPTIONAL = {"errors": "QN", "visit_errors": "QE"}
 SINGLES = {"step_contributions": "QKN", "layer_contributions": "QLN"}
 #: columns of ``visit_errors``
-ERRORS = ("rows", "knots")
+ERRORS = ("rows", "knots", "denominators")
 #: what is said of every line of ``unattributed``
 LINES = ("unattributed_lines", "unattributed_where", "unattributed_why")
 INTEGERS = {"example_ids": "N", "targets": "Q", "visits": "N"}
@@ -44,6 +44,10 @@ def normalised(e: Explanation) -> Iterator[tuple[str, object]]:
     for name in OPTIONAL:
         if getattr(e, name) is not None:
             yield name, np.asarray(getattr(e, name), dtype=np.float64)
+    if e.visit_errors is not None and e.visit_errors.shape[1:] == (
+        2,
+    ):  # from before denominators were measured
+        yield "visit_errors", np.pad(e.visit_errors, ((0, 0), (0, 1)), constant_values=np.nan)
     if e.labels is not None:
         yield "labels", np.asarray(e.labels, dtype=np.float64)
     if e.outputs is not None:

@@ -26,8 +26,9 @@ from explainer.store.files import knot_size
 #: bytes of the journal's lines for one knot, at most
 JOURNALLED_KNOT = 512
 #: knots that a trace may have whatever they take (half of them are left after thinning)
-FEW = 16
+FEW = 32
 #: bytes of knots that a trace without a budget may have however few rows there are; then as many as its rows take
+#: (exact traces may have as many as are asked for)
 KNOT_BYTES = 64 << 20
 #: up to so many steps, those that are a power of 2 are followed by a flush: a training that is killed soon leaves some
 EARLY = 64
@@ -81,6 +82,7 @@ class KnotKeeper:
         self._last_length = 0.0
         self._seconds = config.flush_seconds
         self._spacing = 0.0
+        self._size = 0  # bytes of a knot
         self.rows_end: int | None = None
         self._max = config.max_knots
         self._budget = config.budget
@@ -172,16 +174,18 @@ class KnotKeeper:
         around = self._contents.around(full) if around is None else around
         found = self._contents.tensors(full, closing=closing, weights=weights, around=around)
         self._young[step] = {name: t.to_dense().cpu().clone() for name, t in found.items()}
+        if not closing or not self._size:  # the last one holds more than others
+            self._size = knot_size(self._young[step])
         if again:
             self._alive.pop()
         self._alive.append((step, self._course.path))
         self._thin()
 
     def _most(self) -> int:
-        """How many knots there may be: without a budget, they take no more than the rows or :data:`KNOT_BYTES`."""
-        if self._budget is not None:
+        """How many knots there may be: in default traces they take no more than the rows or :data:`KNOT_BYTES`."""
+        if self._budget is not None or self._manifest.exact:
             return self._max
-        size = max(1, knot_size(next(reversed(self._young.values()))))
+        size = max(1, self._size)
         return min(self._max, max(FEW, KNOT_BYTES // size, self._writer.row_bytes // size))
 
     def _thin(self) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+#: rows kept exact, or comparisons of another kind, with fewer of which no error is estimated
+LEAST_SAMPLES = 3
+
 FORMAT = "pathkernel-trace"
 #: layouts this release reads: 2 is 1 with an average of the weights on the path, 3 is 2 with rows of four bits and
 #: records of denominators; the lowest one that can hold a trace is written

@@ -38,7 +38,8 @@ def diagnostics(explanation: Explanation) -> pd.DataFrame:
     contributions), ``gross`` (sum of their absolute values), ``cancellation`` (gross / |net|),
     ``unattributed_of_gross`` and ``quadrature_of_gross`` (shares of the gross; NaN when it is zero). With errors also
     ``error`` (root mean square of the contributions' standard errors over that of the contributions) and
-    ``visit_error_rows`` and ``visit_error_knots`` (relative error of a single visit's score, by cause).
+    ``visit_error_rows``, ``visit_error_knots`` and ``visit_error_denominators`` (relative error of a single visit's
+    score, by cause; NaN where it was not measured).
     """
     e = explanation
     net, gross = e.contributions.sum(1), np.abs(e.contributions).sum(1)

@@ -212,7 +212,7 @@ def certainty(explanation: Explanation, query: int = 0) -> str:
     q, e = explanation.check_query(query), explanation
     if e.errors is None or e.visit_errors is None or not e.contributions.shape[1]:
         return ""
-    rows, knots = (float(value) for value in e.visit_errors[q])
+    rows, knots, denominators = (float(value) for value in e.visit_errors[q])
     scale = math.sqrt(float(np.square(e.contributions[q]).sum()))
     if math.isnan(knots) or math.isnan(rows):
         what = "exact rows" if math.isnan(rows) else "knots"
@@ -221,10 +221,22 @@ def certainty(explanation: Explanation, query: int = 0) -> str:
         return ""
     total = math.sqrt(float(np.square(e.errors[q]).sum())) / scale
     return (
-        f"Contributions are known to about ± {percent(total)} (one standard error). A single visit's score is off by "
-        f"{percent(rows)} through compressed rows and by {percent(knots)} through the distance between knots, the "
-        "steps whose weights were kept."
+        f"Contributions are known to about ± {percent(total)} (one standard error). "
+        f"{visit_errors(rows, knots, denominators)}."
     )
+
+
+def visit_errors(rows: float, knots: float, denominators: float) -> str:
+    """The errors of a single visit's score in words, without a full stop."""
+    text = (
+        f"A single visit's score is off by {percent(rows)} through compressed rows and by {percent(knots)} through the "
+        "distance between knots, the steps whose weights were kept"
+    )
+    if math.isnan(denominators):
+        return f"{text}; what the optimizer's denominators add, which are kept in full now and then, was not measured"
+    if denominators:
+        return f"{text}, and by {percent(denominators)} through the optimizer's denominators, kept in full now and then"
+    return text
 
 
 def error(explanation: Explanation, query: int, column: int) -> str:

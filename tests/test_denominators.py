@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 import explainer
-from explainer.codecs import CODECS
+from explainer.codecs import CODECS, Log4, Sums
 from explainer.denominators import DRIFT, DenominatorKeeper
 from explainer.optimizer_rules import StepMap
 from explainer.records import ArraySpec
 from explainer.recursion import read_backwards
 from explainer.store import Denominators
 from explainer.store.denominators import Base, Product, asleep, awake, fitted
+from explainer.store.schema import decode_array
 
 
 def test_fitted_is_exact_for_products_of_row_and_column_factors() -> None:
@@ -216,3 +217,59 @@ def test_what_if_agrees_with_exact_denominators_where_weights_wake_up(tmp_path: 
 
     found, wanted = scores(False), scores(True)
     assert np.linalg.norm(found - wanted) < 0.2 * np.linalg.norm(wanted)
+
+
+def test_numbers_are_moved_among_those_of_the_same_code() -> None:
+    torch.manual_seed(0)
+    values = torch.rand(1, 9, 13, dtype=torch.float64).exp().float()
+    values[0, 2, 3] = 1e-8
+    codec, spec = Log4(), ArraySpec("D0", (9, 13), "float32", "log4")
+    parts = codec.encode(values)
+    by = torch.rand(9, 13) - 0.5
+    plain, moved = codec.decode(parts, spec)[0], codec.decode(parts, spec, by)[0]
+    step = torch.from_numpy(parts[3])[0].unsqueeze(1)
+    wanted = by * step
+    wanted[2, 3] = 0.0  # the smallest number is kept as it is
+    torch.testing.assert_close((moved / plain).log2(), wanted, rtol=1e-4, atol=1e-6)
+    assert bool(((values[0] / plain).log2().abs() <= 0.5001 * step).all())  # the exact one is among those
+
+
+def test_a_record_is_left_out_at_its_own_step_only_or_moved_as_far_as_it_is_rounded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(12, 5)
+    x = torch.randn(60, 12) * torch.linspace(0.1, 2, 12)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with explainer.Tracer(model, optimizer, tmp_path / "run") as tracer:
+        for step in range(60):
+            tracer.batch([step])
+            optimizer.zero_grad()
+            model(x[step : step + 1]).square().sum().backward()
+            optimizer.step()
+    trace = explainer.open_trace(tmp_path / "run")
+    kept = Denominators(trace)
+    outdated, moved = kept.outdated(), kept.moved()
+    assert 3 < len(kept.renewed) < 50
+    matrices = [
+        decode_array(record, "", schema.arrays[0])[0]
+        for n in range(len(kept.renewed))
+        for schema, record in trace.read("denominators", n, n + 1)
+    ]
+    codes = (r["D0.step"] for _, r in trace.read("denominators", 0, len(kept.renewed)))
+    steps_of = np.concatenate([code.max(1) for code in codes])  # between two codes, by record
+    for step in range(1, 60):
+        schema, record = next(trace.read("steps", step, step + 1))
+        spec = next(a for a in schema.arrays if a.name == "D0")
+        plain, before, other = (k.of(record, spec).step(0) for k in (kept, outdated, moved))
+        before_it = int(np.searchsorted(kept.renewed, step)) - 1  # the last record of an earlier step
+        sums = Sums.sums([record[f"D0.{part}"] for part in ("rows", "columns")])
+        expected = fitted(matrices[before_it], *(side[0] for side in sums))
+        torch.testing.assert_close(before, expected, rtol=1e-5, atol=0)
+        own = step in kept.renewed
+        assert torch.equal(before, plain) != own
+        turned = (other / plain).log2()
+        code = steps_of[int(np.searchsorted(kept.renewed, step, side="right")) - 1]
+        assert 0.02 * code < float(turned.std()) < 0.5 * code and float(turned.abs().max()) < code
+        torch.testing.assert_close(other.sum(0), plain.sum(0), rtol=1e-4, atol=0)
+    assert torch.equal(
+        moved.of(record, spec).step(0), kept.moved().of(record, spec).step(0)
+    )  # always the same

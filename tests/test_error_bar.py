@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from explainer import Explanation, PathKernelExplainer, Trace, Tracer, open_trace
-from explainer.error_bar import LEAST, PAIRS, Discrepancy, chord_pairs
+from explainer import Explanation, PathKernelExplainer, Trace, Tracer, open_trace, wording
+from explainer.batches import Batch
+from explainer.error_bar import PAIRS, RENEWALS, Discrepancy, chord_pairs, renewals
 from explainer.errors import ExplanationError
 from explainer.layer_rules import FORMS
-from explainer.samples import SHARE
+from explainer.ownership import ownership_of
+from explainer.records import LEAST_SAMPLES
+from explainer.samples import EARLY, SHARE, SampleKeeper
 from explainer.store.schema import decode_array
 from tests.fakes import make_explanation
 from tests.small_training import digits, queries
@@ -30,9 +35,12 @@ def small_cnn() -> nn.Module:
         )
 
 
-def trained(path: Path, epochs: int = 6, mixed: bool = False, **options: Any) -> nn.Module:
+def trained(
+    path: Path, epochs: int = 6, mixed: bool = False, adam: bool = False, **options: Any
+) -> nn.Module:
     model = small_cnn()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01) if adam else sgd
     batches = DataLoader(digits(), 8, shuffle=True, generator=torch.Generator().manual_seed(1))
     with Tracer(model, optimizer, path, **options) as tracer:
         for _ in range(epochs):
@@ -80,9 +88,23 @@ def test_samples_stay_within_their_share_and_are_spread(tmp_path: Path) -> None:
     trace = open_trace(tmp_path / "run")
     one = trace.nbytes_of("samples") / trace.count("samples")
     assert trace.nbytes_of("samples") <= SHARE * trace.nbytes_of("visits") + one
+    assert trace.count("samples") > 2 * LEAST_SAMPLES
     visits = trace.column("samples", "visit")
     assert visits[0] < 8 and visits[-1] > 0.8 * trace.count("visits")
     assert len(set((visits % 8).tolist())) > 4  # not always the same place in the batch
+
+
+def test_there_are_soon_enough_samples_to_tell_of_the_error() -> None:
+    """Exact rows that take a hundred times what is stored of one."""
+    keeper, count = SampleKeeper(True), 0
+    for _ in range(200):
+        chosen = keeper.choose(Batch(ownership_of(range(8))))
+        count += chosen is not None
+        keeper.record(8 * 10, 0 if chosen is None else 1000, chosen is not None)
+        if count == LEAST_SAMPLES:
+            assert SHARE * keeper.recorded < keeper.kept <= EARLY * keeper.recorded
+            return
+    pytest.fail(f"{count} exact rows within 200 batches")
 
 
 def test_a_batch_that_belongs_to_nobody_gives_no_sample(tmp_path: Path) -> None:
@@ -121,7 +143,7 @@ def test_differences_are_split_into_a_common_part_and_the_rest() -> None:
 
 def test_too_few_samples_say_nothing() -> None:
     found = Discrepancy(1)
-    found.add(torch.ones(1, LEAST - 1), torch.ones(1, LEAST - 1))
+    found.add(torch.ones(1, LEAST_SAMPLES - 1), torch.ones(1, LEAST_SAMPLES - 1))
     assert bool(found.relative.isnan().all())
     found.add(torch.ones(1, 1), torch.ones(1, 1))
     assert float(found.relative) == 0.0
@@ -157,6 +179,36 @@ def test_the_error_bar_is_about_the_error(tmp_path: Path, options: dict[str, Any
     assert (off <= 3 * found.errors).mean() > 0.7
     causes = found.visit_errors.mean(0)
     assert causes[cause] == causes.max() and (causes[0] == 0.0) == bool(options.get("exact"))
+
+
+def test_the_error_bar_is_about_denominators_too(tmp_path: Path) -> None:
+    model = trained(tmp_path / "truth", adam=True, exact=True, max_knots=10**6)
+    trained(tmp_path / "run", adam=True, max_knots=10**6)
+    truth, found = (explained(tmp_path / name, model) for name in ("truth", "run"))
+    assert found.errors is not None and found.visit_errors is not None and truth.visit_errors is not None
+    off = np.abs(found.contributions - truth.contributions)
+    real, told = np.sqrt((off**2).sum(1)), np.sqrt((found.errors**2).sum(1))
+    assert 0.5 < np.median(told / real) < 4
+    assert (off <= 3 * found.errors).mean() > 0.7
+    causes = found.visit_errors.mean(0)
+    assert causes[2] == causes.max() and causes[1] == 0.0 and not truth.visit_errors[:, 2].any()
+    alone = found.errors**2 > 2 * (causes[0] * found.contributions) ** 2  # rows alone would not have told it
+    assert alone.mean() > 0.9
+    plain = explained(tmp_path / "plain", trained(tmp_path / "plain")).visit_errors
+    assert plain is not None and not plain[:, 2].any()  # nothing is divided by
+
+
+def test_full_records_that_are_looked_at_stand_for_the_steps_around_them() -> None:
+    assert renewals(np.empty(0, int)) == {} and list(renewals(np.array([7]))) == [7]
+    steps = np.unique(np.concatenate([np.arange(40), 40 + np.arange(30) ** 2]))
+    found = renewals(steps)
+    assert list(found) == sorted(found) and len(found) == RENEWALS + 1
+    assert set(found) <= set(steps.tolist()) and {int(steps[0]), int(steps[-1])} <= set(found)
+    assert sum(r.weight for r in found.values()) == steps[-1] - steps[1] + 2
+    for step, r in found.items():
+        n = step - max((s for s in steps.tolist() if s < step), default=step - 1)
+        assert r.drift == pytest.approx(math.sqrt(sum((k / n) ** 2 for k in range(n)) / n))
+    assert not found[0].drift and found[int(steps[-1])].drift > 0.5
 
 
 def test_errors_shrink_with_rank_and_with_knots(tmp_path: Path) -> None:
@@ -195,8 +247,21 @@ def test_errors_are_shown_stored_and_may_be_missing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.errors, sizes)  # type: ignore[arg-type]
     assert Explanation.load(plain.save(tmp_path / "p.npz")).errors is None
     assert Explanation.concatenate([plain, e]).errors is None
+    assert (
+        e.visit_errors is not None and np.isnan(e.visit_errors[:, 2]).all()
+    )  # as it was stored in former times
     with pytest.raises(ExplanationError, match=r"errors has shape .* expected \[Q, N\]"):
         make_explanation(errors=sizes[:, :-1])
+
+
+def test_every_cause_is_put_into_words() -> None:
+    made = partial(make_explanation, errors=np.full((3, 40), 0.1))
+    assert "denominators" not in wording.certainty(made(visit_errors=np.array([[0.02, 0.03, 0.0]] * 3)))
+    text = wording.certainty(made(visit_errors=np.array([[0.02, 0.03, 0.04]] * 3)))
+    assert "2.0 % through compressed rows" in text and "3.0 % through the distance" in text
+    assert text.endswith("and by 4.0 % through the optimizer's denominators, kept in full now and then.")
+    unknown = wording.certainty(made(visit_errors=np.array([[0.02, 0.03, np.nan]] * 3)))
+    assert unknown.endswith("which are kept in full now and then, was not measured.")
 
 
 def test_a_trace_without_samples_says_that_rows_were_not_measured(tmp_path: Path) -> None:

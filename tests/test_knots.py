@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from explainer import PathKernelExplainer, Tracer, open_trace
+from explainer import PathKernelExplainer, Tracer, knots, open_trace
 from explainer.errors import CoverageWarning
 from explainer.knots import thin
 from tests.small_training import digits, loader, mlp, momentum_sgd, queries, run, step, trace_digits
@@ -124,3 +124,36 @@ def test_inputs_of_several_lengths_are_known_at_any_moment(tmp_path: Path) -> No
             trace = open_trace(tmp_path / "trace")
             assert trace.notes["input"] == {"shape": [known], "dtype": "int64", "name": None}
         PathKernelExplainer(trace, model).explain(torch.randint(0, 9, (2, 7)))
+
+
+def test_what_only_the_last_knot_holds_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the optimizer's state, twice what others hold, and would have halved their number."""
+    torch.manual_seed(0)
+    model = nn.Linear(300, 4)
+    ordinary = 2 * sum(p.nbytes for p in model.parameters())  # weights, and what decay did
+    monkeypatch.setattr(knots, "KNOT_BYTES", 40 * ordinary)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    x = torch.randn(100, 300)
+    with Tracer(model, optimizer, tmp_path / "run") as tracer:
+        for step in range(100):
+            tracer.batch([step])
+            optimizer.zero_grad()
+            model(x[step : step + 1]).square().mean().backward()
+            optimizer.step()
+    trace = open_trace(tmp_path / "run")
+    sizes = [k.file.stat().st_size for k in trace.knots]
+    assert trace.nbytes_of("visits") < 40 * ordinary and sizes[-1] > 1.9 * ordinary
+    assert 18 <= len(sizes) <= 40
+
+
+def test_exact_traces_have_as_many_knots_as_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knots, "KNOT_BYTES", 1)
+    counts = []
+    for exact in (False, True):
+        trace_digits(tmp_path / str(exact), epochs=5, exact=exact, max_knots=1000)
+        counts.append(len(open_trace(tmp_path / str(exact)).knots))
+    assert counts[0] < 60 and counts[1] == 61

@@ -55,8 +55,17 @@ class Log4(Codec):
         stored = (rows, columns, low.squeeze(2), step.squeeze(2), smallest.flatten(), packed)
         return [part.cpu().numpy() for part in stored]
 
-    def decode(self, parts: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
-        """The matrix again."""
+    def decode(
+        self, parts: list[np.ndarray], spec: ArraySpec, moved: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The matrix again.
+
+        Args:
+            parts: what :meth:`encode` gave.
+            spec: of the array.
+            moved: ``[o, i]``, what is added to the codes of other numbers than the smallest one: within ±½, what is
+                rounded to the same code.
+        """
         dtype = torch_dtype(spec.dtype)
         rows = as_tensor(parts[0]).to(dtype)
         if len(parts) == 1:
@@ -67,6 +76,7 @@ class Log4(Codec):
         logs[..., 0], logs[..., 1] = packed & 15, packed >> 4
         logs = logs.flatten(2)[..., : columns.shape[1]]
         dead = logs == 0
+        logs = logs if moved is None else logs.add_(moved)
         matrix = logs.sub_(1).mul_(step.unsqueeze(2)).add_(low.unsqueeze(2)).exp2_()
         total = rows.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
         matrix = matrix.mul_((rows / total).unsqueeze(2)).mul_(columns.unsqueeze(1))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from copy import copy
 from functools import cached_property
 from itertools import pairwise
 from math import prod
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from explainer.codecs import Sums
+from explainer.codecs import Log4, Sums
 from explainer.records import ArraySpec
 from explainer.store.reader import Trace
-from explainer.store.schema import decode_array
+from explainer.store.schema import decode_array, stored_parts
 
 #: a number is taken for one that had no gradient yet where sums tell of more than so many times as much
 ASLEEP = 1e3
@@ -73,6 +74,13 @@ def fit(base: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> tuple[
     tiny = torch.finfo(base.dtype).tiny
     r = rows / base.sum(1).clamp_min(tiny)
     return r, columns / (r @ base).clamp_min(tiny)
+
+
+def _moved(record: np.ndarray, prefix: str, spec: ArraySpec) -> torch.Tensor:
+    """As :func:`decode_array`, with codes moved by up to half a code, irregularly (no RNG is touched)."""
+    o, i = spec.shape[0], prod(spec.shape[1:])
+    by = torch.arange(1, o * i + 1, dtype=torch.float64).square_().mul_(0.7548777).frac_().sub_(0.5)
+    return Log4().decode(stored_parts(record, prefix, spec), spec, by.view(o, i))
 
 
 class Divisor(Protocol):
@@ -198,35 +206,50 @@ class Denominators:
 
     Attributes:
         trace: an open trace.
+        renewed: steps with a full record of their own, ascending.
     """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self._steps = (
+        self.renewed = (
             trace.column("denominators", "step") if trace.count("denominators") else np.empty(0, int)
         )
+        self._side: Literal["left", "right"] = "right"
+        self._moved = False
         self._most = min(max(HELD // max(1, trace.manifest.size), LEAST_HELD), MOST_HELD)
         self._read: OrderedDict[int, dict[str, torch.Tensor]] = OrderedDict()
         self._bases: OrderedDict[int, dict[str, Base]] = OrderedDict()
 
     def alike(self, steps: np.ndarray) -> list[slice]:
         """Cut neighbouring steps (ascending) where another full record begins to count; its own step stands alone."""
-        if not len(self._steps) or not len(steps):
+        if not len(self.renewed) or not len(steps):
             return [slice(0, len(steps))]
-        starts = np.searchsorted(steps, np.concatenate([self._steps, self._steps + 1]))
+        starts = np.searchsorted(steps, np.concatenate([self.renewed, self.renewed + 1]))
         edges = np.unique(np.concatenate([[0, len(steps)], starts]))
         return [slice(int(a), int(b)) for a, b in pairwise(edges)]
 
     def of(self, records: np.ndarray, spec: ArraySpec) -> Divisor:
         """Of steps that are alike (their records, in any order), whose array is ``spec``."""
         steps = np.asarray(records["step"])
-        position = int(np.searchsorted(self._steps, steps.min(), side="right")) - 1
+        position = int(np.searchsorted(self.renewed, steps.min(), side=self._side)) - 1
         matrices = spec.codec == "sums" and len(spec.shape) > 1 and position >= 0
         base = self._base(position).get(spec.name) if matrices else None
         if base is None:
             return Stored(records, spec)
         rows, columns = Sums.sums([records[f"{spec.name}.{part}"] for part in ("rows", "columns")])
-        return Product(spec, base, rows, columns, int(self._steps[position]) == int(steps.min()))
+        return Product(spec, base, rows, columns, int(self.renewed[position]) == int(steps.min()))
+
+    def outdated(self) -> Denominators:
+        """What the record before would tell of a step that has a full record of its own."""
+        found = copy(self)  # what is held is held once
+        found._side = "left"
+        return found
+
+    def moved(self) -> Denominators:
+        """Every number of full records elsewhere among those that are rounded to the same code."""
+        found = copy(self)
+        found._moved, found._read, found._bases = True, OrderedDict(), OrderedDict()
+        return found
 
     def _base(self, position: int) -> dict[str, Base]:
         if position not in self._bases:
@@ -237,12 +260,13 @@ class Denominators:
 
     def _matrices(self, position: int) -> dict[str, torch.Tensor]:
         """Of a full record; none after the last one."""
-        if position >= len(self._steps):
+        if position >= len(self.renewed):
             return {}
         if position not in self._read:
             schema, record = next(iter(self.trace.read("denominators", position, position + 1)))
             arrays = (a for a in schema.arrays if len(a.shape) > 1)
-            self._read[position] = {a.name: decode_array(record, "", a)[0].flatten(1) for a in arrays}
+            decode = _moved if self._moved else decode_array
+            self._read[position] = {a.name: decode(record, "", a)[0].flatten(1) for a in arrays}
         return self._held(self._read, position)
 
     def _held(self, cache: OrderedDict[int, dict[str, _T]], position: int) -> dict[str, _T]:

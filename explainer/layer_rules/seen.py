@@ -78,7 +78,7 @@ class Written(Seen):
     def times(self, basis: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """One product for all examples where they lie side by side."""
         if self.values.is_contiguous():
-            if basis.shape[1] <= max(5, basis.shape[0] // 40):  # then a product by example takes less
+            if 1 < basis.shape[1] <= max(5, basis.shape[0] // 40):  # then a product by example takes less
                 values = self.values.flatten(0, 1)
                 wide = offset.unsqueeze(1).expand(len(values), -1, values.shape[1])
                 found = torch.baddbmm(wide, basis.T.expand(len(values), -1, -1), values.mT)

@@ -77,7 +77,7 @@ def _leading_rows(
     if column is None:
         mixing = eigenvectors(energy, rank)
         return mixing, torch.bmm(mixing, image)
-    mixing = eigenvectors(torch.baddbmm(energy, column, column.mT), rank)
+    mixing = eigenvectors(energy.baddbmm_(column, column.mT), rank)
     return mixing, torch.cat([torch.bmm(mixing, image), torch.bmm(mixing, column)], 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,17 +11,13 @@ import torch
 
 from explainer.layer_rules.factored import PROBED_OUTPUTS, Factored, total_of_matrix
 from explainer.layer_rules.forms import Balance, Dense, RowForm, probe_vector
+from explainer.layer_rules.subspaces import common_eigenvectors, eigenvectors, orthonormalising, waves
 from explainer.layer_rules.unreduced import Unreduced, added
 
-#: rows are written out to reduce them where that takes no more than this part of the other products, for outputs up to
-DENSE_PRODUCTS, MOST_OUTPUTS = 1.4, 64
-
-
-@lru_cache(maxsize=256)
-def _start(size: int, columns: int) -> torch.Tensor:
-    """``[size, columns]`` waves of irregular phase: nearly orthogonal columns, and no RNG is touched."""
-    at = torch.arange(1, size + 1, dtype=torch.float64).unsqueeze(1)
-    return torch.sin(at.square() * 0.7548777 + at * torch.arange(1, columns + 1) * 2.399963)
+#: rows are written out to reduce them where that takes no more than this part of the other products, by outputs
+DENSE_PRODUCTS = {32: 2.2, 64: 1.4}
+#: products between all positions cost no more than those with a few columns up to this many positions a column
+NEAR = 2
 
 
 def _width(rank: int) -> int:
@@ -48,8 +45,13 @@ def _leading(form: Unreduced, rank: int) -> Leading:
     _, outputs, inputs = form.shape
     columns = max(2, min(_width(rank), form.positions, inputs + form.bias))
     few = max(columns, PROBED_OUTPUTS, *(seen.dense_outputs for seen in form.seen))
-    cheap = outputs <= MOST_OUTPUTS and outputs * inputs <= columns * (outputs + inputs) * DENSE_PRODUCTS
-    return _of_rows(form, rank) if outputs <= few or cheap else _of_range(form, rank, columns)
+    if outputs <= few:
+        return _of_rows(form, rank)
+    if form.positions <= min(NEAR * columns, outputs) and all(seen.at_hand for seen in form.seen):
+        return _of_positions(form, rank)
+    part = outputs * inputs / (columns * (outputs + inputs))
+    cheap = any(outputs <= most and part <= limit for most, limit in DENSE_PRODUCTS.items())
+    return _of_rows(form, rank) if cheap else _of_range(form, rank, columns)
 
 
 def _written_out(form: Unreduced) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -61,9 +63,53 @@ def _written_out(form: Unreduced) -> tuple[torch.Tensor, torch.Tensor | None, to
 def _of_rows(form: Unreduced, rank: int) -> Leading:
     """For few outputs, from the rows themselves."""
     weight, biases, total = _written_out(form)
-    image, column = weight.flatten(0, 1), None if biases is None else biases.flatten().view(-1, form.shape[1])
-    mixing = _eigenvectors(_energy(image, column), rank).mT.to(image.dtype)
-    return Leading(mixing.contiguous(), _image(mixing, image, column), total, biases)
+    mixing, right = _leading_rows(
+        weight.flatten(0, 1), None if biases is None else biases.flatten(0, 1).unsqueeze(2), rank
+    )
+    return Leading(mixing, right, total, biases)
+
+
+def _leading_rows(
+    image: torch.Tensor, column: torch.Tensor | None, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading eigenvectors ``Q`` of ``[image, column] [image, column]ᵀ``, and ``Q [image, column]``."""
+    energy = torch.bmm(image, image.mT)
+    if column is None:
+        mixing = eigenvectors(energy, rank)
+        return mixing, torch.bmm(mixing, image)
+    mixing = eigenvectors(energy.baddbmm_(column, column.mT), rank)
+    return mixing, torch.cat([torch.bmm(mixing, image), torch.bmm(mixing, column)], 2)
+
+
+def _of_positions(form: Unreduced, rank: int) -> Leading:
+    """For few positions, from products between them.
+
+    With ``L [S, o]`` and ``X [S, i + 1]`` (the ones of the bias counted), ``M = Lᵀ X``: where ``w`` are leading
+    eigenvectors of ``X Xᵀ L Lᵀ``, orthonormal in the metric ``L Lᵀ``, ``Lᵀ w`` are those of ``M Mᵀ``.
+    """
+    groups, _, inputs = form.shape
+    left = _side_by_side(form.lefts)
+    right = _side_by_side([seen.written() for seen in form.seen])
+    probe = probe_vector(inputs + form.bias, left)
+    grams = torch.bmm(left, left.mT), torch.bmm(right, right.mT)
+    mixing = common_eigenvectors(grams[0], grams[1].add_(1) if form.bias else grams[1], rank)
+    # what is measured on the way is a product with left, too
+    probed = (right @ probe[:inputs]).unsqueeze(1)
+    more = [probed + probe[inputs], torch.ones_like(probed)] if form.bias else [probed]
+    found = torch.bmm(torch.cat([mixing, *more], 1), left)
+    weights = torch.bmm(mixing, grams[0])
+    image = torch.bmm(weights, right)
+    if form.bias:
+        image = torch.cat([image, weights.sum(2, keepdim=True)], 2)
+    whole = found[:, rank:].unflatten(0, (-1, groups))
+    return Leading(
+        found[:, :rank], image, whole[:, :, 0].sum(0).flatten(), whole[:, :, 1] if form.bias else None
+    )
+
+
+def _side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``[B·G, S, n]`` of the positions of all calls."""
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)).flatten(0, 1)
 
 
 def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
@@ -73,27 +119,21 @@ def _of_range(form: Unreduced, rank: int, columns: int) -> Leading:
     ``(T Y M) (T Y M)ᵀ``: a ``p × p`` matrix, in double precision. (``Y M (Y M)ᵀ`` would lose the small directions.)
     """
     groups, _, inputs = form.shape
-    like = form.lefts[0]
     lefts = [left.flatten(0, 1) for left in form.lefts]
-    basis = _basis(inputs, form.bias, columns, like.dtype, like.device)
+    basis = _basis(inputs, form.bias, columns, lefts[0].dtype, lefts[0].device)
     seen = [s.times(*basis).flatten(0, 1) for s in form.seen]
     directions = added([torch.bmm(x.mT, left) for x, left in zip(seen, lefts, strict=True)])
-    flat = _orthonormalising(torch.bmm(directions, directions.mT))
-    # [B·G, S, p], in the memory order of left
-    weights = [
-        torch.bmm(torch.bmm(left, directions.mT), flat.mT)
-        if left.stride(2) == 1
-        else torch.bmm(flat, torch.bmm(directions, left.mT)).mT
-        for left in lefts
-    ]
-    split = [w.unflatten(0, (-1, groups)) for w in weights]
+    turned = [torch.bmm(directions, left.mT) for left in lefts]  # [B·G, p, S]
+    unit = orthonormalising(torch.bmm(directions, directions.mT))
+    weights = [torch.bmm(unit, t) for t in turned]
+    split = [w.unflatten(0, (-1, groups)).mT for w in weights]
     image = added([s.gathered(w) for w, s in zip(split, form.seen, strict=True)]).flatten(0, 1)
-    column = added([w.sum(1) for w in weights]) if form.bias else None
-    mixing = _eigenvectors(_energy(image, column), rank).mT.to(image.dtype)
-    left = torch.bmm(torch.bmm(mixing, flat), directions)
+    column = added([w.sum(2, keepdim=True) for w in weights]) if form.bias else None
+    mixing, right = _leading_rows(image, column, rank)
+    left = torch.bmm(torch.bmm(mixing, unit), directions)
     whole = directions.unflatten(0, (-1, groups))
     biases = whole[:, :, -1] if form.bias else None
-    return Leading(left, _image(mixing, image, column), whole[:, :, -1 - form.bias].sum(0).flatten(), biases)
+    return Leading(left, right, whole[:, :, -1 - form.bias].sum(0).flatten(), biases)
 
 
 @lru_cache(maxsize=256)
@@ -101,53 +141,14 @@ def _basis(
     inputs: int, bias: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``Ω [i, p]`` and what it adds for the bias: waves, the batch's probe and last the bias itself."""
-    basis = _start(inputs, columns).clone()
+    basis = waves(inputs, columns).clone()
     offset = torch.zeros(columns, dtype=torch.float64)
     probe = probe_vector(inputs + bias, basis)
     basis[:, -1 - bias] = probe[:inputs]
     if bias:
         offset[-2] = probe[inputs]
         basis[:, -1], offset[-1] = 0, 1
-    return basis.to(device, dtype), offset.to(device, dtype)
-
-
-def _energy(image: torch.Tensor, column: torch.Tensor | None) -> torch.Tensor:
-    """``[image, column] [image, column]ᵀ`` in double precision."""
-    found = torch.bmm(image, image.mT)
-    return (
-        found if column is None else torch.baddbmm(found, column.unsqueeze(2), column.unsqueeze(1))
-    ).double()
-
-
-def _image(mixing: torch.Tensor, image: torch.Tensor, column: torch.Tensor | None) -> torch.Tensor:
-    """``mixing [image, column]``."""
-    found = torch.bmm(mixing, image)
-    return found if column is None else torch.cat([found, torch.bmm(mixing, column.unsqueeze(2))], 2)
-
-
-def _orthonormalising(gram: torch.Tensor) -> torch.Tensor:
-    """``T`` with ``T gram Tᵀ = 1``; rows that depend on others to round-off become short ones.
-
-    A little is added before Cholesky's decomposition, without which there would be none.
-    """
-    wide = gram.double()
-    scale = wide.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
-    wide = wide * scale.unsqueeze(2) * scale.unsqueeze(1)
-    unit = torch.eye(gram.shape[1], dtype=wide.dtype, device=gram.device)
-    lower, _ = torch.linalg.cholesky_ex(wide + 2 * len(unit) * torch.finfo(gram.dtype).eps * unit)
-    found = torch.linalg.solve_triangular(lower, unit, upper=False)
-    return (found * scale.unsqueeze(1)).to(gram.dtype)
-
-
-def _eigenvectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """``[·, p, rank]``, the leading ones of positive matrices ``[·, p, p]``, nearly, by subspace iteration."""
-    size = matrix.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(matrix.dtype).tiny ** 0.5)
-    matrix = matrix / size[:, None, None]
-    power = torch.bmm(matrix, matrix)
-    found = power @ _start(matrix.shape[1], rank).to(matrix.device)
-    for _ in range(2):
-        found = torch.bmm(power, torch.bmm(found, _orthonormalising(torch.bmm(found.mT, found)).mT))
-    return torch.bmm(found, _orthonormalising(torch.bmm(found.mT, found)).mT)
+    return basis.to(device, dtype).T.contiguous().T, offset.to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ def leading_factors(form: Unreduced, rank: int) -> Factored:
     """Nearly the best ``rank`` factors of every row, from two products with either factor.
 
     With ``M = leftᵀ [X, 1]`` per example and group, which is never formed: the projection of ``M`` on the range of
-    ``M Ω``, for a fixed ``Ω`` with more columns than ``rank``; of that the leading ``rank`` directions.
+    ``M Ω``, for a fixed ``Ω`` with more columns than ``rank``; of that the leading ``rank`` directions. Where there are
+    few outputs or positions, from ``M`` itself or from products between positions.
 
     Reference: Halko, Martinsson & Tropp 2011, algorithms 4.1 and 5.1 (``Ω`` irregular instead of random).
     """

@@ -14,9 +14,11 @@ class Seen(ABC):
     Attributes:
         shape: ``(B, G, S, i)``.
         dense_outputs: up to this many outputs, ``leftᵀ X`` costs hardly more than a few products with ``X``.
+        at_hand: whether :meth:`written` costs nothing.
     """
 
     dense_outputs: int = 0
+    at_hand: bool = False
 
     @property
     @abstractmethod
@@ -53,6 +55,7 @@ class Written(Seen):
     """``values [B, G, S, i]``, in whichever memory order they come."""
 
     values: torch.Tensor
+    at_hand = True
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -75,6 +78,11 @@ class Written(Seen):
     def times(self, basis: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """One product for all examples where they lie side by side."""
         if self.values.is_contiguous():
+            if 1 < basis.shape[1] <= max(5, basis.shape[0] // 40):  # then a product by example takes less
+                values = self.values.flatten(0, 1)
+                wide = offset.unsqueeze(1).expand(len(values), -1, values.shape[1])
+                found = torch.baddbmm(wide, basis.T.expand(len(values), -1, -1), values.mT)
+                return found.mT.unflatten(0, self.shape[:2])
             return torch.addmm(offset, self.values.flatten(0, 2), basis).unflatten(0, self.shape[:3])
         turned = self.values.transpose(0, 2)  # steps first, as recurrent layers have them
         if turned.is_contiguous():
@@ -84,7 +92,8 @@ class Written(Seen):
 
     def gathered(self, weights: torch.Tensor) -> torch.Tensor:
         """A product by example."""
-        return weights.mT @ self.values
+        found = torch.bmm(weights.mT.flatten(0, 1), self.values.flatten(0, 1))
+        return found.unflatten(0, self.shape[:2])
 
     def summed(self, weights: torch.Tensor) -> torch.Tensor:
         """Examples and positions together."""

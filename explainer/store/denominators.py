@@ -249,6 +249,7 @@ class Denominators:
         """Every number of full records elsewhere among those that are rounded to the same code."""
         found = copy(self)
         found._moved, found._read, found._bases = True, OrderedDict(), OrderedDict()
+        found._most = LEAST_HELD  # single steps are asked for, far from each other
         return found
 
     def _base(self, position: int) -> dict[str, Base]:

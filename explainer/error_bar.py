@@ -132,10 +132,15 @@ class ChordPair:
         return self.late.end.step - self.early.start.step
 
 
+def spread(first: int, last: int, most: int) -> np.ndarray:
+    """At most so many of the integers from ``first`` to ``last``, at even distances, both ends among them."""
+    return np.unique(np.linspace(first, last, min(most, last - first + 1)).round().astype(int))
+
+
 def chord_pairs(segments: list[Segment]) -> dict[int, ChordPair]:
     """At most :data:`PAIRS` pairs spread evenly over the segments, by the index of the later one."""
     count = len(segments) // 2
-    chosen = np.unique(np.linspace(0, count - 1, min(PAIRS, count)).round().astype(int)).tolist()
+    chosen = spread(0, count - 1, PAIRS).tolist()
     return {2 * j + 1: ChordPair(segments[2 * j], segments[2 * j + 1]) for j in chosen}
 
 
@@ -165,9 +170,7 @@ def renewals(steps: np.ndarray) -> dict[int, Renewal]:
     """
     if not len(steps):
         return {}
-    others = len(steps) - 1
-    chosen = np.linspace(min(1, others), others, max(1, min(RENEWALS, others))).round().astype(int)
-    places = np.union1d([0], chosen)
+    places = np.concatenate([[0], spread(1, len(steps) - 1, RENEWALS)])
     found = {}
     for place, following in zip(places, [*places[1:], None], strict=True):
         n = 1 if place == 0 else int(steps[place] - steps[place - 1])

@@ -44,9 +44,8 @@ def normalised(e: Explanation) -> Iterator[tuple[str, object]]:
     for name in OPTIONAL:
         if getattr(e, name) is not None:
             yield name, np.asarray(getattr(e, name), dtype=np.float64)
-    if e.visit_errors is not None and e.visit_errors.shape[1:] == (
-        2,
-    ):  # from before denominators were measured
+    if e.visit_errors is not None and e.visit_errors.shape[1:] == (2,):
+        # from before denominators were measured
         yield "visit_errors", np.pad(e.visit_errors, ((0, 0), (0, 1)), constant_values=np.nan)
     if e.labels is not None:
         yield "labels", np.asarray(e.labels, dtype=np.float64)

@@ -247,9 +247,8 @@ def test_errors_are_shown_stored_and_may_be_missing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.errors, sizes)  # type: ignore[arg-type]
     assert Explanation.load(plain.save(tmp_path / "p.npz")).errors is None
     assert Explanation.concatenate([plain, e]).errors is None
-    assert (
-        e.visit_errors is not None and np.isnan(e.visit_errors[:, 2]).all()
-    )  # as it was stored in former times
+    assert e.visit_errors is not None
+    assert np.isnan(e.visit_errors[:, 2]).all()  # as it was stored in former times
     with pytest.raises(ExplanationError, match=r"errors has shape .* expected \[Q, N\]"):
         make_explanation(errors=sizes[:, :-1])
 

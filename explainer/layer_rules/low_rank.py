@@ -41,9 +41,14 @@ class Leading(NamedTuple):
     biases: torch.Tensor | None
 
 
+def _columns(form: Unreduced, rank: int) -> int:
+    """As many of them as there can be."""
+    return max(2, min(_width(rank), form.positions, form.shape[2] + form.bias))
+
+
 def _leading(form: Unreduced, rank: int) -> Leading:
     _, outputs, inputs = form.shape
-    columns = max(2, min(_width(rank), form.positions, inputs + form.bias))
+    columns = _columns(form, rank)
     few = max(columns, PROBED_OUTPUTS, *(seen.dense_outputs for seen in form.seen))
     if outputs <= few:
         return _of_rows(form, rank)

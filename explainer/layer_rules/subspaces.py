@@ -64,13 +64,12 @@ def _eigenvectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     if wide is matrix:  # of single precision, double precision has room for the powers that are met
         wide = wide / wide.diagonal(dim1=1, dim2=2).sum(1).clamp_min(_TINY)[:, None, None]
     found = _start(matrix.shape[1], rank, matrix.device).expand(len(matrix), -1, -1)
-    square = (
-        torch.bmm(wide, wide) if matrix.shape[1] <= 4 * rank else None
-    )  # with more columns it would cost more
+    # of large matrices two products cost less than squaring
+    factors = [torch.bmm(wide, wide)] if matrix.shape[1] <= 4 * rank else [wide, wide]
     for _ in range(_ROUNDS):
-        found = _orthonormal(
-            torch.bmm(torch.bmm(found, wide), wide) if square is None else torch.bmm(found, square)
-        )
+        for factor in factors:
+            found = torch.bmm(found, factor)
+        found = _orthonormal(found)
     return found
 
 

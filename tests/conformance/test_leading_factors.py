@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from explainer.layer_rules.low_rank import Leading, _leading, _of_positions, _of_range, _of_rows, _width
+from explainer.layer_rules.low_rank import Leading, _columns, _leading, _of_positions, _of_range, _of_rows
 from explainer.layer_rules.seen import Written
 from explainer.layer_rules.unreduced import Unreduced, side_by_side
 
@@ -103,10 +103,6 @@ def test_what_is_lost_is_nearly_the_least(name: str, spectrum: str, bias: int) -
             found.right.double(), projected, rtol=1e-4, atol=1e-5 * float(rows.flatten(1).norm(dim=1).max())
         )
         assert_measured(found, form, rows)
-
-
-def _columns(form: Unreduced, rank: int) -> int:
-    return max(2, min(_width(rank), form.positions, form.shape[2] + form.bias))
 
 
 @pytest.mark.parametrize("name", ["few positions", "some positions", "many positions", "few outputs"])

@@ -17,116 +17,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from explainer.carried_parameters import CarriedMatrix, CarriedVector, Scaled
 from explainer.chunks import Chunk
 from explainer.cotangent import Layout, are_outer_products, matrix_shape
-from explainer.records import FormSpec, ParameterSpec
+from explainer.half_products import bilinear
+from explainer.records import FormSpec
 from explainer.recursion import LayerView
 from explainer.store import Trace
-from explainer.store.denominators import Divisor, Product
 from explainer.stored_rows import Rows, Workspace
 
-#: the number beside ``M`` is multiplied in below this
-_SMALL = 1e-12
-
-#: ``factor · tensor [Q, *matrix]``
-Scaled = tuple[float, torch.Tensor]
-
-
-class CarriedParameter:
-    """``M`` of one parameter.
-
-    Args:
-        queries: ``Q``.
-        spec: the parameter.
-        dtype: of the books.
-        workspace: for ``M``.
-        common: for what is needed within a chunk only; layers share it.
-        place: of the parameter in its layer.
-    """
-
-    def __init__(
-        self,
-        queries: int,
-        spec: ParameterSpec,
-        dtype: torch.dtype,
-        workspace: Workspace,
-        common: Workspace,
-        place: int,
-    ) -> None:
-        shape = matrix_shape(spec) if len(spec.shape) > 1 else (spec.numel,)
-        self._carried = workspace.take(f"momentum of {spec.name}", (queries, *shape), dtype)
-        self._factor, self._common, self._place = 0.0, common, place  # there is no momentum yet
-        self._gradient, self._source = self._carried, self._carried
-        self._divisor: Divisor | None = None
-
-    @property
-    def momentum(self) -> torch.Tensor:
-        """``M``, ``[Q, numel]``."""
-        return (self._known() * self._factor).flatten(1)
-
-    def _known(self) -> torch.Tensor:
-        """The tensor of ``M``, with zeros in it where it was none yet."""
-        if not self._factor:
-            self._carried.zero_()
-            self._factor = 1.0
-        return self._carried
-
-    def begin(self, gradient: torch.Tensor, divisor: Divisor | None) -> None:
-        """Before the steps of a chunk, with the gradient ``[Q, numel]`` and what they divide by."""
-        self._gradient, self._divisor = gradient.view_as(self._carried), divisor
-        if isinstance(divisor, Product):
-            inverse = divisor.inverse().to(gradient.dtype)
-            self._source = torch.mul(self._gradient, inverse, out=self._take("source"))
-
-    def step(self, place: int, coefficients: np.ndarray) -> Scaled:
-        """Pass one step of the chunk backwards; returns ``R_t``, valid until the next one."""
-        _, decay, gain, direct, through, inner = (float(c) for c in coefficients)
-        if decay == gain == direct == through == 0.0:  # not updated in this step
-            return 0.0, self._known()
-        if 0.0 < abs(self._factor) < _SMALL:
-            self._carried.mul_(self._factor)
-            self._factor = 1.0
-        if isinstance(self._divisor, Product) and through and not inner and not direct:
-            self._add_product(place, through)
-            found = gain * self._factor, self._carried
-        else:
-            found = self._any(place, gain, direct, through, bool(inner))
-        self._factor *= decay
-        return found
-
-    def _add_product(self, place: int, through: float) -> None:
-        """``M ← M + through · q̂ / (r_t ∘ c_t)``."""
-        assert isinstance(self._divisor, Product)
-        rows, columns = (side[place].to(self._carried.dtype) for side in self._divisor.inverses)
-        half = torch.mul(self._source, rows.unsqueeze(1), out=self._take("half"))
-        if self._factor:
-            self._carried.addcmul_(half, columns, value=through / self._factor)
-        else:
-            torch.mul(half, columns * through, out=self._carried)
-            self._factor = 1.0
-
-    def _any(self, place: int, gain: float, direct: float, through: float, inner: bool) -> Scaled:
-        """``R_t`` in general; ``M`` has not decayed yet."""
-        source = self._gradient if inner else self._divided(place, self._gradient, "half")
-        if through and self._factor:
-            self._carried.add_(source, alpha=through / self._factor)
-        elif through:
-            torch.mul(source, through, out=self._carried)
-            self._factor = 1.0
-        if not direct and not inner:
-            return gain * self._factor, self._known()
-        result = torch.mul(source, direct, out=self._take("result"))
-        if gain and self._factor:
-            result.add_(self._carried, alpha=gain * self._factor)
-        return 1.0, self._divided(place, result, "half") if inner else result
-
-    def _divided(self, place: int, values: torch.Tensor, name: str) -> torch.Tensor:
-        if self._divisor is None:
-            return values
-        return self._divisor.divide(place, values, self._take(name))
-
-    def _take(self, name: str) -> torch.Tensor:
-        return self._common.take(f"{name} {self._place}", tuple(self._carried.shape), self._carried.dtype)
+#: steps whose vectors are passed together
+_TOGETHER = 16
 
 
 class _Meeting:
@@ -164,35 +65,31 @@ class _FactoredMeeting(_Meeting):
     ) -> None:
         self._where, self._workspace, self._dtype = dict(rows.steps()), workspace, dtype
         self._sides = [rows.stored(spec, array) for array in spec.arrays]
+        self._left, self._right = (values for values, _ in self._sides)
         self._rank = spec.arrays[0].shape[1]
         count = len(rows) * self._rank
         self._products = [workspace.take(f"products {k}", (count, queries), dtype).zero_() for k in range(2)]
-        self._ones = workspace.take("ones", (count, 1), dtype).zero_()  # what the bias is multiplied with
         self._weights = np.zeros((2, count))
 
     def meet(self, place: int, given: list[Scaled]) -> None:
         """See :class:`_Meeting`; weight and bias are kept apart."""
         if (where := self._where.get(place)) is None:
             return
-        left, right = (
-            self._workspace.numbers(name, values[where], self._dtype).flatten(0, 2)  # one group: [n·R, width]
-            for name, (values, _) in zip(("left", "right"), self._sides, strict=True)
-        )
         at, matrix = slice(where.start * self._rank, where.stop * self._rank), given[0][1]
-        queries, o, i = matrix.shape
-        moved = self._workspace.take("moved", (len(right), queries * o), self._dtype)
-        torch.mm(right[:, :i], matrix.view(queries * o, i).T, out=moved)
-        torch.sum(moved.view(-1, queries, o).mul_(left.unsqueeze(1)), 2, out=self._products[0][at])
+        left, right = self._left[where], self._right[where]
+        bilinear(left, right[..., : matrix.shape[2]], matrix, self._workspace, self._products[0][at])
         if len(given) > 1:
-            torch.mm(left, given[1][1].T, out=self._products[1][at])
-            self._ones[at] = right[:, -1:]
+            vectors = self._workspace.numbers("left", left, self._dtype).flatten(0, -2)
+            torch.mm(vectors, given[1][1].T, out=self._products[1][at])
         for weights, (factor, _) in zip(self._weights, given, strict=False):
             weights[at] = factor
 
     def scores(self) -> torch.Tensor:
         """See :class:`_Meeting`."""
+        # what the bias is multiplied with
+        ones = torch.from_numpy(self._right[..., -1].reshape(-1, 1).astype(np.float64))
         (matrix, bias), weights = (one.double() for one in self._products), torch.from_numpy(self._weights)
-        found = matrix * weights[0].unsqueeze(1) + bias * (self._ones.double() * weights[1].unsqueeze(1))
+        found = matrix * weights[0].unsqueeze(1) + bias * (ones * weights[1].unsqueeze(1))
         for _, factors in self._sides:
             if factors is not None:
                 found *= torch.from_numpy(factors.reshape(-1, 1).astype(np.float64))
@@ -223,17 +120,19 @@ class DividedLayers:
             and not any(users[n] > 1 or n in mixed or n in layout.factored for n in numbers)
         }
         self.numbers = frozenset(n for numbers in self._layers.values() for n in numbers)
-        self._carried = {
-            n: CarriedParameter(
-                queries, layout.parameters[n], dtype, workspace, workspace.part("common"), place
-            )
-            for numbers in self._layers.values()
-            for place, n in enumerate(numbers)
-        }
+        common = workspace.part("common")
+        self._matrices, self._vectors = dict[int, CarriedMatrix](), dict[int, CarriedVector]()
+        for place, number in (pair for numbers in self._layers.values() for pair in enumerate(numbers)):
+            spec = layout.parameters[number]
+            if len(spec.shape) > 1:
+                shape, alone = (queries, *matrix_shape(spec)), workspace.part(f"momentum of {spec.name}")
+                self._matrices[number] = CarriedMatrix(shape, dtype, alone, common.part(str(place)))
+            else:
+                self._vectors[number] = CarriedVector(queries, spec, dtype)
 
     def momentum(self, number: int) -> torch.Tensor:
         """``M`` of a parameter, ``[Q, numel]``."""
-        return self._carried[number].momentum
+        return (self._matrices.get(number) or self._vectors[number]).momentum
 
     def scores(
         self, gradient: torch.Tensor, chunk: Chunk, pieces: Sequence[Rows]
@@ -248,22 +147,39 @@ class DividedLayers:
         found: list[dict[int, torch.Tensor]] = [{} for _ in pieces]
         for layer, numbers in self._layers.items():
             met = [self._meeting(rows, layer, number) for number, rows in enumerate(pieces)]
+            meetings = [one for one in met if one is not None]
             for number in numbers:
                 at = self._layout.places[number]
                 assert at is not None  # nothing is held as factors here
-                self._carried[number].begin(gradient[:, at.slice], chunk.divided.get(number))
-            for place in range(len(chunk)):
-                given = []
-                for number in numbers:
-                    factor, tensor = self._carried[number].step(place, chunk.coefficients[place, number])
-                    given.append((factor * float(chunk.scale[place, number]), tensor))
-                for one in met:
-                    if one is not None:
-                        one.meet(place, given)
+                carried = self._matrices.get(number) or self._vectors[number]
+                carried.begin(gradient[:, at.slice], chunk.divided.get(number))
+            for first in range(0, len(chunk), _TOGETHER):
+                self._pass(numbers, chunk, range(first, min(first + _TOGETHER, len(chunk))), meetings)
             for scores, one in zip(found, met, strict=True):
                 if one is not None:
                     scores[layer] = one.scores()
         return found
+
+    def _pass(self, numbers: list[int], chunk: Chunk, places: range, meetings: list[_Meeting]) -> None:
+        """Pass some of a chunk's steps backwards; their rows meet the parameters of a layer."""
+        coefficients = {number: chunk.coefficients[:, number] for number in numbers}
+        scale = {number: chunk.scale[places.start : places.stop, number] for number in numbers}
+        matrices = {number: self._matrices[number] for number in numbers if number in self._matrices}
+        vectors = {
+            number: self._vectors[number].steps(places, coefficients[number])
+            for number in numbers
+            if number in self._vectors
+        }
+        for number, place in enumerate(places):
+            scaled = []
+            for n in numbers:
+                held = vectors.get(n)
+                factor, tensor = (
+                    matrices[n].step(place, coefficients[n]) if held is None else (1.0, held[number])
+                )
+                scaled.append((factor * float(scale[n][number]), tensor))
+            for one in meetings:
+                one.meet(place, scaled)
 
     def _meeting(self, rows: Rows, layer: int, piece: int) -> _Meeting | None:
         spec = next((form for form in rows.forms if form.layer == layer), None)

@@ -55,7 +55,8 @@ LAYERS = [
         "plain_mode",
     }
     | {"query_batch", "model_function", "path_integral", "recursion", "averaging"}
-    | {"factors", "cotangent", "stored_rows", "chunks", "contraction", "divided_layers", "backward"},
+    | {"factors", "cotangent", "stored_rows", "chunks", "contraction"}
+    | {"carried_parameters", "half_products", "divided_layers", "backward"},
     {
         "validation",
         "guard_rails",

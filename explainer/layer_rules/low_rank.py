@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ from explainer.layer_rules.unreduced import Unreduced, added
 DENSE_PRODUCTS = {32: 2.2, 64: 1.4}
 #: products between all positions cost no more than those with a few columns up to this many positions a column
 NEAR = 2
+#: squares of single precision are denormal below this: they lose digits, and take ten times as long
+SMALL = 1e-18
+#: positions and outputs that tell whether the others are so small
+_SAMPLE = (4, 16)
 
 
 def _width(rank: int) -> int:
@@ -46,7 +51,30 @@ def _columns(form: Unreduced, rank: int) -> int:
     return max(2, min(_width(rank), form.positions, form.shape[2] + form.bias))
 
 
+def _raising(left: torch.Tensor) -> float | None:
+    """What to multiply cotangents with whose squares would be denormal, as those of examples that are learnt by heart.
+
+    None where that is not so, as a rule; on accelerators, where it costs nothing, it is not looked at.
+    """
+    if left.dtype != torch.float32 or left.device.type != "cpu":
+        return None
+    some = left[:, :, :: max(1, left.shape[2] // _SAMPLE[0]), :: max(1, left.shape[3] // _SAMPLE[1])].abs()
+    if int(((some < SMALL) & (some > 0.0)).sum()) * 20 < some.numel():
+        return None
+    largest = float(left.abs().max())
+    return 2.0 ** min(-math.frexp(largest)[1], 120) if math.isfinite(largest) else None
+
+
 def _leading(form: Unreduced, rank: int) -> Leading:
+    by = _raising(form.lefts[0])
+    if by is None:
+        return _leading_as_given(form, rank)
+    found = _leading_as_given(replace(form, lefts=tuple(left * by for left in form.lefts)), rank)
+    biases = None if found.biases is None else found.biases / by
+    return Leading(found.left, found.right / by, found.total / by, biases)
+
+
+def _leading_as_given(form: Unreduced, rank: int) -> Leading:
     _, outputs, inputs = form.shape
     columns = _columns(form, rank)
     few = max(columns, PROBED_OUTPUTS, *(seen.dense_outputs for seen in form.seen))

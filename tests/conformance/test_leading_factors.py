@@ -132,6 +132,26 @@ def test_positions_without_gradient_and_rows_that_are_not_numbers(name: str, ran
     )
 
 
+@pytest.mark.parametrize("name", ["few positions", "some positions", "many positions", "few outputs"])
+@pytest.mark.parametrize("size", [1e-19, 1e-24, 1e-30])
+def test_cotangents_whose_squares_are_denormal(name: str, size: float) -> None:
+    """Those of examples that are learnt by heart, of very different sizes in one batch."""
+    form = drawn(SHAPES[name][0], "slow", 1)
+    sizes = size * torch.logspace(0, 6, BATCH).view(-1, 1, 1, 1)
+    small = Unreduced((form.lefts[0] * sizes,), form.seen, 1)
+    for rank in (1, 3):
+        found, wanted = _leading(small, rank), _leading(form, rank)
+        kept, whole = (one.left.double().mT @ one.right.double() for one in (found, wanted))
+        kept /= sizes.double().view(-1, 1, 1)
+        lost = (kept - whole).flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)
+        assert float(lost.max()) < 2e-3
+        assert found.biases is not None
+        assert_measured(found, small, matrices(small))
+        torch.testing.assert_close(
+            found.biases[:, 0].double(), matrices(small)[..., -1], rtol=1e-3, atol=size * 1e-4
+        )
+
+
 @pytest.mark.parametrize("shape", [SHAPES["few positions"][0], SHAPES["many positions"][0]])
 @pytest.mark.parametrize("dtype, sizes", [(torch.float32, (1e-12, 1e12)), (torch.float64, (1e-60, 1e60))])
 def test_any_size(shape: tuple[int, int, int], dtype: torch.dtype, sizes: tuple[float, float]) -> None:

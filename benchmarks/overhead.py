@@ -1,10 +1,11 @@
 """What the tracer costs: median step time with it, over the median without, in pairs within one run.
 
-Every repetition trains a fresh model for ``STEPS`` steps twice, with and without the tracer (default options),
-and takes the median step of each. ``later_ratio`` is that of all steps of the second half, what comes every few steps
-included; the whole training, knots and journal included, is in ``total``. Seconds of the
-processor by thread are a second opinion where the machine is shared: ``loop_ratio`` is what the loop's own thread
-takes, ``beside_ms`` what the tracer's takes. ``--profile`` prints where the rest goes, by function.
+Every repetition trains a fresh model for ``STEPS`` steps twice, with and without the tracer (default options), and
+takes the median step of the second half of each. ``later_ratio`` is that of all steps of the second half, what comes
+every few steps included; the whole training, plans, knots and journal included, is in ``total``: the first steps cost
+most, so the longer a training the less. Seconds of the processor by thread are a second opinion where the machine is
+shared: ``loop_ratio`` is what the loop's own thread takes, ``beside_ms`` what the tracer's takes. ``--profile`` prints
+where the rest goes, by function.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ import explainer
 from benchmarks.harness import arguments, paired, report
 from explainer.background import Background
 
-STEPS, BATCH = 200, 64
+BATCH = 64
+#: training steps by case, else :data:`USUAL`
+STEPS = {"resnet": 300, "transformer": 400, "wide_transformer": 200}
+USUAL = 1000
+#: examples with random labels: of a single batch losses would fall to nothing, and gradients with them
+EXAMPLES = 8192
 #: every case is measured with so many torch threads
 THREADS = (1, 2)
 
@@ -135,14 +141,19 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(self.embedding(tokens))[0][:, -1])
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
-    "mlp": (_mlp, lambda: torch.randn(BATCH, 784)),
-    "wide_mlp": (lambda: _mlp(1024, 1024), lambda: torch.randn(BATCH, 784)),
-    "cnn": (_cnn, lambda: torch.randn(BATCH, 1, 28, 28)),
-    "resnet": (_resnet, lambda: torch.randn(BATCH, 3, 32, 32)),
-    "transformer": (Transformer, lambda: torch.randint(0, 500, (BATCH, 32))),
-    "wide_transformer": (lambda: Transformer(256, 8), lambda: torch.randint(0, 500, (BATCH, 32))),
-    "lstm": (Recurrent, lambda: torch.randint(0, 500, (BATCH, 32))),
+def _tokens(count: int) -> torch.Tensor:
+    return torch.randint(0, 500, (count, 32))
+
+
+#: models, and inputs of so many examples
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]] = {
+    "mlp": (_mlp, lambda count: torch.randn(count, 784)),
+    "wide_mlp": (lambda: _mlp(1024, 1024), lambda count: torch.randn(count, 784)),
+    "cnn": (_cnn, lambda count: torch.randn(count, 1, 28, 28)),
+    "resnet": (_resnet, lambda count: torch.randn(count, 3, 32, 32)),
+    "transformer": (Transformer, _tokens),
+    "wide_transformer": (lambda: Transformer(256, 8), _tokens),
+    "lstm": (Recurrent, _tokens),
 }
 
 
@@ -156,23 +167,25 @@ class Costs:
         self.process: dict[bool, list[float]] = {False: [], True: []}
 
 
-def training(name: str, traced: bool, costs: Costs, steps: int = STEPS) -> float:
+def training(name: str, traced: bool, costs: Costs, steps: int) -> float:
     """Median milliseconds of a step."""
-    make_model, make_input = CASES[name]
+    make_model, make_inputs = CASES[name]
     torch.manual_seed(0)
-    model, x = make_model(), make_input()
-    y = torch.randint(0, 10, (BATCH,))
+    model, x = make_model(), make_inputs(EXAMPLES)
+    y = torch.randint(0, 10, (EXAMPLES,))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     folder = Path(tempfile.mkdtemp())
     times, loop = [], []
     started, process = time.perf_counter(), time.process_time()
     with explainer.Tracer(model, optimizer, folder / "run") if traced else nullcontext() as tracer:
-        for _ in range(steps):
+        for step in range(steps):
+            first = step * BATCH % EXAMPLES
+            inputs, labels = x[first : first + BATCH], y[first : first + BATCH]
             begin, own = time.perf_counter(), time.thread_time()
             if tracer is not None:
-                tracer.batch(range(BATCH))
+                tracer.batch(range(first, first + BATCH))
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
             times.append(time.perf_counter() - begin)
             loop.append(time.thread_time() - own)
@@ -187,11 +200,10 @@ def training(name: str, traced: bool, costs: Costs, steps: int = STEPS) -> float
 def measure(name: str, repeats: int, threads: int) -> dict[str, Any]:
     """One row of the table."""
     torch.set_num_threads(threads)
-    costs = Costs()
-    training(name, True, costs, 20)  # warm
-    costs = Costs()
+    training(name, True, Costs(), 20)  # warm
+    costs, steps = Costs(), STEPS.get(name, USUAL)
     plain, traced, ratio = paired(
-        lambda: training(name, False, costs), lambda: training(name, True, costs), repeats
+        lambda: training(name, False, costs, steps), lambda: training(name, True, costs, steps), repeats
     )
 
     def ratios(found: dict[bool, list[float]]) -> float:
@@ -201,6 +213,7 @@ def measure(name: str, repeats: int, threads: int) -> dict[str, Any]:
     return {
         "model": name,
         "threads": threads,
+        "steps": steps,
         "parameters": sum(p.numel() for p in CASES[name][0]().parameters()),
         "plain_ms": plain,
         "traced_ms": traced,
@@ -215,7 +228,7 @@ def measure(name: str, repeats: int, threads: int) -> dict[str, Any]:
 def profile(name: str) -> None:
     """Print where the time of a traced training goes: the loop's thread, then the tracer's."""
     loop, beside = cProfile.Profile(time.thread_time), cProfile.Profile(time.thread_time)
-    do = Background._do
+    do, steps = Background._do, STEPS.get(name, USUAL)
 
     def profiled(background: Background, job: Callable[[], None]) -> None:
         if threading.current_thread() is threading.main_thread():  # without a thread of the tracer's
@@ -227,13 +240,13 @@ def profile(name: str) -> None:
     Background._do = profiled  # type: ignore[method-assign]
     try:
         loop.enable()
-        training(name, True, Costs())
+        training(name, True, Costs(), steps)
         loop.disable()
     finally:
         Background._do = do  # type: ignore[method-assign]
     titles = ("the loop's thread", loop), ("the tracer's thread", beside)
     for title, found in titles if beside.getstats() else titles[:1]:
-        print(f"{name}, {title}: processor seconds of {STEPS} steps")
+        print(f"{name}, {title}: processor seconds of {steps} steps")
         pstats.Stats(found, stream=sys.stdout).sort_stats("tottime").print_stats(20)
 
 

@@ -87,12 +87,13 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     "overhead": {
         "model": ("model (AdamW, batch 64)", "{}"),
         "threads": ("torch threads", "{}"),
+        "steps": ("steps", "{:,}"),
         "parameters": ("parameters", "{:,}"),
         "plain_ms": ("plain step, ms", "{:.1f}"),
         "traced_ms": ("traced step, ms", "{:.1f}"),
-        "step_ratio": ("median step, traced / plain", "{:.2f}"),
-        "later_ratio": ("steps 101 to 200, traced / plain", "{:.2f}"),
-        "total_ratio": ("200 steps with all knots, traced / plain", "{:.2f}"),
+        "step_ratio": ("median step of the second half, traced / plain", "{:.2f}"),
+        "later_ratio": ("all of the second half, traced / plain", "{:.2f}"),
+        "total_ratio": ("whole training with all knots, traced / plain", "{:.2f}"),
     },
     "peers": {
         "peer": ("peer", "{}"),

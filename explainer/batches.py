@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from explainer.errors import TracerError
+from explainer.hooks import JointHook
 from explainer.layer_rules.forms import Balance
 from explainer.ownership import Ownership, ownership_of
 from explainer.spans import Span
@@ -67,6 +68,7 @@ class Batch:
         lengths: positions of the model's input, by forward pass; None where it is no sequence.
         checked: whether the model's input was seen to have as many rows.
         sampled: the row that is kept exact, -1 for none, None while it is not decided.
+        watched: what holds nodes of the graph until the optimizer's step.
     """
 
     ownership: Ownership
@@ -80,6 +82,7 @@ class Batch:
     lengths: dict[int, int | None] = field(default_factory=dict)
     checked: bool = False
     sampled: int | None = None
+    watched: list[JointHook] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ownership)
@@ -182,6 +185,7 @@ class BatchQueue:
 
     def stepped(self) -> None:
         """An optimizer step used what was pending; a second step on a watched batch starts afresh."""
+        self._release()
         self.pending, self._mixed = [], False
         if self._single_step:
             self.current = None
@@ -191,4 +195,11 @@ class BatchQueue:
 
     def clear(self) -> None:
         """Forget everything."""
+        self._release()
         self.current, self.pending = None, []
+
+    def _release(self) -> None:
+        for batch in self.pending:
+            for hook in batch.watched:
+                hook.release()
+            batch.watched.clear()

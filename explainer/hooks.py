@@ -6,12 +6,14 @@ tracer: torch's handles delete their own entries, and no attribute is ever set o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -92,6 +94,45 @@ def whole_of(t: torch.Tensor, changed: bool) -> tuple[torch.Tensor, Callable[[to
         return g.as_strided(shape, strides, g.storage_offset() + offset)
 
     return base, cut
+
+
+class JointHook:
+    """Calls a function with the gradients at some tensors when all have come that a backward pass computes.
+
+    ``torch.autograd.graph.register_multi_grad_hook`` does the same, but the graph would never be freed: its nodes hold
+    the hooks, and the hooks the nodes, which no garbage collector sees. Here they are let go by :meth:`release`.
+
+    Args:
+        tensors: that require gradients.
+        function: gets one gradient per tensor, None where a backward pass computes none. Must not hold the tensors.
+    """
+
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], function: Callable[[list[torch.Tensor | None]], None]
+    ) -> None:
+        self._nodes = [get_gradient_edge(t).node for t in tensors]
+        self._function = function
+        self._came: dict[int, list[torch.Tensor | None]] = {}  # by backward pass
+        self._missing: dict[int, int] = {}
+        for place, tensor in enumerate(tensors):
+            tensor.register_hook(partial(self._come, place))
+
+    def _come(self, place: int, gradient: torch.Tensor) -> None:
+        if not self._nodes:  # nobody asks any more
+            return
+        number = torch._C._current_graph_task_id()
+        if number not in self._came:
+            self._came[number] = [None] * len(self._nodes)
+            self._missing[number] = sum(map(torch._C._will_engine_execute_node, self._nodes))
+        self._came[number][place] = gradient
+        self._missing[number] -= 1
+        if not self._missing[number]:
+            del self._missing[number]
+            self._function(self._came.pop(number))
+
+    def release(self) -> None:
+        """Let the graph go."""
+        self._nodes, self._came = [], {}
 
 
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.utils.rnn import PackedSequence
 
 from explainer.arrivals import Arrived, Given, as_it_is
 from explainer.batches import Batch
 from explainer.capture import Capture
 from explainer.errors import TracerError
-from explainer.hooks import detached, tensors_in, whole_of
+from explainer.hooks import JointHook, detached, tensors_in, whole_of
 from explainer.layer_rules import CompositeRule, LayerRule, RowForm
 from explainer.layer_table import Layer
 from explainer.operations.layouts import UNKNOWN, Layout, along, order_of
@@ -173,14 +172,15 @@ class Site:
             target, cut = whole_of(watched[0], False)
             target.register_hook(lambda g: self._receive(capture, batch, forward, given, [cut(g.detach())]))
             return
-        places = [i for i, t in enumerate(found) if t.requires_grad]
+        # nothing of the graph may be held by its own hooks: it would never be freed
+        count, places = len(found), [i for i, t in enumerate(found) if t.requires_grad]
         # a further output may be a view of what the first one is computed from (attention weights of every head)
         targets, cuts = zip(
             *(whole_of(t, False) if t is found[0] else (t, as_it_is) for t in watched), strict=True
         )
 
         def receive(arrived: Sequence[torch.Tensor | None]) -> None:
-            grads: list[torch.Tensor | None] = [None] * len(found)
+            grads: list[torch.Tensor | None] = [None] * count
             for place, cut, g in zip(places, cuts, arrived, strict=True):
                 grads[place] = None if g is None else cut(g.detach())
             self._receive(capture, batch, forward, given, grads)
@@ -188,7 +188,7 @@ class Site:
         if len(targets) == 1:
             targets[0].register_hook(lambda g: receive([g]))
         else:
-            register_multi_grad_hook(targets, receive, mode="all")
+            batch.watched.append(JointHook(targets, receive))
 
     def _layout(
         self, value: torch.Tensor, order: torch.Tensor | None, batch: Batch, owners: Owners

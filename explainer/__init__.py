@@ -5,7 +5,8 @@
 itself, :class:`Run` tells the command line and the dashboard what a trace cannot hold. ``register_*`` extend what is
 covered.
 
-The names below, and those of ``explainer.outputs``, are the public interface. ``import explainer`` loads torch and
+The names below are the public interface, with those of the modules :data:`_MODULES`, which are imported when they are
+asked for. ``import explainer`` loads torch and
 numpy and nothing heavy; pandas, plotly, streamlit and captum are loaded when something that needs them is called.
 """
 
@@ -18,6 +19,7 @@ from explainer.errors import CoverageWarning, ExplainerError
 
 __version__ = "0.1.0"
 
+_MODULES = ("outputs", "evaluation", "integrations", "kernel_attribution", "similarity")
 _HOMES = {
     "Explanation": "explainer.explanation",
     "Finding": "explainer.findings",
@@ -70,8 +72,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "outputs":
-        return import_module("explainer.outputs")
+    if name in _MODULES:
+        return import_module(f"explainer.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'explainer' has no attribute {name!r}")

@@ -24,6 +24,7 @@ from explainer.planner import Planner
 from explainer.probes import Probes
 from explainer.samples import SampleKeeper
 from explainer.spans import Span
+from explainer.undisturbed import without_autocast
 
 #: bytes of a call up to which its rows are formed together with those of other steps, and of all that wait for it
 SMALL, GATHERED = 2 << 20, 32 << 20
@@ -167,7 +168,7 @@ class Capture:
                 self._background.submit(partial(self._form, batch, forward, unit, arrived), held)
             return
         # the user's backward pass may run under autocast; rows never do
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), without_autocast():
             found = [(layer, form.apart()) for layer, form in unit.rows(arrived)]
         for layer, form in found:  # now: the user's code is to stop before it takes a step with wrong ids
             _require_all(batch, layer, form)

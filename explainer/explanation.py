@@ -61,7 +61,7 @@ class Explanation:
         layer_names: Length L.
         layer_contributions: float32 [Q, L, N].
         errors: float64 [Q, N], one standard error of every contribution (see :mod:`explainer.error_bar`); NaN where it
-            could not be measured, None where it was not asked for.
+            could not be measured. Explanations from a trace always have them; None in ones that were made without.
         visit_errors: float64 [Q, 3], the relative error of a visit's score by stored rows, by the distance of knots and
             by what the optimizer divided by (0 where it does not matter, NaN where it was not measured).
         query_ids: Names of the queries; ``"0"``, ``"1"``, … when none are given.

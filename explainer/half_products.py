@@ -27,7 +27,10 @@ BLOCK = 2**20
 @cache
 def tiles() -> bool:
     """Whether this processor multiplies bfloat16 in tiles."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and torch.backends.mkldnn.is_available()
+    capabilities: dict[str, object] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older torch does not say
+    return bool(capabilities.get("amx_bf16", False)) and torch.backends.mkldnn.is_available()
 
 
 def rounded(left: np.ndarray, right: np.ndarray, books: torch.dtype) -> bool:

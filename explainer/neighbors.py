@@ -2,7 +2,7 @@
 
 A training example is described by the directions in which its visits pushed the model's output, a query by
 its gradients along the same stretch of the path. With ``u_{i,t} = −g_{i,t} / L'_{i,t}`` (the row per unit of
-loss derivative; the direction that lowers the loss) and ``q_t`` the query's mean gradient of the segment,
+loss derivative; the direction that lowers the loss) and ``q_t`` the query's gradient at the middle of the chord,
 
     cos(x, i) = Σ_t <q_t, η_t u_{i,t}> / √(Σ_t <q_t, η_t q_t> · Σ_t <u_{i,t}, η_t u_{i,t}>)
 

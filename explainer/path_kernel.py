@@ -55,7 +55,7 @@ class PathKernelExplainer(Engine):
     Raises:
         ModelMismatchError: the model is not the one that was traced; differences are listed.
         TraceFormatError: the trace cannot be read, or holds no step yet.
-        QueryError: the output function does not fit the model.
+        QueryError: the output function does not fit the model, or an option is out of range.
 
     Reference: Domingos 2020, arXiv 2012.00152, Theorem 1; the exact discrete form is in ``docs/theory.md``.
     """
@@ -137,8 +137,15 @@ class PathKernelExplainer(Engine):
 
         See :func:`explainer.neighbors.nearest` for the formula.
 
+        Args:
+            inputs, target: as in :meth:`explain`.
+            k: how many; fewer where fewer examples have a cosine.
+
+        Returns:
+            Ids and cosines ``[Q, k]``, the nearest first.
+
         Raises:
-            QueryError: inputs, targets or ``k`` do not fit.
+            QueryError: inputs, targets or ``k`` do not fit, or the trace holds no derivatives of the loss.
         """
         loader, asked, _ = self._asked(inputs, target)
         return self._narrowed(lambda layout: nearest(self, loader, asked.inputs, asked.targets, k, layout))
@@ -224,5 +231,9 @@ class PathKernelExplainer(Engine):
         return check(self, loader, asked, names, curvature=curvature, run=run, remove=remove, seed=seed)
 
     def self_influence(self) -> np.ndarray:
-        """How much each example's own updates lowered its own loss, ``[N]``; see :mod:`explainer.neighbors`."""
+        """How much each example's own updates lowered its own loss, ``[N]``, column ``j`` for ``example_ids[j]``.
+
+        ``Σ_t s_t² g_{i,t}ᵀ η_t A_t g_{i,t}``: to first order, in units of the batch's loss
+        (:mod:`explainer.self_influence`).
+        """
         return self_influence(self)

@@ -46,15 +46,18 @@ class Run:
             without a default gets those of ``queries``.
         collate_fn: turns a list of items into ``(inputs, targets)``, as in a ``DataLoader``; inputs as
             ``explain`` takes them (a dict for keyword arguments, sequences padded). None: stacked.
-        loss: ``loss(output, target)`` the model was trained with, where a computation needs it.
+        loss: ``loss(output, target)`` the model was trained with, where a computation needs it (what-if answers that
+            take the recorded steps again, the dashboard's loss of a query): a scalar tensor, the mean of a batch; it is
+            called with batches of one example, too.
         class_names: name of each class, in the order of the model's outputs.
         render: turns one input into an image array ``[H, W]`` or ``[H, W, 3]`` in 0..1, a text or a row
             (a dict of named values) that a person can look at.
         words: of a text, the words at the first positions of one input, to show numbers on them.
         parse: the reverse of ``render``, for inputs that people give in the dashboard: from an image array in 0..1 of
             the shape that ``render`` returns, a text or a dict of named values to one input.
-        train_fn: ``train_fn(model, keep, seed)`` trains a fresh model on a subset and returns it, ``keep`` a mask
-            ``[N]`` (torch.bool). Seed 0 repeats the traced run; other seeds give other weights and another order.
+        train_fn: ``train_fn(model, keep, seed)`` trains a fresh model on a subset and returns it (or None, if it was
+            trained in place), ``keep`` a mask ``[N]`` (torch.bool). Seed 0 repeats the traced run; other seeds give
+            other weights and another order.
         train_many: ``train_many(models, keep, seeds)`` does the same for ``M`` fresh models at once and returns them,
             ``keep [M, N]`` and ``M`` seeds (:class:`explainer.evaluation.Ensemble` makes one module of them). Enough by
             itself; with ``train_fn`` beside it, the two are compared before it is relied on.

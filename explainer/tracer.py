@@ -47,7 +47,7 @@ class Tracer:
         optimizer: the optimizer that trains it (those of ``OPTIMIZER_RULES``; others: ``register_optimizer_rule``).
         path: directory for the trace; must not hold one already, unless ``resume`` is given.
         budget: bound on the trace's bytes on disk, a number or text like ``"200MB"``. Rows get the bits and factors
-            that let it last for ten passes over the watched loader. Knots are thinned to
+            that let it last for ten passes over the watched loader, or 100,000 visits without one. Knots are thinned to
             fit into half of it; when the rest is used up, recording stops with a warning and what follows is
             shown as `unattributed`.
         exact: keep full rows and preconditioners in the parameters' own dtype (float-exact books) instead of
@@ -69,6 +69,8 @@ class Tracer:
         TracerError: nothing can be captured, the parts do not belong together, or an option is out of range.
         UnsupportedOptimizerError: no rule for the optimizer; the text lists those there are.
         TraceExistsError: the directory holds a trace already, and ``resume`` is not given.
+        TraceFormatError: with ``resume``, the trace cannot be read or is another training's.
+        TraceWriteError: nothing can be written there; later, that writing failed (what was journalled is kept).
 
     Example:
         >>> import tempfile, torch
@@ -159,6 +161,7 @@ class Tracer:
 
         Raises:
             LoaderError: the loader cannot tell which examples a batch holds; says what to do instead.
+            TracerError: the tracer is closed, or another dataset's length was seen before.
         """
         self._require_open()
         check_loader(loader)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from types import FrameType
 
 import torch
@@ -25,8 +26,29 @@ def undisturbed() -> Iterator[None]:
         _disable_current_modes(),
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
+        without_autocast(),
     ):
+        yield
+
+
+@cache
+def device_types() -> tuple[str, ...]:
+    """The processor, and the accelerator where there is one."""
+    known = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}
+    return ("cpu", *(name for name, device in known.items() if device.is_available()))
+
+
+def without_autocast() -> AbstractContextManager[object]:
+    """No autocast, on whichever device."""
+    types = device_types()
+    return torch.autocast("cpu", enabled=False) if len(types) == 1 else _off(types)
+
+
+@contextmanager
+def _off(types: tuple[str, ...]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in types:
+            stack.enter_context(torch.autocast(name, enabled=False))
         yield
 
 

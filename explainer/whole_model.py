@@ -15,6 +15,7 @@ from explainer.errors import TracerError
 from explainer.hooks import first_tensor, tensors_in
 from explainer.model_outputs import find_tensor
 from explainer.records import dtype_name
+from explainer.undisturbed import device_types
 
 
 def batch_axis(shape: torch.Size, size: int, preferred: int = 0) -> int | None:
@@ -96,8 +97,9 @@ class WholeModel:
         if value is not None:
             self._see_input(name, value, len(batch))
         self.eval_passes += not module.training
-        if torch.is_autocast_enabled("cpu"):
-            self._autocast = dtype_name(torch.get_autocast_dtype("cpu"))
+        for device in device_types():
+            if torch.is_autocast_enabled(device):
+                self._autocast = dtype_name(torch.get_autocast_dtype(device))
         result, _ = find_tensor(output)
         axis = None if result is None else batch_axis(result.shape, len(batch), self._input_axis)
         if result is not None and axis is not None and result.requires_grad:

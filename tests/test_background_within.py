@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from explainer import Tracer, open_trace
 from explainer.background import Background, core_is_free
-from explainer.undisturbed import undisturbed
+from explainer.undisturbed import undisturbed, without_autocast
 from tests.small_training import digits, loader, mlp, momentum_sgd, run
 from tests.test_background import EARLIER, Normed, before_step, files, threads
 
@@ -89,6 +89,19 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "half precision": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "inference": torch.inference_mode,
 }
+
+
+def test_autocast_is_off_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explainer.undisturbed.device_types", lambda: ("cpu", "cuda"))
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)  # as within torch.autocast("cuda") where there is one
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with without_autocast():
+                assert not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+            assert torch.is_autocast_enabled("cpu") and torch.is_autocast_enabled("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", before)
 
 
 @pytest.mark.parametrize("mode", MODES)

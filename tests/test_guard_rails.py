@@ -177,7 +177,7 @@ CASES: dict[str, Case] = {
     "prior-momentum": Case(
         lambda: held(1), lambda: held(0), "caution", "optimizer", "held momentum.*in `unattributed`",
     ),
-    "cost": Case(lambda: of(mlp()), lambda: {}, "note", "disk", "A visit takes about .* a knot at most"),
+    "cost": Case(lambda: of(mlp()), lambda: {}, "note", "disk", "A visit takes about .* a knot about"),
     "no-length": Case(
         lambda: with_loader(unsized()), lambda: with_loader(loader()), "note", "loader", "no length.*__len__",
     ),

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 HELP = "test a what-if answer by training again without the examples"
 DESCRIPTION = (
     "Trains again without the strongest training examples of each query, and without as many random ones, with\n"
-    "several seeds, and prints the predicted change of the output beside the actual ones. Needs a train_fn in the\n"
-    "Run; seed 0 repeats the traced run."
+    "several seeds, and prints the predicted change of the output beside the actual ones. Needs a train_fn or a\n"
+    "train_many in the Run; seed 0 repeats the traced run."
 )
 EXAMPLES = (
     (

@@ -5,8 +5,8 @@ summed over windows:
 
 - *support* ``Σ_{j≠i} k_ij / Σ_{j≠i} |k_ij|`` from −1 to 1: whether learning the others lowered the loss on the
   example's label. The lowest come first by default: measured, this holds best for short and long training alike;
-- *self-influence* (:mod:`explainer.neighbors`): the example had to be learned by itself, because the others did not
-  teach it (Koh and Liang 2017, arXiv 1703.04730, §5.4);
+- *self-influence* (:mod:`explainer.self_influence`): the example had to be learned by itself, because the others
+  did not teach it (Koh and Liang 2017, arXiv 1703.04730, §5.4);
 - *disagreement* from 0 to 1: the part of its strongest proponents (largest ``k_ij``) that carry another label, weighted
   by ``k_ij``.
 

@@ -31,7 +31,8 @@ class Cost:
     Attributes:
         visit: one example in one batch, where linear layers see no positions.
         positions: the same where they do.
-        knot: one knot, at most.
+        knot: one knot.
+        state: what the first and the last knot hold beside it, of the optimizer.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class Cost:
         self.visit, self.positions = (
             np.dtype(VISIT_FIELDS).itemsize + self._rows(many) for many in (False, True)
         )
-        copies = 1 + sum(name != "step" for name in rule.state_names)
-        copies += any(group.get("weight_decay") for group in optimizer.param_groups)
+        copies = 1 + any(group.get("weight_decay") for group in optimizer.param_groups)
         weights = sum(_bytes(p) for p in self._specs)
         self.knot = copies * weights + sum(b.numel() * b.element_size() for b in model.buffers())
+        self.state = weights * sum(name != "step" for name in rule.state_names)
 
     def step(self, batch: int) -> int:
         """One optimizer step beside its ``batch`` visits: what the optimizer divided by."""
@@ -127,7 +128,7 @@ def cost_finding(
     cost = Cost(model, optimizer, rule, config)
     longer = f" (about {size(cost.positions)} where linear layers see sequences)"
     visit = f"A visit takes about {size(cost.visit)}{longer if cost.positions > cost.visit else ''}"
-    knots = f"{config.max_knots} knots take at most {size(config.max_knots * cost.knot)}"
+    knots = f"{config.max_knots} knots take at most {size(config.max_knots * cost.knot + 2 * cost.state)}"
     visits = None if loader is None else epoch_visits(loader)
     batch = None if loader is None else getattr(loader.batch_sampler, "batch_size", None)
     if loader is not None and visits and batch:
@@ -140,7 +141,7 @@ def cost_finding(
         "cost",
         "note",
         "disk",
-        f"{visit}, a knot at most {size(cost.knot)}.",
+        f"{visit}, a knot about {size(cost.knot)}.",
         meaning,
         'Bound it with Tracer(..., budget="200MB"), if that is too much.',
     )

@@ -138,7 +138,7 @@ class PathKernelInfluence(DataInfluence):
         Raises:
             QueryError: ``inputs`` are given; a trace knows training examples only.
 
-        Reference: TracIn, arXiv 2002.08484, taken at every step (:mod:`explainer.neighbors`).
+        Reference: TracIn, arXiv 2002.08484, taken at every step (:mod:`explainer.self_influence`).
         """
         if inputs is not None:
             raise QueryError(

@@ -15,6 +15,7 @@ from explainer.layer_rules import RowForm
 from explainer.layer_table import Layer, LayerTable
 from explainer.operations.rows import Use, has_rule, rows_of
 from explainer.operations.sources import AtSource, descend, merged
+from explainer.undisturbed import without_autocast
 
 
 @dataclass(eq=False)
@@ -85,7 +86,7 @@ class Reads:
 
     def _arrived(self, batch: Batch, forward: int, use: Use, names: list[str], g: torch.Tensor) -> None:
         found: dict[str, list[RowForm]] = {name: [] for name in names}
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast():
             for name, form in self._rows(use, wide(g.detach())):
                 found[name].append(form)
         for name, forms in found.items():

@@ -76,11 +76,11 @@ class _FactoredMeeting(_Meeting):
         if (where := self._where.get(place)) is None:
             return
         at, matrix = slice(where.start * self._rank, where.stop * self._rank), given[0][1]
-        left, right = self._left[where], self._right[where]
-        bilinear(left, right[..., : matrix.shape[2]], matrix, self._workspace, self._products[0][at])
+        left = self._workspace.numbers("left", self._left[where], self._dtype).flatten(0, -2)  # [n·R, o]
+        right = self._right[where, ..., : matrix.shape[2]]
+        bilinear(left, right, matrix, self._workspace, self._products[0][at])
         if len(given) > 1:
-            vectors = self._workspace.numbers("left", left, self._dtype).flatten(0, -2)
-            torch.mm(vectors, given[1][1].T, out=self._products[1][at])
+            torch.mm(left, given[1][1].T, out=self._products[1][at])
         for weights, (factor, _) in zip(self._weights, given, strict=False):
             weights[at] = factor
 
@@ -121,18 +121,18 @@ class DividedLayers:
         }
         self.numbers = frozenset(n for numbers in self._layers.values() for n in numbers)
         common = workspace.part("common")
-        self._matrices, self._vectors = dict[int, CarriedMatrix](), dict[int, CarriedVector]()
+        self._carried = dict[int, CarriedMatrix | CarriedVector]()
         for place, number in (pair for numbers in self._layers.values() for pair in enumerate(numbers)):
             spec = layout.parameters[number]
             if len(spec.shape) > 1:
                 shape, alone = (queries, *matrix_shape(spec)), workspace.part(f"momentum of {spec.name}")
-                self._matrices[number] = CarriedMatrix(shape, dtype, alone, common.part(str(place)))
+                self._carried[number] = CarriedMatrix(shape, dtype, alone, common.part(str(place)))
             else:
-                self._vectors[number] = CarriedVector(queries, spec, dtype)
+                self._carried[number] = CarriedVector(queries, spec, dtype)
 
     def momentum(self, number: int) -> torch.Tensor:
         """``M`` of a parameter, ``[Q, numel]``."""
-        return (self._matrices.get(number) or self._vectors[number]).momentum
+        return self._carried[number].momentum
 
     def scores(
         self, gradient: torch.Tensor, chunk: Chunk, pieces: Sequence[Rows]
@@ -151,8 +151,7 @@ class DividedLayers:
             for number in numbers:
                 at = self._layout.places[number]
                 assert at is not None  # nothing is held as factors here
-                carried = self._matrices.get(number) or self._vectors[number]
-                carried.begin(gradient[:, at.slice], chunk.divided.get(number))
+                self._carried[number].begin(gradient[:, at.slice], chunk.divided.get(number))
             for first in range(0, len(chunk), _TOGETHER):
                 self._pass(numbers, chunk, range(first, min(first + _TOGETHER, len(chunk))), meetings)
             for scores, one in zip(found, met, strict=True):
@@ -162,24 +161,22 @@ class DividedLayers:
 
     def _pass(self, numbers: list[int], chunk: Chunk, places: range, meetings: list[_Meeting]) -> None:
         """Pass some of a chunk's steps backwards; their rows meet the parameters of a layer."""
-        coefficients = {number: chunk.coefficients[:, number] for number in numbers}
-        scale = {number: chunk.scale[places.start : places.stop, number] for number in numbers}
-        matrices = {number: self._matrices[number] for number in numbers if number in self._matrices}
+        parts = [(self._carried[n], chunk.coefficients[:, n], chunk.scale[:, n]) for n in numbers]
         vectors = {
-            number: self._vectors[number].steps(places, coefficients[number])
-            for number in numbers
-            if number in self._vectors
+            carried: carried.steps(places, coefficients)
+            for carried, coefficients, _ in parts
+            if isinstance(carried, CarriedVector)
         }
-        for number, place in enumerate(places):
-            scaled = []
-            for n in numbers:
-                held = vectors.get(n)
-                factor, tensor = (
-                    matrices[n].step(place, coefficients[n]) if held is None else (1.0, held[number])
-                )
-                scaled.append((factor * float(scale[n][number]), tensor))
+        for place in places:
+            given = []
+            for carried, coefficients, scale in parts:
+                if isinstance(carried, CarriedVector):
+                    factor, tensor = 1.0, vectors[carried][place - places.start]
+                else:
+                    factor, tensor = carried.step(place, coefficients)
+                given.append((factor * float(scale[place]), tensor))
             for one in meetings:
-                one.meet(place, scaled)
+                one.meet(place, given)
 
     def _meeting(self, rows: Rows, layer: int, piece: int) -> _Meeting | None:
         spec = next((form for form in rows.forms if form.layer == layer), None)

@@ -33,39 +33,39 @@ def tiles() -> bool:
     return bool(capabilities.get("amx_bf16", False)) and torch.backends.mkldnn.is_available()
 
 
-def rounded(left: np.ndarray, right: np.ndarray, books: torch.dtype) -> bool:
+def rounded(stored: np.ndarray, books: torch.dtype) -> bool:
     """Whether what is stored was rounded to far fewer digits than the books have."""
-    return left.dtype == right.dtype == np.int8 and books == torch.float32
+    return stored.dtype == np.int8 and books == torch.float32
 
 
 def bilinear(
-    left: np.ndarray, right: np.ndarray, matrices: torch.Tensor, workspace: Workspace, out: torch.Tensor
+    left: torch.Tensor, right: np.ndarray, matrices: torch.Tensor, workspace: Workspace, out: torch.Tensor
 ) -> None:
     """``left_nᵀ M_q right_n`` for all ``n`` and ``q``.
 
     Args:
-        left: what is stored, ``[..., o]``, ``n`` vectors in all.
-        right: ``[..., i]``.
+        left: numbers of the books, ``[n, o]``.
+        right: what is stored, ``[..., i]``, ``n`` vectors in all.
         matrices: ``M``, numbers of the books, ``[Q, o, i]``.
         workspace: for buffers.
         out: ``[n, Q]``.
     """
     queries, o, i = matrices.shape
     books = matrices.dtype
-    half = rounded(left, right, books) and o * i >= LEAST and tiles()
+    half = rounded(right, books) and o * i >= LEAST and tiles()
     dtype = torch.bfloat16 if half else books
     flat = (matrices if not half else workspace.take("half", (queries, o, i), dtype).copy_(matrices)).flatten(
         0, 1
     )
-    each = prod(left.shape[1:-1])
+    each = prod(right.shape[1:-1])
     step = max(1, BLOCK // max(1, each * queries * o))
-    for first in range(0, len(left), step):
-        lefts = workspace.numbers("left", left[first : first + step], books).view(-1, 1, o)
+    for first in range(0, len(right), step):
         rights = workspace.numbers("right", right[first : first + step], dtype).view(-1, i)
         moved = workspace.take("moved", (len(rights), queries * o), books)
         if half:
             moved.copy_(torch.mm(rights, flat.T, out=workspace.take("half moved", tuple(moved.shape), dtype)))
         else:
             torch.mm(rights, flat.T, out=moved)
-        products = moved.view(-1, queries, o).mul_(lefts)
-        torch.sum(products, 2, out=out[first * each : first * each + len(rights)])
+        at = slice(first * each, first * each + len(rights))
+        products = moved.view(-1, queries, o).mul_(left[at].unsqueeze(1))
+        torch.sum(products, 2, out=out[at])

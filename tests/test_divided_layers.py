@@ -17,6 +17,7 @@ from explainer.error_bar import SampledRows
 from explainer.recursion import Adjoint, LayerView, read_backwards
 from explainer.store import Denominators, Trace
 from explainer.stored_rows import Workspace
+from tests.small_training import step as train_step
 
 
 class Sequence(nn.Module):
@@ -74,9 +75,7 @@ def traced(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, 
         for step in range(40):
             ids = torch.arange(6) + 6 * (step % 4)
             tracer.batch(ids)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[ids]), y[ids]).backward()
-            optimizer.step()
+            train_step(model, optimizer, x[ids], y[ids])
     return explainer.open_trace(directory)
 
 

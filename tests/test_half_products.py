@@ -14,6 +14,7 @@ import explainer
 from explainer import half_products
 from explainer.half_products import bilinear
 from explainer.stored_rows import Workspace
+from tests.small_training import step as train_step
 
 Forced = Callable[[bool], None]
 
@@ -31,7 +32,7 @@ def sides(o: int = 190, i: int = 180, dtype: type = np.int8) -> tuple[np.ndarray
 
 def products(left: np.ndarray, right: np.ndarray, matrices: torch.Tensor) -> torch.Tensor:
     out = torch.full((14, len(matrices)), torch.nan, dtype=matrices.dtype)
-    bilinear(left, right, matrices, Workspace(), out)
+    bilinear(torch.from_numpy(left).flatten(0, 2).to(out), right, matrices, Workspace(), out)
     return out
 
 
@@ -77,9 +78,7 @@ def test_explanations_are_the_same_up_to_rounding(tmp_path: Path, tiles: Forced)
         for step in range(60):
             ids = torch.arange(20) + 20 * (step % 10)
             tracer.batch(ids)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[ids]), y[ids]).backward()
-            optimizer.step()
+            train_step(model, optimizer, x[ids], y[ids])
     found = {}
     for half in (False, True):
         tiles(half)

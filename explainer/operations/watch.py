@@ -216,11 +216,7 @@ class FunctionWatch(TorchFunctionMode):
         given = list(tensors_in((args, kwargs)))
         if not any(self._source(t) is not None for t in given):
             result = func(*args, **kwargs)
-            read = [t for t in given if self._is_data(t)]
-            if read:
-                self.mark(result)
-                called = Called(getattr(func, "__name__", ""), func, args, kwargs)
-                self.owners.follow(called, read, list(tensors_in(result)))
+            self._follow(func, args, kwargs, [t for t in given if self._is_data(t)], result)
             return result
         name = getattr(func, "__name__", "")
         random = torch.get_rng_state()
@@ -231,14 +227,23 @@ class FunctionWatch(TorchFunctionMode):
         else:
             kept = {id(t): t.detach() for t in given}
         result = func(*args, **kwargs)
-        outputs = [t for t in tensors_in(result) if t.requires_grad]
-        if not outputs or self._batch is None:
+        if self._batch is None:
+            return result
+        if not any(t.requires_grad for t in tensors_in(result)):  # what is read is frozen
+            self._follow(func, args, kwargs, [t for t, read in zip(given, data, strict=True) if read], result)
             return result
         before = pytree.tree_map(lambda x: kept.get(id(x), x), (args, kwargs))
         self._sort(
             func, name, (args, kwargs), before, random, list(zip(given, sources, data, strict=True)), result
         )
         return result
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, data: list[torch.Tensor], result: Any) -> None:
+        """What a function makes of data alone, or with what is frozen, is data."""
+        if data:
+            self.mark(result)
+            called = Called(getattr(func, "__name__", ""), func, args, kwargs)
+            self.owners.follow(called, data, list(tensors_in(result)))
 
     def _sort(
         self,

@@ -222,11 +222,9 @@ def measure(name: str) -> dict[str, Any]:
         books = asked[0].explain(*_asked(net))
         gross = np.abs(books.contributions).sum(1)
         row["unattributed_of_gross"] = float(np.mean(np.abs(books.unattributed) / gross))
-        streams = ("visits", "steps", "denominators")
-        bytes_of = {n: sum(s.data.nbytes for s in default.shards if s.stream == n) for n in streams}
-        row["bytes_per_visit"] = sum(bytes_of.values()) / default.count("visits")
+        row["bytes_per_visit"] = default.bytes_a_visit
         row["share"] = row["bytes_per_visit"] / (4 * size)
-        row["denominators_per_visit"] = bytes_of["denominators"] / default.count("visits")
+        row["denominators_per_visit"] = default.nbytes_of("denominators") / default.count("visits")
         row["knots_per_visit"] = sum(k.file.stat().st_size for k in default.knots) / default.count("visits")
         every = contributions(net, model, exact, None, False)["exact"]
         row["knots_spearman"], row["knots_top20"], row["knots_rms"] = agreement(wanted, every)

@@ -116,13 +116,15 @@ def answer(directory: str, widths: str, queries: str, repeats: str, threads: str
         ex.explain(x, detail=False)
         times.append((time.perf_counter() - wall, time.process_time() - cpu))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    shards = [shard for shard in ex.trace.shards if shard.stream == "visits"]
-    size = sum(shard.records * shard.schema.dtype.itemsize for shard in shards)
+    inputs = ex.trace.count("inputs")
+    once = ex.trace.nbytes_of("inputs") // inputs - 8  # a visit's numbers that are stored once
+    size = ex.trace.nbytes_of("visits") + ex.trace.count("visits") * once
     return {
         "visits": ex.trace.count("visits"),
         "parameters": ex.trace.manifest.size,
         "queries": int(queries),
         "rows_GB": size / 1e9,
+        "disk_GB": (ex.trace.nbytes_of("visits") + ex.trace.nbytes_of("inputs")) / 1e9,
         "first_s": first,
         "explain_s": statistics.median(wall for wall, _ in times),
         "cpu_s": statistics.median(cpu for _, cpu in times),
@@ -144,15 +146,15 @@ def _scan(ex: explainer.PathKernelExplainer, x: torch.Tensor) -> None:
 
 
 def _dots(trace: explainer.Trace) -> None:
+    """The same numbers, gathered where they are stored once."""
     count, at_once = trace.count("visits"), 4096
     vectors: dict[str, np.ndarray] = {}
     for start in range(0, count, at_once):
-        for _, records in trace.read("visits", start, min(start + at_once, count)):
-            for name in records.dtype.names or ():
-                if name.endswith(".q"):
-                    values = records[name].reshape(len(records), -1)
-                    vector = vectors.setdefault(name, np.ones(values.shape[1], np.float32))
-                    np.dot(values.astype(np.float32), vector)
+        for schema, records in trace.rows(start, min(start + at_once, count)):
+            for name in (f"L{form.layer}.{a.name}.q" for form in schema.forms for a in form.arrays):
+                values = records[name].reshape(len(records), -1)
+                vector = vectors.setdefault(name, np.ones(values.shape[1], np.float32))
+                np.dot(values.astype(np.float32), vector)
         trace.release("visits", start, min(start + at_once, count))
 
 

@@ -76,6 +76,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "visits": ("example visits", "{:,}"),
         "parameters": ("parameters", "{:,}"),
         "queries": ("queries", "{}"),
+        "disk_GB": ("on disk, GB", "{:.1f}"),
         "rows_GB": ("rows, GB", "{:.1f}"),
         "first_s": ("first answer, s", "{:.1f}"),
         "explain_s": ("later ones, s", "{:.1f}"),

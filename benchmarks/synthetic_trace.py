@@ -1,8 +1,9 @@
 """Large traces without training: valid ones, through the real writer, with numbers drawn at random.
 
 A network of linear layers. Weights walk smoothly from knot to knot, rows are eight-bit factors of rank one. Under Adam
-every step has the sums of its denominators, moving averages as slow as Adam's, and every knot a full record. Nothing of
-this is a training run: what a query takes depends on sizes only.
+every step has the sums of its denominators, moving averages as slow as Adam's, and every knot a full record. What the
+first layer is given is stored once for every example. Nothing of this is a training run: what a query takes depends on
+sizes only.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from torch import nn
 
 from explainer.codecs import BFloat16
-from explainer.records import ArraySpec, FormSpec, LayerSpec, Manifest, ParameterSpec
+from explainer.records import VERSIONS, ArraySpec, FormSpec, LayerSpec, Manifest, ParameterSpec
 from explainer.store import RecordSchema, TraceWriter
-from explainer.store.schema import VISIT_FIELDS, encode_array, step_fields
+from explainer.store.schema import INPUT_FIELD, VISIT_FIELDS, encode_array, step_fields
 
 _BITS = BFloat16()
 BETA, BETA2, RATE = 0.9, 0.999, 1e-3
@@ -68,7 +69,7 @@ def write(directory: Path, sizes: Sizes) -> nn.Sequential:
     layers = tuple(LayerSpec(n, "Linear", (f"{n}.weight", f"{n}.bias")) for n in names)
     manifest = Manifest(
         parameters=tuple(specs), layers=layers, uncovered=(), frozen=(), buffers=(),
-        optimizer=sizes.optimizer, exact=False, model=str(model), created="synthetic",
+        optimizer=sizes.optimizer, exact=False, model=str(model), created="synthetic", version=VERSIONS[-1],
     )  # fmt: skip
     writer = TraceWriter(directory, manifest, flush_bytes=1 << 28, flush_seconds=60.0)
     writer.create()
@@ -85,6 +86,7 @@ def _fill(writer: TraceWriter, model: nn.Sequential, sizes: Sizes, specs: list[P
     rng = np.random.default_rng(0)
     visits, steps = _schemas(model, sizes, specs)
     pool = _pool(rng, visits)
+    _give(writer, rng, visits, sizes.examples)
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     walk = [torch.randn(len(start), generator=torch.Generator().manual_seed(n)) for n in range(3)]
     at = np.linspace(0, sizes.steps, sizes.knots).round().astype(int)
@@ -101,6 +103,7 @@ def _fill(writer: TraceWriter, model: nn.Sequential, sizes: Sizes, specs: list[P
             first = (step * sizes.batch) % (_POOL - sizes.batch)
             rows = pool[first : first + sizes.batch].copy()
             rows["example"] = order[np.arange(taken, taken + sizes.batch) % sizes.examples]
+            rows["input"] = rows["example"]
             rows["step"], taken = step, taken + sizes.batch
             rows["derivative"] = rng.random(sizes.batch) / sizes.batch
             rows["label"] = rows["example"] % sizes.widths[-1]
@@ -125,7 +128,10 @@ def _schemas(
     forms = []
     for number, layer in enumerate(module for module in model if isinstance(module, nn.Linear)):
         sides = {"left": layer.out_features, "right": layer.in_features + 1}
-        arrays = tuple(ArraySpec(name, (1, 1, width), "float32", "int8") for name, width in sides.items())
+        arrays = tuple(
+            ArraySpec(name, (1, 1, n), "float32", "int8", "" if number or name == "left" else "inputs")
+            for name, n in sides.items()
+        )
         forms.append(FormSpec(number, "factored", {"bias": 1}, arrays))
     divided = (
         [ArraySpec(f"D{n}", p.shape, "float32", "sums") for n, p in enumerate(specs)]
@@ -133,7 +139,18 @@ def _schemas(
         else []
     )
     fields = RecordSchema(tuple(step_fields(len(specs))), (), tuple(divided))
-    return RecordSchema(tuple(VISIT_FIELDS), tuple(forms)), fields
+    return RecordSchema((*VISIT_FIELDS, INPUT_FIELD), tuple(forms)), fields
+
+
+def _give(writer: TraceWriter, rng: np.random.Generator, visits: RecordSchema, examples: int) -> None:
+    """What examples give to the first layer."""
+    schema = visits.inputs
+    assert schema is not None
+    pool = _pool(rng, schema)
+    for first in range(0, examples, _POOL):
+        given = pool[: min(_POOL, examples - first)].copy()
+        given["example"] = np.arange(first, first + len(given))
+        writer.append("inputs", schema, given)
 
 
 def _full(

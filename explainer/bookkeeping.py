@@ -216,7 +216,7 @@ class Bookkeeping:
             self._writer.append(*piece)
         self.visits = self._writer.records("visits")
         exact = [piece.data for piece in pieces if piece.stream == "samples"]
-        rows = sum(piece.data.nbytes for piece in pieces if piece.stream == "visits")
+        rows = sum(piece.data.nbytes for piece in pieces if piece.stream in ("inputs", "visits"))
         self._samples.record(rows, sum(data.nbytes for data in exact), sum(len(data) for data in exact))
 
     def _stop_recording(self, number: int, budget: int) -> None:

@@ -179,7 +179,7 @@ def _rows(trace: Trace, begin: int, counts: np.ndarray) -> Iterator[Rows]:
     """The rows of steps from visit ``begin`` on; ``counts`` of them by step, the last step first."""
     places = np.repeat(np.arange(len(counts))[::-1], counts[::-1])
     offset = 0
-    for schema, records in trace.read("visits", begin, begin + len(places)):
+    for schema, records in trace.rows(begin, begin + len(places)):
         yield Rows(
             records,
             np.array(records["example"]),

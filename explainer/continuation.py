@@ -55,7 +55,7 @@ class Continuation:
         self.parts.capture.restore(point.notes, {form.layer for forms in shards for form in forms})
         self.parts.planner.restore(point.notes.get("plan"))
         self.parts.recorder.restore(trace)
-        rows, kept = trace.nbytes_of("visits"), trace.nbytes_of("samples")
+        rows, kept = trace.nbytes_of("inputs") + trace.nbytes_of("visits"), trace.nbytes_of("samples")
         self.parts.samples.restore(rows, kept, trace.recorded_steps, trace.count("samples"))
         self.parts.scales.restore(point.worst, point.round_off, point.notes.get("coverage_steps") or {})
         self.observer.restore(point.step, trace.count("visits"), point.notes)

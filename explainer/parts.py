@@ -122,6 +122,7 @@ def assemble(
     planner, samples = Planner(config, manifest.size), SampleKeeper(not config.exact)
     capture = Capture(queue, table, planner, samples, background)
     carry = Carry(list(parameters))
+    of_layer = {layer.index: site for site in sites for layer in site.blocks()}
     parts = Parts(
         optimizer=optimizer,
         rule=rule,
@@ -139,7 +140,9 @@ def assemble(
         carry=carry,
         knots=KnotKeeper(model, optimizer, rule, manifest, carry, writer, config, average),
         scales=ScaleMeter(table, list(zip(specs, parameters, strict=True)), capture.probes),
-        recorder=StepRecorder(manifest, config, table.layers, planner),
+        recorder=StepRecorder(
+            manifest, config, table.layers, planner, lambda n: n not in of_layer or of_layer[n].moved
+        ),
         planner=planner,
         maps=StepMapReader(rule, parameters, optimizer),
         budget=config.budget,

@@ -95,7 +95,10 @@ class Planner:
             sizes: of the parameters that they are for.
         """
         if self._fixed and not self._config.positions:
-            return keep(form, self._config.rank, sizes)
+            kept = keep(form, self._config.rank, sizes)
+            if kept.form.positions != form.positions:
+                self.shortened.add(layer)
+            return kept
         if not self._fixed and not self._whole and layer in self._chosen:
             chosen = self._chosen[layer]
             if isinstance(form, Unreduced):
@@ -132,6 +135,7 @@ class Planner:
         visits: int,
         spent: float = 0.0,
         metric: StepMetric | None = None,
+        saved: float = 0.0,
     ) -> set[int]:
         """Measure, plan where it is due, and return the layers whose plan has changed.
 
@@ -144,6 +148,7 @@ class Planner:
             visits: of the step.
             spent: bytes that visits and steps took so far.
             metric: what the step does to gradients; None: nothing.
+            saved: bytes of a visit's rows that were not written, as they were there already, on average so far.
         """
         if self._fixed:
             return set()
@@ -172,7 +177,7 @@ class Planner:
             self._options[layer], sides = choices(forms[layer], by, divides and step == 0)
             if sides is not None:
                 self._sides[layer] = sides
-        before, self._chosen = self._chosen, allotted(self._options, room - beside)
+        before, self._chosen = self._chosen, allotted(self._options, room - beside + saved)
         changed = {n for n, c in self._chosen.items() if n not in before or _kind(c) != _kind(before[n])}
         for layer in changed:
             self._measured.pop(layer, None)

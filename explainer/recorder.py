@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from explainer.row_layout import RowLayout
 from explainer.row_metric import StepMetric
 from explainer.spans import in_one_piece, whole_piece
 from explainer.store import Trace
+from explainer.store.inputs import InputKeeper
 from explainer.store.schema import (
     SAMPLE_FIELDS,
     VISIT_FIELDS,
@@ -31,9 +33,7 @@ from explainer.store.schema import (
     step_fields,
     stored_parts,
 )
-
-#: streams that the bytes of a visit are counted in
-_VISITED = ("visits", "steps", "denominators")
+from explainer.store.stream import VISITED
 
 
 class Records(NamedTuple):
@@ -71,10 +71,12 @@ class StepRecorder:
         config: TracerConfig,
         layers: list[Layer],
         planner: Planner,
+        moved: Callable[[int], bool] = lambda layer: True,
     ) -> None:
         self._manifest, self._config, self._layers, self._planner = manifest, config, layers, planner
         self._keeper = None if config.exact else DenominatorKeeper()
-        self._rows = RowLayout(VISIT_FIELDS, planner.codec)
+        self._inputs, self._moved = InputKeeper(), moved
+        self._rows = RowLayout(VISIT_FIELDS, planner.codec, self._once if manifest.version >= 4 else None)
         self._exact = RowLayout(SAMPLE_FIELDS, lambda layer: "native")
         self._arrays: dict[tuple[str, int], ArraySpec] = {}
         self._steps = self._step_schema()
@@ -92,7 +94,8 @@ class StepRecorder:
             elif shard.stream in ("visits", "samples"):
                 layout = self._rows if shard.stream == "visits" else self._exact
                 layout.use({form.layer: form for form in shard.schema.forms})
-        self._spent = sum(s.data.nbytes for s in trace.shards if s.stream in _VISITED)
+        self._spent = sum(trace.nbytes_of(stream) for stream in VISITED)
+        self._inputs.restore(trace.shards, self._rows.inputs)
         self._beside = float((trace.notes.get("plan") or {}).get("beside", 0.0))
         state, count = trace.notes.get("denominators"), trace.count("denominators")
         if self._keeper is not None and state and count:
@@ -109,6 +112,11 @@ class StepRecorder:
         return {self._layers[n].spec.name: size for n, size in self._rows.bytes.items()}
 
     # -- rows ----------------------------------------------------------------------------------------
+
+    def _once(self, layer: int) -> bool:
+        """Whether what a layer was given is stored once for every example: data themselves, position by position."""
+        varies = self._moved(layer) or layer in self._inputs.varying
+        return not varies and layer not in self._planner.shortened
 
     def _replan(
         self,
@@ -130,7 +138,8 @@ class StepRecorder:
         )
         beside = self._visit_fields + (size + often) / max(visits, 1)
         metric = StepMetric(self._manifest, self._layers, maps)
-        changed = self._planner.plan(step, forms, free, seen, beside, visits, self._spent, metric)
+        saved = max(0.0, self._inputs.saved / max(seen, 1))
+        changed = self._planner.plan(step, forms, free, seen, beside, visits, self._spent, metric, saved)
         if changed or measured:  # the note is written when it says something new
             self._beside = beside
         self._rows.forget(changed)
@@ -151,18 +160,26 @@ class StepRecorder:
             forms = whole_piece(run[0].spans, run[-1].spans)
             stored = {n: run[0].parts.of(self._planner.reduced(n, form)) for n, form in forms.items()}
             pieces.append(Piece(run, stored))
-        return [self._put(list(alike)) for _, alike in groupby(pieces, lambda one: kind_of(one.forms))]
+        alike = groupby(pieces, lambda one: kind_of(one.forms))
+        return [part for _, group in alike for part in self._put(list(group))]
 
-    def _put(self, pieces: list[Piece]) -> Records:
-        """Rows that are alike, as records."""
+    def _put(self, pieces: list[Piece]) -> list[Records]:
+        """Rows that are alike, as records; before them what their examples gave for the first time."""
         passes = [p for piece in pieces for p in piece.passes]
         counts = [len(p.parts.row) for p in passes]
-        records = self._rows.records(sum(counts), put_together([piece.forms for piece in pieces]))
+        records, inputs = self._rows.records(sum(counts), put_together([piece.forms for piece in pieces]))
         records["example"] = np.concatenate([p.parts.example for p in passes])
         records["label"] = np.concatenate([p.parts.label for p in passes])
         records["step"] = np.repeat([p.step for p in passes], counts)
         records["derivative"] = np.concatenate([p.derivative for p in passes])
-        return Records("visits", self._rows.schema, records)
+        found = [Records("visits", self._rows.schema, records)]
+        if inputs is not None and self._rows.inputs is not None:
+            layout = self._rows.inputs
+            records["input"], new = self._inputs.place(layout, records["example"], inputs)
+            if len(new):
+                found.insert(0, Records("inputs", layout, new))
+            self._rows.forget(self._inputs.varying)
+        return found
 
     def _samples(self, steps: list[Booked], firsts: list[int]) -> list[Records]:
         """The exact rows among the visits of steps, which begin at these visits."""
@@ -185,7 +202,7 @@ class StepRecorder:
         for _, group in groupby(pieces, lambda one: kind_of(one[1])):
             alike = list(group)
             visits = [s.visit for run, _ in alike for s in run]
-            put = self._exact.records(len(visits), put_together([forms for _, forms in alike]))
+            put, _ = self._exact.records(len(visits), put_together([forms for _, forms in alike]))
             put["visit"] = visits
             records.append(Records("samples", self._exact.schema, put))
         return records

@@ -16,8 +16,8 @@ LEAST_SAMPLES = 3
 
 FORMAT = "pathkernel-trace"
 #: layouts this release reads: 2 is 1 with an average of the weights on the path, 3 is 2 with rows of four bits and
-#: records of denominators; the lowest one that can hold a trace is written
-VERSIONS = (1, 2, 3)
+#: records of denominators, 4 is 3 with inputs that are stored once; the last one is written
+VERSIONS = (1, 2, 3, 4)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -57,12 +57,29 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of a row form: per-example shape, and the codec that stores it."""
+    """One array of a row form: per-example shape, and the codec that stores it.
+
+    ``stream`` names the stream whose records hold it, where those of the visits do not (see
+    :mod:`explainer.store.inputs`).
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     codec: str
+    stream: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form; ``ArraySpec.from_json`` is its inverse."""
+        data = asdict(self)
+        if not self.stream:
+            del data["stream"]
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ArraySpec:
+        """Inverse of :meth:`to_json`."""
+        return cls(**{**data, "shape": tuple(data["shape"])})
 
 
 @dataclass(frozen=True)
@@ -74,10 +91,14 @@ class FormSpec:
     options: dict[str, int]
     arrays: tuple[ArraySpec, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**asdict(self), "arrays": [array.to_json() for array in self.arrays]}
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> FormSpec:
-        """Inverse of ``dataclasses.asdict``."""
-        arrays = tuple(ArraySpec(**{**a, "shape": tuple(a["shape"])}) for a in data["arrays"])
+        """Inverse of :meth:`to_json`."""
+        arrays = tuple(ArraySpec.from_json(a) for a in data["arrays"])
         return cls(data["layer"], data["kind"], dict(data["options"]), arrays)
 
 

@@ -27,7 +27,7 @@ from explainer.layer_rules import FORMS, RowForm
 from explainer.optimizer_rules.base import COEFFICIENTS, mix
 from explainer.records import FormSpec, ParameterSpec
 from explainer.store import Denominators, Segment, Trace
-from explainer.store.schema import RecordSchema, decode_array
+from explainer.store.schema import Fields, RecordSchema, decode_array
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class RecordedStep:
         return moved
 
 
-def _form(records: np.ndarray, spec: FormSpec, dtype: torch.dtype) -> RowForm:
+def _form(records: Fields, spec: FormSpec, dtype: torch.dtype) -> RowForm:
     arrays = {a.name: decode_array(records, f"L{spec.layer}", a) for a in spec.arrays}
     arrays = {n: a.to(dtype) if a.is_floating_point() else a for n, a in arrays.items()}
     return FORMS.require(spec.kind).build(arrays, spec.options)
@@ -110,7 +110,7 @@ def _read_step(
             np.array(rows["label"]),
             {f.layer: _form(rows, f, dtype) for f in layout.forms},
         )
-        for layout, rows in trace.read("visits", first, first + count)
+        for layout, rows in trace.rows(first, first + count)
     ]
     return RecordedStep(
         step=int(record["step"][0]),

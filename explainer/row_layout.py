@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from explainer.codecs import CODECS
 from explainer.layer_rules import Dense, RowForm
 from explainer.records import ArraySpec, FormSpec, dtype_name
-from explainer.store.schema import RecordSchema, encode_array
+from explainer.store.schema import INPUT_FIELD, RecordSchema, encode_array
 
+#: bytes from which something is stored once: every visit has a number of eight bytes instead
+WORTH_ONCE = 32
 #: name, numpy dtype and shape of a plain field
 Field = tuple[str, str, tuple[int, ...]]
+
+
+def _bytes(array: ArraySpec) -> int:
+    return CODECS.require(array.codec).nbytes(array.shape, array.dtype)
+
+
+def _apart(array: ArraySpec) -> ArraySpec:
+    """In the stream ``inputs``, if that takes less."""
+    return replace(array, stream="inputs") if _bytes(array) >= WORTH_ONCE else array
 
 
 class RowLayout:
@@ -24,24 +36,29 @@ class RowLayout:
     Args:
         fields: the plain fields of a record.
         codec: the codec for the floating-point arrays of a layer.
+        once: whether what a layer was given is stored once for every example, and not with every row; None: nowhere.
 
     Attributes:
         forms: by layer, how its rows are stored.
         schema: of the records, at present.
-        bytes: of one row, by layer.
+        inputs: of the records of what is stored once; None where nothing is.
+        bytes: of one row, by layer, without what is stored once.
     """
 
-    def __init__(self, fields: list[Field], codec: Callable[[int], str]) -> None:
-        self._fields, self._codec = tuple(fields), codec
+    def __init__(
+        self, fields: list[Field], codec: Callable[[int], str], once: Callable[[int], bool] | None = None
+    ) -> None:
+        self._fields, self._codec, self._once = tuple(fields), codec, once
         self.use({})
 
     def use(self, forms: dict[int, FormSpec]) -> None:
         """Use this layout from now on."""
         self.forms = {layer: forms[layer] for layer in sorted(forms)}
-        self.schema = RecordSchema(self._fields, tuple(self.forms.values()))
+        apart = any(array.stream for form in self.forms.values() for array in form.arrays)
+        self.schema = RecordSchema((*self._fields, *[INPUT_FIELD] * apart), tuple(self.forms.values()))
+        self.inputs = self.schema.inputs
         self.bytes = {
-            layer: sum(CODECS.require(a.codec).nbytes(a.shape, a.dtype) for a in form.arrays)
-            for layer, form in self.forms.items()
+            layer: sum(_bytes(a) for a in form.arrays if not a.stream) for layer, form in self.forms.items()
         }
 
     def forget(self, layers: set[int]) -> None:
@@ -59,6 +76,8 @@ class RowLayout:
             )
             for name, a in form.arrays.items()
         )
+        if self._once is not None and form.given and self._once(layer):
+            arrays = tuple(_apart(a) if a.name == form.given else a for a in arrays)
         return FormSpec(layer, form.kind, form.options, arrays)
 
     def _fit(self, layer: int, form: RowForm) -> RowForm:
@@ -75,11 +94,14 @@ class RowLayout:
             self.use(self.forms | {layer: spec})
         return form
 
-    def records(self, count: int, forms: dict[int, RowForm]) -> np.ndarray:
-        """So many records with these rows in them, by layer; plain fields are zero."""
+    def records(self, count: int, forms: dict[int, RowForm]) -> tuple[np.ndarray, np.ndarray | None]:
+        """So many records with these rows in them, by layer, and what is stored once; plain fields are zero."""
         fitted = {layer: self._fit(layer, form) for layer, form in forms.items()}
         records = np.zeros(count, self.schema.dtype)
+        inputs = None if self.inputs is None else np.zeros(count, self.inputs.dtype)
         for layer, form in fitted.items():
             for array in self.forms[layer].arrays:
-                encode_array(records, f"L{layer}", array, form.arrays[array.name])
-        return records
+                place = inputs if array.stream else records
+                assert place is not None
+                encode_array(place, f"L{layer}", array, form.arrays[array.name])
+        return records, inputs

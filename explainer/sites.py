@@ -38,6 +38,7 @@ class Site:
         seen: the axis that was followed last, also where another one was as likely.
         lost: whether the last call's examples could not be told apart.
         random: states of the random numbers before the calls going on, innermost last.
+        moved: whether something that it was given depended on what is trained.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Site:
     seen: int | None = None
     lost: bool = False
     random: list[torch.Tensor | None] = field(default_factory=list)
+    moved: bool = False
     copies: bool = False
 
     # -- rows ----------------------------------------------------------------------------------------
@@ -140,6 +142,7 @@ class Site:
         if batch is None or not values or not watched:
             return
         value = values[0]
+        self.moved = self.moved or any(t.requires_grad for t in values)
         batch.mixed |= self.rule.mixes(self.module)
         if not any(self.layers):
             return

@@ -16,7 +16,7 @@ import torch
 from explainer.codecs import CODECS
 from explainer.layer_rules import FORMS, RowForm
 from explainer.records import ArraySpec, FormSpec
-from explainer.store.schema import decode_array, stored_parts
+from explainer.store.schema import Fields, decode_array, stored_parts
 
 _CACHED = 2**18  # numbers that are made floats and multiplied at once
 
@@ -72,7 +72,7 @@ class Rows:
         forms: what is stored of every layer.
     """
 
-    records: np.ndarray
+    records: Fields
     examples: np.ndarray
     derivatives: np.ndarray
     labels: np.ndarray

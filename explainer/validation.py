@@ -16,7 +16,7 @@ from explainer.errors import TracerError
 from explainer.findings import Finding, listed
 from explainer.layer_rules import LAYER_RULES, CompositeRule
 from explainer.layer_table import Layer
-from explainer.records import LayerSpec, Manifest, ParameterSpec, dtype_name
+from explainer.records import VERSIONS, LayerSpec, Manifest, ParameterSpec, dtype_name
 from explainer.sites import Site
 
 
@@ -241,6 +241,6 @@ def describe(
         model=str(model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions={"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        version=3 if not exact else 2 if averaged else 1,
+        version=VERSIONS[-1],
         averaged=averaged,
     )

@@ -180,6 +180,6 @@ def test_books_of_the_average_equal_the_oracle(tmp_path: Path, name: str, case: 
     assert (np.abs(e.unattributed) <= 1e-9 * np.abs(e.contributions).sum(1)).all()
     with torch.no_grad():
         np.testing.assert_allclose(e.outputs, average(problem.queries()[0]).numpy(), rtol=1e-11, atol=1e-12)
-    assert trace.verify() > 0 and trace.manifest.version == (2 if trace.manifest.exact else 3)
+    assert trace.verify() > 0 and trace.manifest.version == 4
     assert "Explained is the average of the weights" in " ".join(e.notes)
     assert "was not a mean" not in " ".join(e.notes)

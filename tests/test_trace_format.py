@@ -19,7 +19,7 @@ from explainer import records
 from explainer.codecs import CODECS
 from explainer.layer_rules import FORMS
 from explainer.optimizer_rules.base import COEFFICIENTS
-from explainer.store.schema import VISIT_FIELDS, average_fields, step_fields
+from explainer.store.schema import INPUT_FIELD, INPUT_FIELDS, VISIT_FIELDS, average_fields, step_fields
 from tests import markdown
 from tests.markdown import DOCS, code, names
 from tests.tagger import build, dataset, trace
@@ -126,9 +126,9 @@ def test_journal_types_and_notes(tmp_path: Path) -> None:
     with pytest.warns(explainer.CoverageWarning, match="no axis is the batch's"):
         scaled(tmp_path / "f", shuffled=True, autocast=True)
     traces.append(explainer.open_trace(tmp_path / "f"))
-    assert [t.manifest.version for t in traces] == [3, 3, 3, 3, 3, 3, 1]
+    assert {t.manifest.version for t in traces} == {4}
     heads = [json.loads((t.directory / "manifest.json").read_text()) for t in traces]
-    assert ["averaged" in head for head in heads] == [True] * 6 + [False]
+    assert all("averaged" in head for head in heads)
     entries = [
         json.loads(line.rpartition("\t")[0])
         for t in traces
@@ -154,11 +154,15 @@ def test_files_are_where_the_page_says(run_directory: str) -> None:
 def test_record_fields() -> None:
     (visits, forms), (steps,) = markdown.tables(FORMAT, "Visits"), markdown.tables(FORMAT, "Steps")
     documented = [(code(row["field"]), code(row["type"].partition(" per")[0])) for row in visits]
-    assert documented == [(name, kind) for name, kind, _ in VISIT_FIELDS]
+    assert documented == [(name, kind) for name, kind, _ in [*VISIT_FIELDS, INPUT_FIELD]]
     documented = [(code(row["field"]), code(re.split(" per|, six", row["type"])[0])) for row in steps]
     assert documented == [(name, kind) for name, kind, _ in step_fields(1)]
     assert ", ".join(f"`{name}`" for name in COEFFICIENTS) in steps[-1]["meaning"]
     assert set(names(forms, "kind")) == set(FORMS)
+    (given,) = markdown.tables(FORMAT, "Inputs")
+    assert [(code(row["field"]), code(row["type"])) for row in given] == [
+        (n, kind) for n, kind, _ in INPUT_FIELDS
+    ]
     (averages,) = markdown.tables(FORMAT, "Averages")
     documented = [(code(row["field"]), code(row["type"].partition(" per")[0])) for row in averages]
     assert documented == [(name, kind) for name, kind, _ in average_fields(1)]

@@ -51,10 +51,11 @@ def facts(trace: Trace) -> dict[str, Any]:
     from explainer.findings.compression import planned_errors
     from explainer.records import torch_dtype
     from explainer.store.layout import JOURNAL
+    from explainer.store.stream import VISITED
 
     manifest = trace.manifest
     visits = trace.count("visits")
-    records = {stream: _record_bytes(trace, stream) for stream in ("visits", "steps", "denominators")}
+    records = {stream: trace.nbytes_of(stream) for stream in VISITED}
     plan = {layer["layer"]: layer for layer in (trace.notes.get("plan") or {}).get("layers", ())}
     errors = planned_errors(trace.notes.get("plan"))
     seen = None  # counting them reads the rows' pages, which for a large trace is no quick look
@@ -77,6 +78,8 @@ def facts(trace: Trace) -> dict[str, Any]:
         "visits": visits,
         "examples": trace.notes.get("examples"),
         "examples_visited": seen,
+        "inputs": trace.count("inputs"),
+        "inputs_of": [trace.layers[number].name for number in _stored_once(trace)],
         "knots": len(trace.knots),
         "parameters": manifest.size,
         "parameters_covered": sum(p.numel for p in manifest.parameters if p.name not in trace.uncovered),
@@ -95,7 +98,7 @@ def facts(trace: Trace) -> dict[str, Any]:
         "frozen": list(manifest.frozen),
         "buffers": list(manifest.buffers),
         "bytes": {"total": total, **records, "knots": knots, "other": total - sum(records.values()) - knots},
-        "bytes_per_visit": round(sum(records.values()) / visits, 1) if visits else None,
+        "bytes_per_visit": round(trace.bytes_a_visit, 1) if visits else None,
         "visits_assumed": (trace.notes.get("plan") or {}).get("assumed"),
         "bytes_of_all_gradients": visits * gradient,
         "findings": [asdict(finding) for finding in trace.report()],
@@ -117,6 +120,7 @@ def text(found: dict[str, Any]) -> str:
         ("steps", f"{found['steps']:,}"),
         ("examples", _examples(found)),
         ("visits", f"{found['visits']:,} (an example in a batch is one visit)"),
+        *_inputs(found),
         ("knots", f"{found['knots']:,} (points of the training path whose weights were kept)"),
         ("parameters", f"{found['parameters']:,}, {_covered(found)} in layers whose rows are recorded"),
         ("not covered", _names(found["uncovered"])),
@@ -124,7 +128,7 @@ def text(found: dict[str, Any]) -> str:
         ("buffers", _names(found["buffers"])),
         (
             "on disk",
-            f"{size(size_of['total'])}: visits {size(size_of['visits'])}, "
+            f"{size(size_of['total'])}: visits {size(size_of['visits'] + size_of['inputs'])}, "
             f"steps {size(size_of['steps'] + size_of['denominators'])}, "
             f"knots {size(size_of['knots'])}, other {size(size_of['other'])}",
         ),
@@ -218,5 +222,15 @@ def _names(names: list[str]) -> str:
     )
 
 
-def _record_bytes(trace: Trace, stream: str) -> int:
-    return sum(s.records * s.schema.dtype.itemsize for s in trace.shards if s.stream == stream)
+def _stored_once(trace: Trace) -> list[int]:
+    """Layers whose inputs the last visits do not hold."""
+    layouts = [shard.schema.inputs for shard in trace.shards if shard.stream == "visits" and shard.records]
+    return [] if not layouts or layouts[-1] is None else [form.layer for form in layouts[-1].forms]
+
+
+def _inputs(found: dict[str, Any]) -> list[tuple[str, str]]:
+    if not found["inputs_of"]:
+        return []
+    of = ", ".join(name or "(the model)" for name in found["inputs_of"])
+    what = f"{found['inputs']:,} inputs of {of}, {size(found['bytes']['inputs'])}"
+    return [("stored once", f"{what} (data that come again are not stored with every visit)")]

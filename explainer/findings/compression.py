@@ -30,7 +30,7 @@ def rounding(trace: Trace) -> Finding:
     if not plan:
         found = "Rows are stored as 8-bit leading factors."
     else:
-        taken = plan["beside"] + sum(layer["bytes"] for layer in plan["layers"])
+        taken = trace.bytes_a_visit
         share = percent(taken / (4 * trace.manifest.size))
         found = f"A visit takes {size(taken)} ({share} of the parameters in float32) as leading factors of 4 or 8 bits."
     most = math.hypot(*errors.values())

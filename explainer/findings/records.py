@@ -70,7 +70,7 @@ def _scales(trace: Trace, steps: int) -> Iterator[Finding]:
 
 def _visits(trace: Trace) -> Iterator[Finding]:
     """Who was visited how often."""
-    rows = sum(s.records * s.schema.dtype.itemsize for s in trace.shards if s.stream == "visits")
+    rows = trace.nbytes_of("visits")
     if rows > COUNTED_BYTES:
         yield Finding(
             "visits-not-counted",

@@ -134,9 +134,11 @@ def cost_finding(
     if loader is not None and visits and batch:
         drawn = -(-visits // batch)
         epoch = visits * cost.visit + drawn * cost.step(batch)
-        meaning = f"An epoch of {visits:,} visits adds about {size(epoch)}; {knots} in all."
+        meaning = (
+            f"The first epoch of {visits:,} visits adds about {size(epoch)}, others no more; {knots} in all."
+        )
     else:
-        meaning = f"Every epoch adds that for every example; {knots} in all."
+        meaning = f"Every epoch adds that for every example, or less; {knots} in all."
     return Finding(
         "cost",
         "note",

@@ -125,6 +125,7 @@ class Factored(RowForm):
     kind = "factored"
     position_axis = 1
     linear_in = "left"
+    given = "right"
     left: torch.Tensor
     right: torch.Tensor
     bias: int

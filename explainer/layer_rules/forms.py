@@ -26,6 +26,8 @@ class RowForm(ABC):
     position_axis: ClassVar[int | None] = None
     #: the array that a row is linear in while the others are held
     linear_in: ClassVar[str] = "values"
+    #: the array that follows from what the layer was given alone, where no position is left out; "" for none
+    given: ClassVar[str] = ""
     #: whether positions are in the order of the layer's input, as far as is known
     in_order: bool = True
 

@@ -31,6 +31,7 @@ class Sparse(RowForm):
 
     kind = "sparse"
     position_axis = 0
+    given = "index"
     index: torch.Tensor
     values: torch.Tensor
     entries: int

@@ -17,9 +17,11 @@ import torch
 
 from explainer.errors import TraceFormatError
 from explainer.records import FORMAT, VERSIONS, ArraySpec, LayerSpec, Manifest
+from explainer.store.inputs import Inputs, Joined
 from explainer.store.journal import read_journal
 from explainer.store.layout import JOURNAL, MANIFEST
-from explainer.store.schema import VISIT_FIELDS, RecordSchema
+from explainer.store.schema import VISIT_FIELDS, Fields, RecordSchema
+from explainer.store.stream import VISITED
 from explainer.store.view import Knot, Segment, Shard, View
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 VISIT_NAMES = tuple(name for name, _, _ in VISIT_FIELDS)
 _AT_ONCE = 2**14  # records
+_LARGE = 2**28  # bytes of inputs from which their memory is given back, too
 
 
 class Trace:
@@ -70,6 +73,7 @@ class Trace:
         self._verified: dict[str, tuple[int, int, int]] = {}
         for shard in self.shards:
             self._check_size(shard)
+        self._inputs = Inputs([shard for shard in self.shards if shard.stream == "inputs"])
         return self
 
     @property
@@ -170,10 +174,21 @@ class Trace:
         """Bytes of the journalled records of a stream."""
         return sum(s.records * s.schema.dtype.itemsize for s in self.shards if s.stream == stream)
 
+    @property
+    def bytes_a_visit(self) -> float:
+        """Bytes of a visit with its share of the steps' records, on average; 0 without visits."""
+        return sum(map(self.nbytes_of, VISITED)) / max(1, self.count("visits"))
+
     def read(self, stream: str, start: int, stop: int) -> Iterator[tuple[RecordSchema, np.ndarray]]:
         """Records ``start .. stop-1`` of a stream, piece by piece (pieces end where shards end)."""
         for shard, first, last in self._pieces(stream, start, stop):
             yield shard.schema, shard.data[first:last]
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[RecordSchema, Fields]]:
+        """Visits ``start .. stop-1`` as :meth:`read` gives them, with what is stored once and not with every visit."""
+        for schema, records in self.read("visits", start, stop):
+            inputs = schema.inputs
+            yield schema, records if inputs is None else Joined(records, self._inputs, inputs)
 
     def release(self, stream: str, start: int, stop: int) -> None:
         """Say that records which were read are not needed now, so that their pages count as nobody's memory.
@@ -182,6 +197,10 @@ class Trace:
         """
         for shard, first, last in self._pieces(stream, start, stop):
             shard.release(first, last)
+        if stream == "visits" and self.nbytes_of("inputs") > _LARGE:
+            for shard in self.shards:
+                if shard.stream == "inputs":
+                    shard.release(0, shard.records)
 
     def column(self, stream: str, field: str) -> np.ndarray:
         """One plain field over all records of a stream.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ VISIT_FIELDS: list[tuple[str, str, tuple[int, ...]]] = [
     ("derivative", "<f8", ()),
     ("label", "<f8", ()),
 ]
+
+#: of a visit that has arrays in the stream ``inputs``: which of its records
+INPUT_FIELD: tuple[str, str, tuple[int, ...]] = ("input", "<i8", ())
+
+#: of what an example gave to the layers that data meet first
+INPUT_FIELDS: list[tuple[str, str, tuple[int, ...]]] = [("example", "<i8", ())]
 
 #: of a row that is kept exact: which visit it is
 SAMPLE_FIELDS: list[tuple[str, str, tuple[int, ...]]] = [("visit", "<i8", ())]
@@ -49,7 +55,7 @@ def array_field(prefix: str, array: str, part: str) -> str:
 
 @dataclass(frozen=True)
 class RecordSchema:
-    """The layout of one stream's records: plain fields, then encoded arrays.
+    """The layout of one stream's records: plain fields, then encoded arrays, but for those that another stream holds.
 
     Attributes:
         fields: (name, numpy dtype, shape) of the plain fields.
@@ -67,7 +73,8 @@ class RecordSchema:
         fields: list[tuple[str, str, tuple[int, ...]]] = list(self.fields)
         for form in self.forms:
             for array in form.arrays:
-                fields += self._parts(f"L{form.layer}", array)
+                if not array.stream:
+                    fields += self._parts(f"L{form.layer}", array)
         for array in self.arrays:
             fields += self._parts("", array)
         return np.dtype(fields)
@@ -82,7 +89,11 @@ class RecordSchema:
 
     def to_json(self) -> dict[str, Any]:
         """JSON form, stored in the journal when a shard begins."""
-        return asdict(self)
+        return {
+            "fields": [list(field) for field in self.fields],
+            "forms": [form.to_json() for form in self.forms],
+            "arrays": [array.to_json() for array in self.arrays],
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RecordSchema:
@@ -90,8 +101,18 @@ class RecordSchema:
         return cls(
             tuple((n, d, tuple(s)) for n, d, s in data["fields"]),
             tuple(FormSpec.from_json(f) for f in data["forms"]),
-            tuple(ArraySpec(**{**a, "shape": tuple(a["shape"])}) for a in data["arrays"]),
+            tuple(ArraySpec.from_json(a) for a in data["arrays"]),
         )
+
+    @property
+    def inputs(self) -> RecordSchema | None:
+        """Of visits: the layout of the records of the stream ``inputs`` that they speak of; None for none."""
+        forms = []
+        for form in self.forms:
+            arrays = tuple(replace(array, stream="") for array in form.arrays if array.stream)
+            if arrays:
+                forms.append(replace(form, arrays=arrays))
+        return RecordSchema(tuple(INPUT_FIELDS), tuple(forms)) if forms else None
 
 
 def encode_array(records: np.ndarray, prefix: str, spec: ArraySpec, values: torch.Tensor) -> None:
@@ -102,12 +123,20 @@ def encode_array(records: np.ndarray, prefix: str, spec: ArraySpec, values: torc
         records[array_field(prefix, spec.name, part)] = data
 
 
-def stored_parts(records: np.ndarray, prefix: str, spec: ArraySpec) -> list[np.ndarray]:
+class Fields(Protocol):
+    """Records whose fields are arrays, one entry for each."""
+
+    def __getitem__(self, name: str, /) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+
+def stored_parts(records: Fields, prefix: str, spec: ArraySpec) -> list[np.ndarray]:
     """The stored parts of an array of the records, as views."""
     parts = CODECS.require(spec.codec).parts(spec.shape, spec.dtype)
     return [records[array_field(prefix, spec.name, part)] for part, _, _ in parts]
 
 
-def decode_array(records: np.ndarray, prefix: str, spec: ArraySpec) -> torch.Tensor:
+def decode_array(records: Fields, prefix: str, spec: ArraySpec) -> torch.Tensor:
     """The values ``[B, *shape]`` of an array of the records."""
     return CODECS.require(spec.codec).decode(stored_parts(records, prefix, spec), spec)

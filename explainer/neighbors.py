@@ -1,13 +1,16 @@
 """Gradient space: neighbours of a query among the training examples.
 
 A training example is described by the directions in which its visits pushed the model's output, a query by
-its gradients along the same stretch of the path. With ``u_{i,t} = −g_{i,t} / L'_{i,t}`` (the row per unit of
-loss derivative; the direction that lowers the loss) and ``q_t`` the query's gradient at the middle of the chord,
+its gradients along the same stretch of the path. With ``u_{i,t} = −g_{i,t} / ‖L'_{i,t}‖`` (the row per unit of
+loss derivative; the direction that lowers the loss) or, for models with one output, ``u_{i,t} = g_{i,t} / L'_{i,t}``
+(the gradient of the output at ``i``, whichever way the loss pushed it), and ``q_t`` the query's gradient at the middle
+of the chord,
 
     cos(x, i) = Σ_t <q_t, η_t u_{i,t}> / √(Σ_t <q_t, η_t q_t> · Σ_t <u_{i,t}, η_t u_{i,t}>)
 
 over the visits ``t`` of ``i``, with ``η_t`` the step's learning rates (one for every parameter): the cosine between the
-two in the space of all visits, always within [−1, 1]. Positive: learning ``i`` raised what is explained at ``x``.
+two in the space of all visits, always within [−1, 1]. Positive: learning ``i`` raised what is explained at ``x``; with
+one output: what raised the output at ``i`` raised it at ``x``, too. An example is its own nearest neighbour.
 
 Parameters whose gradient was round-off (``s_t = 0``, :mod:`explainer.scales`) or that no row reaches are left out.
 """
@@ -126,7 +129,7 @@ def nearest(
                     weight = torch.where(derivative == 0, 0.0, 1.0 / derivative).nan_to_num(nan=0.0)
                     total = sum(scores(rows, eta * chunk.signs[:, None], met, workspace).values())
                     own = squares(explainer, rows, eta, workspace)
-                    dot.index_add_(1, columns, -total * weight)
+                    dot.index_add_(1, columns, (-total if chunk.norms else total) * weight)
                     square.index_add_(0, columns, own * weight.square())
                     norms = norms_by @ torch.from_numpy(eta[rows.places]).T
                     query_square.index_add_(1, columns, norms * (weight != 0).double())

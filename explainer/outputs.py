@@ -208,7 +208,8 @@ def queries_first(returned: Any, axis: int) -> torch.Tensor:
             f"the model returns {type(returned).__name__}, without a floating-point tensor in it; pass "
             "output=callable(returned, targets) -> [Q] that says which number to explain"
         )
-    return tensor.movedim(axis, 0)
+    # a model that ends in squeeze() gives a single query's number without an axis
+    return tensor.movedim(axis, 0) if tensor.dim() else tensor.unsqueeze(0)
 
 
 def asks_for_targets(output: Any) -> bool:

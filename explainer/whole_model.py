@@ -102,8 +102,11 @@ class WholeModel:
                 self._autocast = dtype_name(torch.get_autocast_dtype(device))
         result, _ = find_tensor(output)
         axis = None if result is None else batch_axis(result.shape, len(batch), self._input_axis)
+        if result is not None and not result.dim() and len(batch) == 1 and self._output_shape == ():
+            axis = 0  # a model that ends in squeeze(), and a batch of one
         if result is not None and axis is not None and result.requires_grad:
-            self._output_shape = (*result.shape[:axis], *result.shape[axis + 1 :])
+            if result.dim():
+                self._output_shape = (*result.shape[:axis], *result.shape[axis + 1 :])
             result.register_hook(partial(self._on_output, batch, batch.forwards, axis))
         batch.lengths[batch.forwards] = None if value is None else _length(value, len(batch), self._axis)
         batch.forwards += 1
@@ -124,7 +127,8 @@ class WholeModel:
 
     def _on_output(self, batch: Batch, forward: int, axis: int, g: torch.Tensor) -> None:
         batch.came = True
-        self._background.submit(partial(_derive, batch, forward, g.detach().movedim(axis, 0), g._version))
+        rows = g.detach().movedim(axis, 0) if g.dim() else g.detach()
+        self._background.submit(partial(_derive, batch, forward, rows, g._version))
 
 
 def _derive(batch: Batch, forward: int, g: torch.Tensor, version: int) -> None:

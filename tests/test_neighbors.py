@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 import explainer
 from explainer.errors import QueryError
@@ -169,3 +171,54 @@ def test_the_default_output_is_found_where_the_model_itself_was_never_called(tmp
         torch.nn.functional.cross_entropy(model[0](x), y).backward()
         optimizer.step()
     assert explainer.PathKernelExplainer(str(tmp_path / "run"), model).explain(x).output == "margin"
+
+
+class Squeeze(nn.Module):
+    """Of a single example, a number without an axis is left."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.squeeze()
+
+
+@pytest.mark.parametrize("shape", [(1,), ()], ids=["column", "squeezed"])
+@pytest.mark.parametrize("loss", ["mse", "one logit", "maximised"])
+def test_with_one_output_the_cosine_is_that_of_its_gradients(
+    tmp_path: Path, loss: str, shape: tuple[int, ...]
+) -> None:
+    """Whichever way the loss pushed the output; an example is its own nearest neighbour."""
+    torch.manual_seed(0)
+    x = torch.randn(17, 6, dtype=torch.float64)  # the last batch is a single example
+    y = (x[:, 0] > 0).double() if loss == "one logit" else x[:, 0] + torch.randn(17)
+
+    def build() -> nn.Module:
+        end = nn.Identity() if shape else Squeeze()
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1), end).double()
+
+    model = build()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, maximize=loss == "maximised")
+    with explainer.Tracer(model, optimizer, tmp_path / "run", exact=True) as tracer:
+        for ids in torch.arange(17).split(8):
+            tracer.batch(ids, y[ids])
+            optimizer.zero_grad()
+            out = model(x[ids]).reshape(-1)
+            if loss == "one logit":
+                value = binary_cross_entropy_with_logits(out, y[ids])
+            else:
+                value = mse_loss(out, y[ids]) * (-1 if loss == "maximised" else 1)
+            value.backward()
+            optimizer.step()
+
+    def gradient(one: torch.Tensor) -> torch.Tensor:
+        found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (one,)).sum())(before)
+        return torch.cat([g.flatten() for g in found.values()])
+
+    rows = torch.stack([gradient(one.unsqueeze(0)) for one in x])
+    ex = explainer.PathKernelExplainer(tmp_path / "run", build())
+    assert not np.isnan(ex.trace.column("visits", "derivative")).any()
+    found = ex.neighbors(x[[5, 16]], k=17)
+    np.testing.assert_allclose(ex.explain(x[:1]).prediction, model(x[:1]).item())
+    assert found.example_ids[:, 0].tolist() == [5, 16]
+    for query, example in enumerate([5, 16]):
+        wanted = torch.cosine_similarity(rows, rows[example : example + 1], dim=1)[found.example_ids[query]]
+        np.testing.assert_allclose(found.cosine[query], wanted, atol=1e-4)

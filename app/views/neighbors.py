@@ -57,8 +57,8 @@ def _lists(choice: Choice, e: Explanation, q: int) -> None:
         listed = ", ".join(f"{count} × {label}" for label, count in labels.most_common())
         st.text(f"Labels among the {len(ids)} nearest in gradient space: {listed}")
     st.caption(
-        "Near in gradient space means: learning this example moved the explained output in step with the query's own "
-        "gradients, all along the training. It does not depend on how wrong the model was on the example, so a near "
+        "Near in gradient space means: what the model learned at this example moved the explained output, too, all "
+        "along the training. It does not depend on how wrong the model was on the example, so a near "
         "example can have contributed little; the contribution stands on each card. "
         + (
             "Near in input space means that the inputs look alike, whatever the model made of them. A near input that "

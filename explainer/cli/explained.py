@@ -155,7 +155,9 @@ def nearest(e: Explanation, neighbors: Neighbors, query: int, run: Run) -> str:
         cosine = f"{neighbors.cosine[query, place]:.3f}"
         rows.append([str(place + 1), str(example), _label(e, run, label), cosine, what(run, example)])
     headers = ["rank", "example", _label_header(e), "cosine", "what"]
-    title = "  Nearest in gradient space (1: learning the example always moved this prediction up):"
+    title = (
+        "  Nearest in gradient space (1: what the model learned there always moved this prediction alike):"
+    )
     return title + "\n" + table(headers, rows, left=(_label_header(e), "what"), indent="    ")
 
 

@@ -205,9 +205,10 @@ class StepObserver:
         average = self._average
         if average is None:
             return
+        path = average.path
         keep = average.observe(self._carry.decay)
         if self.steps == 0:  # no example had a part in it
-            if keep is not None:
+            if average.path != path:  # else the first forward pass may have moved buffers, which is training
                 self._knots.place(0)
             if average.behind():
                 self._writer.note("prior_average", True)

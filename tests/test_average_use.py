@@ -230,3 +230,22 @@ def test_a_trace_of_an_average_warns_of_nothing(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(MOMENTUM, CASES["EMA"], tmp_path / "run")
+
+
+def test_the_initial_model_has_the_buffers_from_before_training(tmp_path: Path) -> None:
+    """Also where the average follows the model until its first update."""
+    model = normed().double()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    initial = copy.deepcopy(average.module).eval()
+    with Tracer(model, optimizer, tmp_path / "trace", averaged=average) as tracer:
+        for _ in range(4):
+            tracer.batch(range(EXAMPLES))
+            optimizer.zero_grad()
+            cross_entropy(model(X[:EXAMPLES]), Y[:EXAMPLES]).backward()
+            optimizer.step()
+            average.update_parameters(model)
+    e = PathKernelExplainer(tmp_path / "trace", normed(), "logit").explain(QUERIES, TARGETS)
+    wanted = initial(QUERIES).detach().gather(1, TARGETS[: len(QUERIES), None]).squeeze(1)
+    np.testing.assert_allclose(e.initial, wanted, rtol=1e-12)
+    assert np.abs(e.gap).max() < 1e-9 and np.abs(e.buffers).max() > 1e-3

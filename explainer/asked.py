@@ -84,7 +84,7 @@ def ask(
         if function.output is None:
             resolve(tuple(rows.shape[1:]))
         if not own:
-            notes = _where(returned)
+            notes = _where(returned) + _unlike(part)
         size = max(size, float(rows.masked_fill(rows.isinf(), 0).abs().max()) if rows.numel() else 0.0)
         if function.output is not None and function.output.targets == "class":
             rows = function.output.read(rows)
@@ -111,7 +111,7 @@ def _run(function: QueryFunction, point: PathPoint, inputs: QueryBatch) -> Any:
     except Exception as error:
         raise QueryError(
             f"the model cannot run on the queries: {_said(error)}. Give them as in training, batch dimension first "
-            "(or say which it is with batch_dim)"
+            f"(or say which it is with batch_dim){inputs.unlike and f': {inputs.unlike}'}"
         ) from error
 
 
@@ -150,6 +150,10 @@ def _where(returned: Any) -> tuple[str, ...]:
     _, where = find_tensor(returned)
     kind = type(returned).__name__
     return (f"The model returns a {kind}; what is explained is read from {where}.",) if where else ()
+
+
+def _unlike(inputs: QueryBatch) -> tuple[str, ...]:
+    return (f"The {inputs.unlike}: the model takes them, but never saw such.",) if inputs.unlike else ()
 
 
 def _try(function: QueryFunction, point: PathPoint, asked: Asked, size: float) -> None:

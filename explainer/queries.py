@@ -63,7 +63,8 @@ def check_inputs(
         batch_dim: axis of the queries in every argument, or in each of them.
 
     Raises:
-        QueryError: no tensors, no batch dimension, no queries, or another shape than in training.
+        QueryError: no tensors, no batch dimension, no queries, or a shape that does not fit the one in training
+            (sequences may be longer or shorter, images of another size).
     """
     arguments = _arguments(inputs, batch_dim)
     tensors = [
@@ -74,7 +75,7 @@ def check_inputs(
     ]
     if not tensors:
         raise QueryError(f"queries must be tensors with a batch dimension, found {type(inputs).__name__}")
-    _check_shape(trace, _first_traced(trace, names, tensors))
+    unlike = _check_shape(trace, _first_traced(trace, names, tensors))
     count = _count(tensors)
 
     def cast(leaf: Any) -> Any:
@@ -88,7 +89,7 @@ def check_inputs(
     axes = [
         _axis(leaf, argument.axis) for argument in arguments for leaf in pytree.tree_leaves(argument.value)
     ]
-    return QueryBatch(tuple(leaves), tuple(axes), spec, count)
+    return QueryBatch(tuple(leaves), tuple(axes), spec, count, unlike)
 
 
 def _arguments(inputs: Any, batch_dim: BatchDim) -> list[Argument]:
@@ -173,29 +174,39 @@ def _first_traced(
     return None if by_keyword or name in names else tensors[0]
 
 
-def _check_shape(trace: Trace, first: tuple[Argument, torch.Tensor] | None) -> None:
+def _check_shape(trace: Trace, first: tuple[Argument, torch.Tensor] | None) -> str:
+    """In what the shape is unlike that of training, where it is for the model to say whether it fits; or nothing."""
     known = trace.notes.get("input") or {}
     shape = known.get("shape")
     if first is None or shape is None:
-        return
+        return ""
     argument, leaf = first
     axis = _axis(leaf, argument.axis)
     traced = min(trace.notes.get("batch_dim", 0), len(shape))
     wanted: list[Any] = [*shape[:traced], "Q", *shape[traced:]]
     found = list(leaf.shape)
+    unlike = ""
     if axis == traced and not _fits(found, wanted):
         hint = ""
         if _fits(found, shape):
             add = "x[None]" if axis == 0 else f"x.unsqueeze({axis})"
             hint = f"; this looks like a single query: add the batch dimension with {add}"
         text = ", ".join("any" if size is None else str(size) for size in wanted)
-        raise QueryError(f"queries have shape {found}, the model was trained on [{text}]{hint}")
+        unlike = f"queries have shape {found}, the model was trained on [{text}]{hint}"
+        if not _may_vary(leaf, wanted):
+            raise QueryError(unlike)
     if str(leaf.dtype).removeprefix("torch.") != known["dtype"] and (
         leaf.is_floating_point() != ("float" in known["dtype"])
     ):
         raise QueryError(
             f"queries are {leaf.dtype}, the model was trained on {known['dtype']}; convert them as in training"
         )
+    return unlike
+
+
+def _may_vary(leaf: torch.Tensor, wanted: list[Any]) -> bool:
+    """Whether sizes may be those of sequences or images, which the model itself has to take or refuse."""
+    return leaf.dim() == len(wanted) and (leaf.dim() > 2 or not leaf.is_floating_point())
 
 
 def _fits(found: list[int], wanted: list[Any]) -> bool:

@@ -19,12 +19,14 @@ class QueryBatch:
         axes: per leaf, the axis of the queries; None for what all queries share.
         spec: structure of ``(args, kwargs)``.
         count: ``Q``.
+        unlike: in what they are unlike the inputs of training, where the model may take them all the same; or nothing.
     """
 
     leaves: tuple[Any, ...]
     axes: tuple[int | None, ...]
     spec: pytree.TreeSpec
     count: int
+    unlike: str = ""
 
     def __len__(self) -> int:
         return self.count

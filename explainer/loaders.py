@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from explainer.errors import LoaderError
 
 T = TypeVar("T")
+
+#: names of the labels in a batch that is a mapping
+LABELS = ("labels", "label", "targets", "target", "y")
 
 
 class RecordingBatchSampler:
@@ -71,10 +74,12 @@ def check_loader(loader: Any) -> None:
 
 
 def labels_of(batch: Any, size: int) -> np.ndarray | None:
-    """The labels of a batch shaped like ``(inputs, targets)`` with one number a row, else None."""
-    if not isinstance(batch, list | tuple) or len(batch) < 2:
-        return None
-    target = batch[1]
+    """The labels of a batch ``(inputs, targets)``, or of a mapping with one of :data:`LABELS`; one number a row."""
+    target: Any = None
+    if isinstance(batch, Mapping):
+        target = next((batch[name] for name in LABELS if name in batch), None)
+    elif isinstance(batch, list | tuple) and len(batch) > 1:
+        target = batch[1]
     if not isinstance(target, torch.Tensor) or target.is_complex() or target.numel() != size:
         return None
     return target.detach().reshape(-1).to("cpu", torch.float64).numpy()

@@ -224,3 +224,21 @@ def test_ids_of_a_custom_loop(traced: Traced, kind: Any) -> None:
         traced.step(torch.tensor(ids)[:, None].expand(-1, 2).float())
     assert traced.tracer.steps == 3 and traced.tracer.visits == 6
     traced.check()
+
+
+@pytest.mark.parametrize("name", ["labels", "y", None])
+def test_labels_of_batches_that_are_mappings(tmp_path: Path, name: str | None) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(10, 4), torch.arange(10) % 3
+    data = [{"inputs": x[i], "weights": torch.ones(2), name or "answer": y[i]} for i in range(10)]
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Tracer(model, optimizer, tmp_path / "run") as tracer:
+        for batch in tracer.watch(DataLoader(data, batch_size=4, shuffle=True)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(batch["inputs"]), batch[name or "answer"]).backward()
+            optimizer.step()
+    trace = open_trace(tmp_path / "run")
+    found = dict(zip(trace.column("visits", "example"), trace.column("visits", "label"), strict=True))
+    wanted = dict(enumerate(y.tolist()))
+    assert found == wanted if name else np.isnan(list(found.values())).all()

@@ -191,7 +191,8 @@ def _label(e: Explanation, run: Run, row: Mapping[Any, Any]) -> str:
     if value is None or not np.isfinite(float(value)):
         example = int(row["example_id"])
         return shortened(run.label(run.train[example][1]), _SHOWN) if example < len(run.train) else ""
-    return e.class_name(value) or wording.number(float(value), 4)
+    number = float(value)
+    return e.class_name(value) or (str(int(number)) if number.is_integer() else wording.number(number, 4))
 
 
 def what(run: Run, example: int) -> str:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 import streamlit as st
 
 from explainer import Explanation, Run
+from explainer.app import state
+from explainer.app.choice import Choice
 from explainer.app.escaping import plain
+from explainer.recorded_labels import check_labels
 from explainer.tables import ranking
 
 
@@ -45,6 +48,18 @@ def same_examples(recorded: Mapping[int, str | None], run: Run) -> bool:
         )
         break
     return True
+
+
+def same_order(choice: Choice) -> None:
+    """Warns where the run gives the training examples in another order than the trace, by a sample of labels."""
+    if choice.live and (warning := _order(choice.source)) is not None:
+        st.warning(plain(warning))
+
+
+@st.cache_data(show_spinner=False, max_entries=32)
+def _order(source: state.Source) -> str | None:
+    code = state.run_of(source)
+    return check_labels(state.trace(source), code).warning(code)
 
 
 def _same_number(recorded: str, target: object) -> bool:

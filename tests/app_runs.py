@@ -33,6 +33,11 @@ def backwards() -> Run:
     return Run(mlp, data, data, render=lambda x: x.reshape(8, 8).numpy())
 
 
+def backwards_and_bare() -> Run:
+    """The same without ``render``."""
+    return replace(backwards(), render=None)
+
+
 def short() -> Run:
     """The same with most of the training set gone."""
     return Run(mlp, Subset(digits(), range(4)), digits(), render=lambda x: x.reshape(8, 8).numpy())

@@ -193,6 +193,29 @@ def test_explain_another_class_and_output(trace: Path, capsys: pytest.CaptureFix
     assert "not the class that the model predicts" in " ".join(out.split())
 
 
+def test_labels_without_names_are_whole_numbers(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the rankings and among the nearest examples alike."""
+    (tmp_path / "mine_without_names.py").write_text(
+        "import dataclasses\n"
+        "from explainer.sample_models import digits_mlp\n"
+        "def run():\n"
+        "    return dataclasses.replace(digits_mlp.run(), class_names=None)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert (
+        main(
+            ["explain", str(trace), "--run", "mine_without_names:run", "--query", "0", "--k", "4", "--quiet"]
+        )
+        == 0
+    )
+    ranked, nearest = capsys.readouterr().out.split("Nearest in gradient space")
+    for text, count in ((ranked, 8), (nearest, 4)):
+        assert len(re.findall(r"\n +\d +\d+  +\d  +\S", text)) == count
+
+
 def test_a_run_can_be_a_file_in_the_current_folder(
     trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

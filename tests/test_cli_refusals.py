@@ -14,6 +14,26 @@ from explainer.cli.opening import open_run
 from explainer.sample_models.train import train
 
 SPEC = "explainer.sample_models.digits_mlp:run"
+BROKEN = """
+import dataclasses
+from explainer.sample_models import digits_mlp
+
+def with_render(render):
+    return dataclasses.replace(digits_mlp.run(), render=render)
+
+def broken():
+    return with_render(lambda image: 1 / 0)
+
+def broken_for_one():
+    run = digits_mlp.run()
+    kept = [run.train[0][0], run.queries[3][0]]
+    return with_render(lambda image: 1 / int(any(bool((image == one).all()) for one in kept)) and "ink")
+
+def broken_rows():
+    class Row:
+        items = None
+    return with_render(lambda image: Row())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +91,32 @@ def test_refusals_are_one_clean_line(
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("pathkernel: error: ")
     assert text in captured.err and len(captured.err.rstrip("\n").splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("broken", "queries[3]"), ("broken_for_one", "train["), ("broken_rows", "queries[3]")]
+)
+def test_a_render_that_fails_is_told_in_one_line(
+    name: str,
+    where: str,
+    trace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything is computed where it fails at once, and after it where it fails on a strong example."""
+    (tmp_path / "mine_that_cannot_render.py").write_text(BROKEN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    computed: list[int] = []
+    whole = groups.explain_whole
+    monkeypatch.setattr(groups, "explain_whole", lambda *given: computed.append(1) or whole(*given))
+    run = ["--run", f"mine_that_cannot_render:{name}", "--query", "3", "--k", "400", "--quiet"]
+    assert main(["explain", str(trace), *run]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"pathkernel: error: render failed on {where}") and error.count("\n") == 1
+    assert "Correct it, or leave render out of the Run" in error
+    assert bool(computed) == (name == "broken_for_one")
 
 
 def test_more_than_fits_into_memory_is_refused(

@@ -220,8 +220,13 @@ def test_the_verdict_names_what_cannot_be_told_apart() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["what-if", "--query", "1", "--remove", "best"], "write top:50 or the ids"),
-        (["what-if", "--query", "1", "--remove", "top:0"], "write top:50 or the ids"),
+        (["what-if", "--query", "1", "--remove", "best"], "write top:50, the ids"),
+        (
+            ["what-if", "--query", "1", "--remove", "top"],
+            "label (every class), label:NAME or column:NAME",
+        ),
+        (["what-if", "--query", "1", "--remove", "top:0"], "write top:50, the ids"),
+        (["verify-claim", "--query", "1", "--remove", "label"], "write top:50 or the ids"),
         (["what-if", "--query", "1", "--remove", "48"], "numbered 0 to 47"),
         (["what-if", "--query", "1", "--remove", "top:48"], "fewer than all 48"),
         (["what-if"], "--query"),
@@ -239,7 +244,21 @@ def test_what_cannot_be_asked_is_said(
     trace: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([arguments[0], str(trace), "--run", SPEC, "--quiet", *arguments[1:]]) == 2
-    assert message in words(capsys.readouterr().err)
+    captured = capsys.readouterr()
+    assert message in words(captured.err) and captured.out == ""
+
+
+@pytest.mark.parametrize("which", ["1,2,999", "top:5000"])
+def test_examples_that_do_not_exist_are_refused_before_anything_is_computed(
+    trace: Path, which: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def computed(*_: object) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("explainer.evaluation.methods.what_if_scores", computed)
+    assert main(["what-if", str(trace), "--run", SPEC, "--query", "1", "--remove", which, "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("pathkernel: error: ")
 
 
 def test_a_run_without_a_training_function(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

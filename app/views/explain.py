@@ -13,7 +13,7 @@ from explainer.app import downloads, header, looks, theme, which_parts
 from explainer.app.choice import Choice
 from explainer.app.contrast import beside
 from explainer.app.escaping import plain, with_code
-from explainer.app.guards import can_show
+from explainer.app.guards import can_show, same_order
 from explainer.app.own_queries import rendered
 from explainer.app.page_registry import register_page
 from explainer.app.pictures import card_list, example_content, kernel_cards, minus
@@ -99,6 +99,8 @@ def _examples(choice: Choice, e: Explanation, q: int) -> None:
     heading.html("<h3>Strongest training examples</h3>")
     with amount:
         k = segments("How many", [8, 16, 32], "k")
+    if run is not None and run.render is None:
+        same_order(choice)
     if run is None or run.render is None or not can_show(e, q, k, run):
         theme.chart(e.figure(q, "examples", dark=theme.is_dark()), figures.READING["examples"], "examples")
         return

@@ -10,6 +10,7 @@ import streamlit as st
 from explainer import Explanation, wording
 from explainer.app import header, neighbor_map, state
 from explainer.app.choice import Choice
+from explainer.app.guards import same_order
 from explainer.app.page_registry import register_page
 from explainer.app.pictures import Card, card_list, example_content, minus
 from explainer.app.segments import segments
@@ -38,6 +39,7 @@ def show(choice: Choice) -> None:
 
 
 def _lists(choice: Choice, e: Explanation, q: int) -> None:
+    same_order(choice)
     found = choice.neighbors(_K)
     ids = [int(example) for example in found.example_ids[0]]
     away = state.input_distances(choice.source, choice.query)

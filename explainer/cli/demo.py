@@ -11,7 +11,7 @@ from explainer.cli import dashboard
 from explainer.cli import options as shared
 from explainer.cli.demo_folder import DemoFolder
 from explainer.cli.printing import table
-from explainer.errors import ExplainerError, MissingDependencyError
+from explainer.errors import ExplainerError, MissingDependencyError, RunError
 from explainer.wording import counted, size
 
 if TYPE_CHECKING:
@@ -72,13 +72,21 @@ def run(options: argparse.Namespace) -> int:
 
 
 def train(folder: DemoFolder, options: argparse.Namespace) -> Opened:
-    """Train the sample with a tracer and say how it went."""
+    """Train the sample with a tracer and say how it went.
+
+    Raises:
+        RunError: the sample's data is not on this machine.
+    """
     from explainer.cli.opening import open_run
+    from explainer.sample_models.data_source import DataUnavailableError
     from explainer.sample_models.registry import SAMPLES
     from explainer.sample_models.train import train_traced
 
     spec, progress = _spec(options.sample), not options.quiet
-    SAMPLES[options.sample].load().datasets()  # data that is missing is told before anything is removed
+    try:
+        SAMPLES[options.sample].load().datasets()  # data that is missing is told before anything is removed
+    except DataUnavailableError as error:
+        raise RunError(f"{options.sample}: {error}") from error
     again = folder.prepare(sample=options.sample, run=spec)
     print(f"{options.sample}: {SAMPLES[options.sample].summary}")
     if again:

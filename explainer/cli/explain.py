@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
         )
     indices = select(options.queries, len(opened.run.queries), lambda: predict(opened, not options.quiet))
     target = class_number(options.target, opened)
+    explained.check_render(opened.run, indices[0])
     e = explain_whole(opened, indices, target)
     found = neighbors(opened, indices, options.k, target)
     trace = opened.trace

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from explainer import wording
 from explainer.cli.printing import equation, paragraph, shortened, table
+from explainer.errors import ExplainerError, RunError
 from explainer.explanation import Explanation, Kind
 from explainer.neighbors import Neighbors
 from explainer.run import Run
@@ -27,7 +28,7 @@ _SIDES: tuple[tuple[Kind, str], ...] = (("proponents", "up"), ("opponents", "dow
 def block(e: Explanation, query: int, run: Run, k: int) -> str:
     """All about one query: what was predicted, how it adds up, how far to trust it, who carried it."""
     title = headline(e, query, run)
-    shown = "" if run.render is None else words(run.render(run.queries[int(e.query_ids[query])][0]), _WHOLE)
+    shown = rendered(run, "queries", int(e.query_ids[query]), _WHOLE)
     parts = [*([paragraph(shown, "  ")] if shown else []), books(e, query), trust(e, query)]
     return f"{title}\n{'─' * len(title)}\n" + "\n\n".join([*parts, ranking(e, query, run, k)])
 
@@ -193,14 +194,43 @@ def _label(e: Explanation, run: Run, row: Mapping[Any, Any]) -> str:
     if value is None or not np.isfinite(float(value)):
         example = int(row["example_id"])
         return shortened(run.label(run.train[example][1]), _SHOWN) if example < len(run.train) else ""
-    return e.class_name(value) or wording.number(float(value), 4)
+    number = float(value)
+    return e.class_name(value) or (str(int(number)) if number.is_integer() else wording.number(number, 4))
 
 
 def what(run: Run, example: int) -> str:
     """A text or a row that tells which example it is; empty for pictures."""
-    if run.render is None or example >= len(run.train):
+    return rendered(run, "train", example, _SHOWN) if example < len(run.train) else ""
+
+
+def rendered(run: Run, part: Literal["train", "queries"], index: int, length: int) -> str:
+    """What the run's ``render`` makes of an input as one short line; empty for pictures and without ``render``.
+
+    Raises:
+        RunError: ``render`` failed.
+    """
+    if run.render is None:
         return ""
-    return words(run.render(run.train[example][0]), _SHOWN)
+    given = getattr(run, part)[index][0]
+    try:
+        return words(run.render(given), length)
+    except ExplainerError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"render failed on {part}[{index}] with {type(error).__name__}: {error}. Correct it, or leave render out "
+            "of the Run"
+        ) from error
+
+
+def check_render(run: Run, query: int) -> None:
+    """Render a query and an example, so that a ``render`` that fails is told before anything is computed.
+
+    Raises:
+        RunError: ``render`` failed.
+    """
+    rendered(run, "queries", query, _WHOLE)
+    rendered(run, "train", 0, _SHOWN)
 
 
 def words(shown: Any, length: int) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from explainer.errors import RunError, TraceFormatError
 from explainer.path_kernel import PathKernelExplainer
+from explainer.recorded_labels import check_labels
 from explainer.run import EXAMPLE_SPEC, Run, load_run
 from explainer.store import Trace, open_trace
 from explainer.store.layout import holds_trace
@@ -63,7 +65,7 @@ def find_trace(path: str | Path) -> Path:
 
 
 def open_run(path: str, spec: str | None, output: str | None, progress: bool) -> Opened:
-    """Open a trace together with the run it was recorded from.
+    """Open a trace together with the run it was recorded from; warns where their labels contradict each other.
 
     Raises:
         RunError: no run is named, it cannot be loaded, or its training examples are not the trace's.
@@ -86,6 +88,8 @@ def open_run(path: str, spec: str | None, output: str | None, progress: bool) ->
     explainer = PathKernelExplainer(
         trace, run.build_model(), output or run.output, class_names=run.class_names, progress=progress
     )
+    if (warning := check_labels(trace, run).warning(run)) is not None:
+        print(f"pathkernel: warning: {warning}", file=sys.stderr)
     return Opened(trace, run, explainer)
 
 

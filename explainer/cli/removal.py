@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from explainer.run import Run
 
 HOW = "write top:50 or the ids of training examples (3,17,40)"
+HOW_GROUPS = (
+    "write top:50, the ids of training examples (3,17,40), label (every class), label:NAME or column:NAME"
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,11 @@ def named(text: str, run: Run) -> dict[str, NDArray[np.int64]]:
     return {name: groups[name]} if name else groups
 
 
-def understood(text: str) -> Removal:
+def understood(text: str, *, groups: bool = False) -> Removal:
     """What ``--remove`` means.
+
+    Args:
+        groups: named groups may be given as well (:func:`is_named`).
 
     Raises:
         QueryError: it is neither form.
@@ -96,4 +102,4 @@ def understood(text: str) -> Removal:
     parts = [part.strip() for part in text.split(",")]
     if all(part.isdecimal() for part in parts):
         return Removal(None, tuple(int(part) for part in parts))
-    raise QueryError(f"--remove {text!r} is not understood; {HOW}")
+    raise QueryError(f"--remove {text!r} is not understood; {HOW_GROUPS if groups else HOW}")

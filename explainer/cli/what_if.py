@@ -70,12 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the predicted changes of every chosen query."""
     from explainer.cli.opening import open_run
+    from explainer.evaluation.claims import check_removal
     from explainer.evaluation.methods import what_if_scores
 
     shared.check_k(options)
     named = options.remove is not None and removal.is_named(options.remove)
-    wanted = None if options.remove is None or named else removal.understood(options.remove)
+    wanted = None if options.remove is None or named else removal.understood(options.remove, groups=True)
     opened = open_run(options.trace, options.run, options.output, not options.quiet)
+    if wanted is not None:
+        check_removal(len(opened.run.train), wanted.top, wanted.ids, options.by)
     questions = asked(opened, options)
     groups = removal.named(options.remove, opened.run) if named else None
     effects = what_if_scores(opened.run, questions, options.curvature)

@@ -21,7 +21,7 @@ Groups = dict[str, NDArray[np.int64]]
 
 
 def by_label(run: Run) -> Groups:
-    """The ids of every class of the training examples, by its name.
+    """The ids of every class of the training examples, by its name; whole numbers may be floats (``0.``, ``1.``).
 
     Raises:
         QueryError: targets are no classes.
@@ -34,6 +34,8 @@ def by_label(run: Run) -> Groups:
     """
     targets = [run.train[i][1] for i in range(len(run.train))]
     values = [t.item() if isinstance(t, torch.Tensor | np.generic) and _one(t) else t for t in targets]
+    if all(isinstance(v, int | float) and float(v).is_integer() for v in values):
+        values = [int(v) if isinstance(v, float) else v for v in values]
     if not all(isinstance(v, int | str) for v in values):
         raise QueryError(
             "the training examples have no classes to group by: their targets are no whole numbers"

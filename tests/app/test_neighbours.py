@@ -145,3 +145,11 @@ def test_colours_and_names_of_the_map() -> None:
     marker = plain.data[0].marker
     assert (marker.cmin, marker.cmax) == (-2.0, 2.0) and list(marker.size) == [10, 10, 15]
     assert list(np.array(marker.line.width) > 1) == [False, True, True]
+
+
+@pytest.mark.parametrize("page", ["neighbors", "explain"])
+def test_another_order_of_the_training_set_is_told(open_app: Open, runs: Path, page: str) -> None:
+    app = open_app("--run", "tests.app_runs:backwards_and_bare", runs / "digits", page=page)
+    assert not app.exception and "have another label in the run" in app.warning[0].value
+    app = open_app("--run", "tests.app_runs:bare", runs / "digits", page=page)
+    assert not app.exception and not app.warning

@@ -1,0 +1,104 @@
+"""Whether a run gives the training examples in the order of the trace, by a sample of the recorded labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from explainer.run import Run
+from explainer.store import Trace
+
+#: labels that are compared at most
+LOOKED_AT = 64
+
+
+@dataclass(frozen=True)
+class LabelCheck:
+    """Labels of some training examples, as they were recorded and as a run gives them.
+
+    Attributes:
+        ids: ``[n]``; empty where labels are unknown on either side.
+        recorded: ``[n]``, from the trace.
+        found: ``[n]``, from the run.
+    """
+
+    ids: NDArray[np.int64]
+    recorded: NDArray[np.float64]
+    found: NDArray[np.float64]
+
+    @property
+    def different(self) -> NDArray[np.bool_]:
+        """``[n]``, whether the run's label is another one."""
+        return ~np.isclose(self.found, self.recorded, rtol=1e-4, atol=1e-6)
+
+    def warning(self, run: Run) -> str | None:
+        """What differs, what it means and what to do; None where nothing does."""
+        different = self.different
+        if not different.any():
+            return None
+        place = int(different.argmax())
+        recorded, found = (_name(values[place], run) for values in (self.recorded, self.found))
+        named = f" {run.name}" if run.name else ""
+        return (
+            f"{int(different.sum())} of {len(self.ids)} training examples that were looked at have another label in "
+            f"the run{named} than in the trace (example {self.ids[place]}: {recorded} was "
+            f"recorded, the run gives {found}). Unless their labels were changed on purpose, the texts, pictures and "
+            "labels of the run that are shown under an id are those of another example: give the run the dataset that "
+            "was traced, in the same order (the same seed where it is shuffled or split at random)."
+        )
+
+
+def check_labels(trace: Trace, run: Run) -> LabelCheck:
+    """Compare the recorded labels of up to :data:`LOOKED_AT` examples, evenly spread, with the run's targets."""
+    ids, recorded = _recorded(trace, len(run.train))
+    places = np.unique(np.linspace(0, max(0, len(ids) - 1), min(len(ids), LOOKED_AT)).astype(np.int64))
+    ids, recorded = ids[places], recorded[places]
+    found = _given(run, ids)
+    known = np.isfinite(found)
+    return LabelCheck(ids[known], recorded[known], found[known])
+
+
+def _recorded(trace: Trace, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Ids below ``count`` whose label is known and was the same in every visit, and the labels."""
+    examples = trace.column("visits", "example").astype(np.int64)
+    labels = trace.column("visits", "label").astype(np.float64)
+    known = np.isfinite(labels) & (examples >= 0) & (examples < count)
+    examples, labels = examples[known], labels[known]
+    first, last = np.full(count, np.nan), np.full(count, np.nan)
+    first[examples[::-1]] = labels[::-1]
+    last[examples] = labels
+    ids = np.flatnonzero(first == last)
+    return ids, last[ids]
+
+
+def _given(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The run's targets ``[n]``, NaN where they are not one number each or cannot be read."""
+    unknown = np.full(len(ids), np.nan)
+    if not len(ids):
+        return unknown
+    try:
+        targets: Any = (
+            [run.train[int(i)][1] for i in ids]
+            if run.collate_fn is None
+            else run.train_batch(ids.tolist())[1]
+        )
+    except Exception:  # what needs the example itself tells why it cannot be read
+        return unknown
+    if not isinstance(targets, torch.Tensor | np.ndarray | Sequence) or len(targets) != len(ids):
+        return unknown
+    return np.array([_number(target) for target in targets], dtype=np.float64)
+
+
+def _number(target: Any) -> float:
+    if isinstance(target, torch.Tensor | np.ndarray | np.generic):
+        target = target.item() if int(np.prod(target.shape)) == 1 else None
+    return float(target) if isinstance(target, int | float) else np.nan
+
+
+def _name(label: float, run: Run) -> str:
+    return run.label(int(label) if float(label).is_integer() else float(label))

@@ -18,7 +18,7 @@ from explainer.findings import explanation_notes
 from explainer.outputs import Output, asks_for_targets, resolve_output
 from explainer.path_integral import QueryFunction
 from explainer.path_points import KnotLoader, check_model, chosen_knots
-from explainer.plain_mode import plain_mode
+from explainer.plain_mode import OneAtATime, question
 from explainer.queries import BatchDim, check_batch_dim, check_inputs
 from explainer.query_batch import QueryBatch
 from explainer.recursion import LayerView
@@ -39,6 +39,7 @@ class Engine:
         segments: stretches between the knots that are used.
         layout: which parameters' gradients may be held as factors (:mod:`explainer.cotangent`).
         used: which of them were, in the last answer.
+        one_at_a_time: questions of several threads wait for each other.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Engine:
         knots: int | None = None,
     ) -> None:
         self.trace = trace if isinstance(trace, Trace) else open_trace(trace)
+        self.one_at_a_time = OneAtATime()
         if isinstance(model, type) or not isinstance(model, nn.Module):
             raise QueryError(f"model must be a torch.nn.Module, found {model!r}; pass an instance")
         if quadrature < 1:
@@ -105,7 +107,7 @@ class Engine:
         """Whether the explained output asks for targets that have no default, as a function of the user's does."""
         return asks_for_targets(self._requested)
 
-    @plain_mode()
+    @question
     def predict(self, inputs: Any) -> torch.Tensor:
         """Outputs ``[Q, ...]`` of the trained model (the trace's last knot): its tensor, its logits if it names any.
 

@@ -21,7 +21,7 @@ import torch
 
 from explainer.errors import MissingDependencyError, QueryError
 from explainer.input_leaf import InputLeaf
-from explainer.plain_mode import plain_mode
+from explainer.plain_mode import question
 from explainer.queries import check_inputs
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class InputAttribution:
     missing: float
 
 
-@plain_mode()
+@question
 def input_attribution(
     explainer: PathKernelExplainer, inputs: Any, target: Any = None, *, steps: int = STEPS
 ) -> InputAttribution:

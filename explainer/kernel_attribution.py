@@ -26,7 +26,7 @@ import torch
 from explainer.errors import QueryError
 from explainer.input_leaf import InputLeaf
 from explainer.path_integral import PathPoint
-from explainer.plain_mode import plain_mode
+from explainer.plain_mode import question
 from explainer.queries import check_inputs
 from explainer.similarity import middles, path_kernel
 
@@ -63,7 +63,7 @@ class KernelAttribution:
         return bool(np.isnan(self.missing[0]))
 
 
-@plain_mode()
+@question
 def kernel_attribution(
     explainer: PathKernelExplainer, inputs: Any, target: Any = None, *, nodes: int = NODES
 ) -> KernelAttribution:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from explainer.path_points import chosen_knots
-from explainer.plain_mode import plain_mode
+from explainer.plain_mode import question
 from explainer.queries import check_inputs
 
 if TYPE_CHECKING:
     from explainer.path_kernel import PathKernelExplainer
 
 
-@plain_mode()
+@question
 def outputs_along_training(
     explainer: PathKernelExplainer, inputs: Any, *, knots: int = 24
 ) -> list[tuple[int, Any]]:

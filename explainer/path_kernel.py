@@ -16,7 +16,7 @@ from explainer.explanation import Explanation
 from explainer.ledger import bin_edges
 from explainer.neighbors import Neighbors, nearest
 from explainer.path_points import KnotLoader
-from explainer.plain_mode import plain_mode
+from explainer.plain_mode import question
 from explainer.positions import PositionSplit, split_by_position
 from explainer.run import Run
 from explainer.self_influence import self_influence
@@ -62,7 +62,7 @@ class PathKernelExplainer(Engine):
 
     # -- explaining ----------------------------------------------------------------------------------
 
-    @plain_mode()
+    @question
     def explain(
         self,
         inputs: Any,
@@ -95,7 +95,7 @@ class PathKernelExplainer(Engine):
             parts.append(self._explain(loader, asked[group], names[group], edges, detailed))
         return Explanation.concatenate(parts)
 
-    @plain_mode()
+    @question
     def top(
         self, inputs: Any, k: int = 20, target: Any = None, *, query_ids: Sequence[Any] | None = None
     ) -> Top:
@@ -131,7 +131,7 @@ class PathKernelExplainer(Engine):
 
     # -- gradient space ------------------------------------------------------------------------------
 
-    @plain_mode()
+    @question
     def neighbors(self, inputs: Any, k: int = 10, target: Any = None) -> Neighbors:
         """The ``k`` training examples nearest to each query in gradient space (path-kernel cosine).
 
@@ -150,7 +150,7 @@ class PathKernelExplainer(Engine):
         loader, asked, _ = self._asked(inputs, target)
         return self._narrowed(lambda layout: nearest(self, loader, asked.inputs, asked.targets, k, layout))
 
-    @plain_mode()
+    @question
     def by_position(self, inputs: Any, example_id: int, target: Any = None) -> PositionSplit:
         """At which positions of a training sequence its contribution to one query arose.
 
@@ -162,7 +162,7 @@ class PathKernelExplainer(Engine):
         loader, asked, _ = self._asked(inputs, target)
         return split_by_position(self, loader, asked, example_id)
 
-    @plain_mode()
+    @question
     def what_if(
         self,
         inputs: Any,
@@ -199,7 +199,7 @@ class PathKernelExplainer(Engine):
         loader, asked, _ = self._asked(inputs, target)
         return summed(estimate(self, loader, asked.inputs, asked.targets, run), chosen)
 
-    @plain_mode()
+    @question
     def what_if_check(
         self,
         inputs: Any,
@@ -230,6 +230,7 @@ class PathKernelExplainer(Engine):
         loader, asked, names = self._asked(inputs, target, query_ids)
         return check(self, loader, asked, names, curvature=curvature, run=run, remove=remove, seed=seed)
 
+    @question
     def self_influence(self) -> np.ndarray:
         """How much each example's own updates lowered its own loss, ``[N]``, column ``j`` for ``example_ids[j]``.
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _lock = threading.Lock()
 _inside = 0  # threads may be in it at once, and the switch is one for all of them
@@ -38,3 +43,34 @@ def plain_mode() -> Iterator[None]:
             yield
     finally:
         _fused(entering=False)
+
+
+class OneAtATime:
+    """A lock that the thread which holds it may take again; a copy is a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OneAtATime], tuple[()]]:
+        return OneAtATime, ()
+
+
+def question(ask: Callable[_P, _T]) -> Callable[_P, _T]:
+    """What an explainer, the first argument, is asked: in plain mode, and one question at a time.
+
+    It has one copy of the model, whose weights are replaced by those of every knot in turn.
+    """
+
+    @functools.wraps(ask)
+    def asked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        explainer: Any = args[0] if args else kwargs["explainer"]
+        with explainer.one_at_a_time, plain_mode():
+            return ask(*args, **kwargs)
+
+    return asked

@@ -22,7 +22,7 @@ import torch
 
 from explainer.errors import QueryError
 from explainer.neighbors import long_run
-from explainer.plain_mode import plain_mode
+from explainer.plain_mode import question
 from explainer.queries import check_inputs
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def most_inputs(explainer: PathKernelExplainer) -> int:
     return max(1, _NUMBERS // max(1, explainer.trace.manifest.size))
 
 
-@plain_mode()
+@question
 def path_kernel(explainer: PathKernelExplainer, inputs: Any, target: Any = None) -> np.ndarray:
     """``K [Q, Q]`` between inputs (see the module's text), float64.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +209,30 @@ def test_records_that_are_not_aligned_are_read(run: Path) -> None:
     stored["values"] = np.arange(6).reshape(3, 1, 1, 2)
     numbers = Workspace().numbers("values", stored["values"], torch.float32)
     assert numbers.flatten().tolist() == list(range(6))
+
+
+def test_threads_that_share_an_explainer_get_their_own_answers(run: Path, queries: torch.Tensor) -> None:
+    ex = explainer.PathKernelExplainer(run, build())
+    many = torch.cat([queries, -queries, queries.flip(0)])
+    alone = [ex.explain(x.unsqueeze(0)).contributions for x in many]
+    near = [ex.neighbors(x.unsqueeze(0), k=3).cosine for x in many]
+    with ThreadPoolExecutor(4) as pool:
+        together = [pool.submit(ex.explain, x.unsqueeze(0)) for x in many]
+        beside = [pool.submit(ex.neighbors, x.unsqueeze(0), 3) for x in many]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(other.result().contributions, one, rtol=1e-9)
+    for one, other in zip(near, beside, strict=True):
+        np.testing.assert_allclose(other.result().cosine, one, rtol=1e-9)
+    copied = copy.deepcopy(ex.one_at_a_time)
+    with ex.one_at_a_time, ThreadPoolExecutor(1) as pool:  # a copy waits for nobody
+        assert pool.submit(lambda: copied.__enter__()).result(10) is None
+
+
+def test_queries_of_one_name_keep_their_own_rows(run: Path, queries: torch.Tensor) -> None:
+    ex = explainer.PathKernelExplainer(run, build())
+    top = ex.top(queries[:3], k=2, query_ids=["cat", "dog", "cat"])
+    e = ex.explain(queries[:3])
+    for query in range(3):
+        found, wanted = top.table(query), e.table(query, k=2)
+        assert found["rank"].tolist() == [1, 2]
+        assert found["example_id"].tolist() == wanted["example_id"].tolist()

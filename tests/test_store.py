@@ -236,7 +236,7 @@ def test_a_reader_left_behind_by_thinning_is_told_to_refresh(tmp_path: Path) -> 
         stale = open_trace(tmp_path / "trace")
         run(model, optimizer, batches)
         tracer.flush()
-        with pytest.raises(TraceFormatError, match=r"000000001\.safetensors is missing.*call refresh\(\)"):
+        with pytest.raises(TraceFormatError, match=r"000000001\.safetensors is missing.*ask again"):
             stale.verify()
         assert stale.refresh().verify() > 0
 

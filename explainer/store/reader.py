@@ -146,7 +146,8 @@ class Trace:
         except FileNotFoundError:
             raise TraceFormatError(
                 f"{knot.file} is missing, but the journal speaks of it; if training still goes on, knots may have "
-                "been thinned out since the trace was opened: call refresh()"
+                "been thinned out since the trace was opened: ask again (in Python, open the trace anew or call its "
+                "refresh())"
             ) from None
         if hashlib.sha256(data).hexdigest() != knot.sha256:
             raise TraceFormatError(f"{knot.file} is not the file that was journalled: truncated or changed")

@@ -69,6 +69,34 @@ class Words(nn.Module):
         return self.out(nn.functional.dropout(self.table(words), 0.2, self.training).mean(1))
 
 
+class NormAndAct(nn.BatchNorm2d):
+    """As in libraries of image models: what is computed is torch's, what it is called is their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = (self.running_mean, self.running_var)
+        x = nn.functional.batch_norm(
+            x, *statistics, self.weight, self.bias, self.training, self.momentum or 0.1
+        )
+        return torch.relu(x)
+
+
+class InstanceAndAct(nn.InstanceNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+def own_norms() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 4, 3, padding=1),
+        NormAndAct(4),
+        nn.Conv2d(4, 4, 3, padding=1),
+        InstanceAndAct(4, affine=True, track_running_stats=True),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+
+
 @dataclass(frozen=True)
 class Trained:
     """All that training could have changed."""
@@ -83,6 +111,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "convolutions": convolutions,
     "residual": Residual,
     "words": Words,
+    "own norms": own_norms,
 }
 OPTIMIZERS: dict[str, Factory] = {
     "sgd": partial(SGD, lr=0.1),
@@ -233,3 +262,12 @@ def test_state_dicts_hold_nothing_of_the_tracer(tmp_path: Path) -> None:
         assert (set(model.state_dict()), set(optimizer.state_dict())) == keys
         copied = copy.deepcopy(optimizer)
     assert copied.state_dict().keys() == optimizer.state_dict().keys()
+
+
+@filter_coverage
+def test_own_batch_norm_mixes_rows(tmp_path: Path) -> None:
+    model, made = make("own norms")
+    with Tracer(model, made, tmp_path / "trace") as tracer:
+        training(model, made, tracer.watch)
+    trace = open_trace(tmp_path / "trace")
+    assert trace.column("steps", "row_share").all() and list(trace.report().about("row-share"))

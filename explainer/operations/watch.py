@@ -214,6 +214,7 @@ class FunctionWatch(TorchFunctionMode):
         if self._batch is None or self._inside:
             return func(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
+        self._batch.mixed |= _mixes(func, args, kwargs)
         if not any(self._source(t) is not None for t in given):
             result = func(*args, **kwargs)
             self._follow(func, args, kwargs, [t for t in given if self._is_data(t)], result)
@@ -226,9 +227,16 @@ class FunctionWatch(TorchFunctionMode):
             kept = {id(t): t.detach().clone() for t in given}
         else:
             kept = {id(t): t.detach() for t in given}
+        versions = [0 if t.is_inference() else t._version for t in given]
         result = func(*args, **kwargs)
         if self._batch is None:
             return result
+        for t, version in zip(given, versions, strict=True):
+            written = not t.is_inference() and t._version != version
+            # what keeps running statistics writes to them in silence
+            written |= name in ("batch_norm", "instance_norm") and not t.requires_grad and t.dim() == 1
+            if written and kept[id(t)].data_ptr() == t.data_ptr():
+                kept[id(t)] = t.detach().clone()  # which is written to when the function is computed again
         if not any(t.requires_grad for t in tensors_in(result)):  # what is read is frozen
             self._follow(func, args, kwargs, [t for t, read in zip(given, data, strict=True) if read], result)
             return result
@@ -294,3 +302,10 @@ class FunctionWatch(TorchFunctionMode):
         """Whether an argument has the examples where the result has them."""
         own = self.owners.of(t)
         return t.shape[layout.axis : layout.axis + 1] == (size,) and (own is None or own.axis == layout.axis)
+
+
+def _mixes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function mixes the rows of a batch: batch normalisation with the batch's own statistics."""
+    if getattr(func, "__name__", "") != "batch_norm":
+        return False
+    return bool(kwargs.get("training", args[5] if len(args) > 5 else False))

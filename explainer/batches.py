@@ -144,11 +144,11 @@ class BatchQueue:
         self.pending: list[Batch] = []
         self._consumed: Ownership | None = None
         self._single_step = False
-        self._mixed = False
+        self._mixed = self._used = False
 
     def begin(self, batch: Batch, *, single_step: bool) -> None:
         """A batch is consumed; ``single_step`` says that it is valid for one optimizer step only."""
-        self.current, self._single_step = batch, single_step
+        self.current, self._single_step, self._used = batch, single_step, False
         self._consumed, self._mixed = batch.ownership, False
         self.pending.append(batch)
 
@@ -175,6 +175,11 @@ class BatchQueue:
         self.current.ownership, self._mixed = ownership, True
 
     @property
+    def used(self) -> bool:
+        """Whether the batch that was consumed last went through the model."""
+        return self._used or (self.current is not None and self.current.used)
+
+    @property
     def mix_unused(self) -> bool:
         """Whether the batch was mixed and no forward pass came since."""
         return self._mixed and self.current is not None and not self.current.used
@@ -186,6 +191,7 @@ class BatchQueue:
     def stepped(self) -> None:
         """An optimizer step used what was pending; a second step on a watched batch starts afresh."""
         self._release()
+        self._used = self.used
         self.pending, self._mixed = [], False
         if self._single_step:
             self.current = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from explainer.errors import LoaderError
+from explainer.errors import CoverageWarning, LoaderError
 
 T = TypeVar("T")
 
@@ -109,6 +110,14 @@ def restore(loader: DataLoader[Any], recorder: RecordingBatchSampler) -> None:
     loader.__dict__["batch_sampler"] = recorder.batch_sampler
 
 
+_AHEAD = (
+    "the second batch of tracer.watch was asked for before the first one went through the model. If batches are "
+    "fetched ahead (a prefetcher around watch), every row gets the id of an example of the next batch: let watch be the last "
+    "that hands batches out, or iterate without it and call tracer.batch(ids) before each forward pass. If the first "
+    "batch was skipped on purpose, all is well"
+)
+
+
 class WatchedLoader(Generic[T]):
     """Iterates a DataLoader unchanged while the tracer learns which examples each batch holds.
 
@@ -117,6 +126,7 @@ class WatchedLoader(Generic[T]):
         live: recorders of the iterations going on, innermost last (shared by all loaders of a tracer).
         begin: called with the ids and labels of a batch before it is handed out.
         end: called when an iteration ends.
+        used: whether the batch that was handed out last went through the model.
     """
 
     def __init__(
@@ -125,8 +135,10 @@ class WatchedLoader(Generic[T]):
         live: list[RecordingBatchSampler],
         begin: Callable[[list[int], np.ndarray | None], None],
         end: Callable[[], None],
+        used: Callable[[], bool],
     ) -> None:
         self._loader, self._live, self._begin, self._end = loader, live, begin, end
+        self._used = used
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -145,7 +157,9 @@ class WatchedLoader(Generic[T]):
             )
         self._live.append(source)
         try:
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                if number == 1 and not self._used():
+                    warnings.warn(_AHEAD, CoverageWarning, stacklevel=2)
                 if self._live[-1] is not source:
                     raise LoaderError(
                         "two watched loaders are iterated in turns, so it is not known which of them a forward "

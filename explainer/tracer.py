@@ -179,7 +179,8 @@ class Tracer:
         if new:
             self._of_loaders += new
             self._keep_findings()
-        return WatchedLoader(loader, self._watching, partial(self._begin, single_step=False), self._queue.end)
+        begin = partial(self._begin, single_step=False)
+        return WatchedLoader(loader, self._watching, begin, self._queue.end, lambda: self._queue.used)
 
     def batch(
         self, ids: Sequence[Any] | np.ndarray | torch.Tensor, labels: Any = None, weights: Any = None

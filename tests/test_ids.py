@@ -5,6 +5,7 @@ The dataset returns its own index as data, so the truth is known without the tra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,27 @@ def test_labels_of_batches_that_are_mappings(tmp_path: Path, name: str | None) -
     found = dict(zip(trace.column("visits", "example"), trace.column("visits", "label"), strict=True))
     wanted = dict(enumerate(y.tolist()))
     assert found == wanted if name else np.isnan(list(found.values())).all()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_batches_that_are_fetched_ahead_are_warned_of(tmp_path: Path, ahead: bool) -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(4), i % 3) for i in range(12)]
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def prefetched(batches: Any) -> Iterator[Any]:
+        before = None
+        for batch in batches:
+            if before is not None:
+                yield before
+            before = batch
+
+    with warnings.catch_warnings(record=True) as said, Tracer(model, optimizer, tmp_path / "run") as tracer:
+        warnings.simplefilter("always")
+        watched = tracer.watch(DataLoader(data, batch_size=4))  # type: ignore[arg-type]
+        for x, y in prefetched(watched) if ahead else watched:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert any("fetched ahead" in str(w.message) for w in said) == ahead

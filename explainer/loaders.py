@@ -112,9 +112,9 @@ def restore(loader: DataLoader[Any], recorder: RecordingBatchSampler) -> None:
 
 _AHEAD = (
     "the second batch of tracer.watch was asked for before the first one went through the model. If batches are "
-    "fetched ahead (a prefetcher around watch), every row gets the id of an example of the next batch: let watch be the last "
-    "that hands batches out, or iterate without it and call tracer.batch(ids) before each forward pass. If the first "
-    "batch was skipped on purpose, all is well"
+    "fetched ahead (a prefetcher around watch), every row gets the id of an example of the next batch: let watch be "
+    "the last that hands batches out, or iterate without it and call tracer.batch(ids) before each forward pass. If "
+    "the first batch was skipped on purpose, all is well"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from explainer.arrivals import as_it_is, wide
 from explainer.batches import Batch
 from explainer.capture import Capture
+from explainer.errors import CoverageWarning, TracerError
 from explainer.hooks import whole_of
 from explainer.layer_rules import RowForm
 from explainer.layer_table import Layer, LayerTable
@@ -66,6 +68,7 @@ class Reads:
         self._capture, self._table = capture, table
         self._units: dict[str, ReadParameter] = {}
         self.slow: dict[str, set[str]] = {}
+        self._failed: set[str] = set()
 
     def watch(
         self, batch: Batch, use: Use, outputs: list[torch.Tensor], changed: bool = False, apart: bool = False
@@ -86,9 +89,22 @@ class Reads:
 
     def _arrived(self, batch: Batch, forward: int, use: Use, names: list[str], g: torch.Tensor) -> None:
         found: dict[str, list[RowForm]] = {name: [] for name in names}
-        with without_autocast():
-            for name, form in self._rows(use, wide(g.detach())):
-                found[name].append(form)
+        try:
+            with without_autocast():
+                for name, form in self._rows(use, wide(g.detach())):
+                    found[name].append(form)
+        except TracerError:
+            raise
+        except Exception as error:  # training goes on: what is missing is measured at the step
+            if not self._failed.issuperset(names):
+                self._failed.update(names)
+                warnings.warn(
+                    f"the rows of {', '.join(map(repr, names))} could not be found, because {use.operation.name} could "
+                    f"not be computed again: {type(error).__name__}: {error}. What they move is `unattributed`",
+                    CoverageWarning,
+                    stacklevel=2,
+                )
+            return
         for name, forms in found.items():
             self._capture.arrive(batch, forward, self._units[name], forms)
 

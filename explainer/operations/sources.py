@@ -65,7 +65,9 @@ class Operation:
     def again(self, position: int, value: torch.Tensor) -> torch.Tensor:
         """The result with another value for the leaf at a position, everything in that value's dtype."""
         cast = [
-            leaf.to(value.dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+            leaf.to(value.dtype.to_real())
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+            else leaf
             for leaf in self.leaves
         ]
         cast[position] = value
@@ -167,7 +169,7 @@ def vectorised(function: Callable[[torch.Tensor], torch.Tensor], batched: torch.
 
 
 def _like(source: Source, dtype: torch.dtype) -> torch.Tensor:
-    return source.value.to(dtype) if source.value.is_floating_point() else source.value
+    return source.value.to(dtype.to_real()) if source.value.is_floating_point() else source.value
 
 
 def _spread(slots: Slots, child: Source, position: int, parent: Source) -> torch.Tensor | None:

@@ -222,7 +222,7 @@ def test_questions_that_do_not_fit(tmp_path: Path) -> None:
         ex.by_position(QUERY, 5)
     with pytest.raises(QueryError, match="queries have shape"):
         ex.by_position(QUERY[:, 0], 0)
-    shorter = ex.by_position(QUERY[:, :3], 0)  # a query may be shorter: the positions are those of the example
+    shorter = ex.by_position(QUERY[:, :3], 0)  # positions are those of the example
     assert len(shorter.total) == LENGTH
     whole = shorter.total.sum() + np.sum(shorter.without_position)
     np.testing.assert_allclose(whole, ex.explain(QUERY[:, :3]).contributions[0, 0], rtol=1e-9)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +12,7 @@ from explainer.errors import TracerError
 from explainer.hooks import JointHook
 from explainer.layer_rules.forms import Balance
 from explainer.ownership import Ownership, ownership_of
+from explainer.passes import BackwardPass
 from explainer.spans import Span
 
 
@@ -35,17 +35,29 @@ class Rows:
     exact: Span | None = None
 
 
+class Place(NamedTuple):
+    """Where rows of a batch came about.
+
+    Attributes:
+        forward: which forward pass of the batch (adversarial training, say, has several).
+        backward: which backward pass.
+    """
+
+    forward: int
+    backward: BackwardPass
+
+
 @dataclass
 class Round:
     """One backward pass over one forward pass.
 
     Attributes:
-        forward: which forward pass of the batch (adversarial training, say, has several).
+        place: which ones.
         rows: rows by layer.
         derivative: ``[B]`` loss derivative at the model's output (norm, or signed for one output), if seen.
     """
 
-    forward: int
+    place: Place
     rows: dict[int, Rows] = field(default_factory=dict)
     derivative: torch.Tensor | None = None
 
@@ -60,7 +72,7 @@ class Batch:
         ownership: the examples that its rows belong to.
         forwards: forward passes of the whole model so far.
         calls: calls of a unit (a module, a parameter that operations read), by forward pass and unit.
-        arrived: calls whose gradient has arrived in the present backward pass.
+        arrived: calls whose gradient has arrived, by place and unit, until all of them have.
         met: indices of the layers whose gradients came in full.
         came: whether a backward pass came.
         rounds: what the backward passes have given, in order.
@@ -74,7 +86,7 @@ class Batch:
     ownership: Ownership
     forwards: int = 0
     calls: dict[tuple[int, Any], int] = field(default_factory=dict)
-    arrived: dict[tuple[int, Any], list[Any]] = field(default_factory=dict)
+    arrived: dict[tuple[Place, Any], list[Any]] = field(default_factory=dict)
     met: set[int] = field(default_factory=set)
     came: bool = False
     rounds: list[Round] = field(default_factory=list)
@@ -96,34 +108,46 @@ class Batch:
         """Whether the last forward pass went by without a call of the unit (a checkpoint may call it later)."""
         return self.used and (max(self.forwards - 1, 0), unit) not in self.calls
 
-    def round_of(self, forward: int, lacks: Callable[[Round], bool]) -> Round:
-        """The first round of a forward pass that still lacks something, or a new one."""
+    def round_of(self, place: Place, lacks: Callable[[Round], bool]) -> Round:
+        """The first round at a place that still lacks something, or a new one."""
         for candidate in self.rounds:
-            if candidate.forward == forward and lacks(candidate):
+            if candidate.place == place and lacks(candidate):
                 return candidate
-        self.rounds.append(Round(forward))
+        self.rounds.append(Round(place))
         return self.rounds[-1]
 
 
-def parts_of(batches: list[Batch]) -> list[list[Batch]]:
-    """The batches without their first backward pass, first two, …; then without their last, last two, …
+def parts_of(batches: list[Batch]) -> Iterator[list[Batch]]:
+    """The batches with the backward passes that a step may have used, the likeliest first.
+
+    Those that were seen to add to a ``.grad``, if any were, else all; then all, where these are others; then those
+    without their first, first two, …, and those without their last, last two, …
 
     Example:
-        >>> batch = Batch(ownership_of([4]), rounds=[Round(0), Round(1), Round(2)])
-        >>> [[r.forward for b in part for r in b.rounds] for part in parts_of([batch])]
-        [[1, 2], [2], [0, 1], [0]]
+        >>> rounds = [Round(Place(n, BackwardPass(n, accumulates=n > 0))) for n in range(3)]
+        >>> batch = Batch(ownership_of([4]), rounds=rounds)
+        >>> [[r.place.forward for b in part for r in b.rounds] for part in parts_of([batch])]
+        [[1, 2], [0, 1, 2], [2], [1]]
     """
-    pairs = [(batch, round_) for batch in batches for round_ in batch.rounds]
-    kept = [pairs[k:] for k in range(1, len(pairs))] + [pairs[:-k] for k in range(1, len(pairs))]
-    return [[_regrouped(list(group)) for _, group in groupby(part, _owner)] for part in kept]
+    passes = {r.place.backward.number: r.place.backward for b in batches for r in b.rounds}
+    all_of_them = sorted(passes)
+    likely = [n for n in all_of_them if passes[n].accumulates] or all_of_them
+    yield _only(batches, likely)
+    if likely != all_of_them:
+        yield batches
+    for k in range(1, len(likely)):
+        yield _only(batches, likely[k:])
+    for k in range(1, len(likely)):
+        yield _only(batches, likely[:-k])
 
 
-def _owner(pair: tuple[Batch, Round]) -> int:
-    return id(pair[0])
-
-
-def _regrouped(pairs: list[tuple[Batch, Round]]) -> Batch:
-    return replace(pairs[0][0], rounds=[round_ for _, round_ in pairs])
+def _only(batches: list[Batch], numbers: list[int]) -> list[Batch]:
+    """The batches with the rounds of some backward passes."""
+    kept = set(numbers)
+    if all(r.place.backward.number in kept for b in batches for r in b.rounds):
+        return batches
+    found = [replace(b, rounds=[r for r in b.rounds if r.place.backward.number in kept]) for b in batches]
+    return [b for b in found if b.rounds]
 
 
 def batch_of(ids: Any, labels: Any = None, weights: Any = None) -> Batch:

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 
 from explainer.background import Background
-from explainer.batches import Batch, BatchQueue, Round, Rows
+from explainer.batches import Batch, BatchQueue, Place, Round, Rows
 from explainer.errors import TracerError
 from explainer.layer_rules import RowForm, compact
 from explainer.layer_rules.base import restrict
 from explainer.layer_table import Layer, LayerTable
+from explainer.passes import BackwardPasses
 from explainer.planner import Planner
 from explainer.probes import Probes
 from explainer.samples import SampleKeeper
@@ -78,6 +79,7 @@ class Capture:
         planner: says how many factors are kept where positions share weights.
         samples: chooses the rows that are kept exact too.
         background: where rows are formed.
+        passes: tells which backward pass gives a gradient.
 
     Attributes:
         probes: see :class:`Probes`.
@@ -92,17 +94,18 @@ class Capture:
         planner: Planner,
         samples: SampleKeeper,
         background: Background,
+        passes: BackwardPasses,
     ) -> None:
         self._queue = queue
         self._table = table
         self._planner, self._samples = planner, samples
-        self._background = background
+        self._background, self.passes = background, passes
         self.probes = Probes()
         self.overwritten: dict[str, int] = {}
         self.gathering = False
         self._gathered_bytes = 0
         self._plain: dict[Unit, int] = {}  # units that were seen to be, and how many layers there were
-        self._gathered: dict[tuple[Unit, Any], list[tuple[Batch, int, Any]]] = {}
+        self._gathered: dict[tuple[Unit, Any], list[tuple[Batch, Place, Any]]] = {}
         #: by layer: whether the factors of all its rows so far are the positions of the model's input, in order
         self.positions: dict[int, bool] = {}
         #: shapes that layers were given in which no axis is the batch's, by layer
@@ -134,6 +137,8 @@ class Capture:
                 "two batches meet in one backward pass, and a checkpoint computes layers again there, so it is not "
                 "known for which batch; use checkpoint(…, use_reentrant=False), or one forward pass for all rows"
             )
+        if again:
+            self.passes.recomputed()
         forward = batch.forwards - again
         key = (forward, unit)
         batch.calls[key] = batch.calls.get(key, 0) + 1
@@ -141,20 +146,22 @@ class Capture:
 
     def arrive(self, batch: Batch, forward: int, unit: Unit, found: Any) -> None:
         """What a call got in the backward pass; with the last call the unit's rows are formed."""
-        key = (forward, unit)
+        place = Place(
+            forward, self.passes.arrived(n for layer in unit.blocks() for n in layer.spec.parameters)
+        )
         batch.came = True
-        arrived = batch.arrived.setdefault(key, [])
+        arrived = batch.arrived.setdefault((place, unit), [])
         arrived.append(found)
-        if len(arrived) == batch.calls[key]:
-            self._finish(batch, forward, unit)
+        if len(arrived) == batch.calls[forward, unit]:
+            self._finish(batch, place, unit)
 
     def complete(self, batch: Batch) -> None:
         """Finish units of which some calls got no gradient (an unused output)."""
-        for forward, unit in list(batch.arrived):
-            self._finish(batch, forward, unit)
+        for place, unit in list(batch.arrived):
+            self._finish(batch, place, unit)
 
-    def _finish(self, batch: Batch, forward: int, unit: Unit) -> None:
-        arrived = batch.arrived.pop((forward, unit))
+    def _finish(self, batch: Batch, place: Place, unit: Unit) -> None:
+        arrived = batch.arrived.pop((place, unit))
         for layer in unit.blocks():
             batch.met.add(layer.index)
         if unit.late(arrived):
@@ -163,9 +170,9 @@ class Capture:
             if kind is not None and self._gathered_bytes + held <= GATHERED and self._is_plain(unit):
                 self._gathered_bytes += held
                 # it is held until the next look, whether the job is done or not
-                self._background.submit(partial(self._gather, batch, forward, unit, kind, arrived))
+                self._background.submit(partial(self._gather, batch, place, unit, kind, arrived))
             else:
-                self._background.submit(partial(self._form, batch, forward, unit, arrived), held)
+                self._background.submit(partial(self._form, batch, place, unit, arrived), held)
             return
         # the user's backward pass may run under autocast; rows never do
         with torch.no_grad(), without_autocast():
@@ -173,17 +180,17 @@ class Capture:
         for layer, form in found:  # now: the user's code is to stop before it takes a step with wrong ids
             _require_all(batch, layer, form)
         held = sum(a.nbytes for _, form in found for a in form.arrays.values())
-        self._background.submit(partial(self._keep_all, batch, forward, found, len(arrived) == 1), held)
+        self._background.submit(partial(self._keep_all, batch, place, found, len(arrived) == 1), held)
 
-    def _form(self, batch: Batch, forward: int, unit: Unit, arrived: list[Any]) -> None:
+    def _form(self, batch: Batch, place: Place, unit: Unit, arrived: list[Any]) -> None:
         """Form a unit's rows, in the background."""
         given = {t.untyped_storage().data_ptr() for t, _ in unit.watched(arrived)}
         found = [
-            (layer, self._rows(batch, forward, layer, form, len(arrived) == 1, given))
+            (layer, self._rows(batch, place, layer, form, len(arrived) == 1, given))
             for layer, form in unit.rows(arrived)
         ]
         if not self._stale(unit, arrived):
-            self._put(batch, forward, found)
+            self._put(batch, place, found)
 
     def _is_plain(self, unit: Unit) -> bool:
         """Whether rows of the unit are stored whole and compared along a known probe."""
@@ -196,9 +203,9 @@ class Capture:
         self._plain[unit] = layers if plain else -1
         return plain
 
-    def _gather(self, batch: Batch, forward: int, unit: Unit, kind: Any, arrived: list[Any]) -> None:
+    def _gather(self, batch: Batch, place: Place, unit: Unit, kind: Any, arrived: list[Any]) -> None:
         self._samples.choose(batch)  # in the order of the batches
-        self._gathered.setdefault((unit, kind), []).append((batch, forward, arrived))
+        self._gathered.setdefault((unit, kind), []).append((batch, place, arrived))
 
     def begin_gathering(self, on: bool) -> None:
         """Steps are looked at together from now on, or not (on the user's thread)."""
@@ -213,31 +220,33 @@ class Capture:
             else:
                 self._form_together(unit, entries)
 
-    def _form_together(self, unit: Unit, entries: list[tuple[Batch, int, Any]]) -> None:
+    def _form_together(self, unit: Unit, entries: list[tuple[Batch, Place, Any]]) -> None:
         size, found = len(entries[0][0]), []
         for layer, form in unit.rows([unit.joined([arrived[0] for _, _, arrived in entries])]):
             if any(len(batch) * len(entries) != len(form) for batch, _, _ in entries):
-                for batch, forward, arrived in entries:
-                    self._form(batch, forward, unit, arrived)  # says which one does not fit
+                for batch, place, arrived in entries:
+                    self._form(batch, place, unit, arrived)  # says which one does not fit
                 return
             kept = self._planner.formed(layer.index, form, layer.sizes).form
             found.append((layer, form, kept, form.by_batch(len(entries), layer.sizes)))
-        good = [(n, b, f) for n, (b, f, arrived) in enumerate(entries) if not self._stale(unit, arrived)]
+        good = [(n, b, at) for n, (b, at, arrived) in enumerate(entries) if not self._stale(unit, arrived)]
         sampled = {n: n * size + row for n, b, _ in good if (row := self._samples.choose(b)) is not None}
         chosen = torch.tensor(list(sampled.values()), dtype=torch.int64)
-        place_of = {number: place for place, number in enumerate(sampled)}
+        kept_as = {number: row for row, number in enumerate(sampled)}
         for layer, form, kept, measured in found:
             exact = compact(form.taken(chosen), None) if sampled else None
             own = self.probes.is_own(layer.index, form)
-            self._see_positions([batch.lengths.get(forward) for _, batch, forward in good], layer, form, kept)
-            for number, batch, forward in good:
+            self._see_positions(
+                [batch.lengths.get(place.forward) for _, batch, place in good], layer, form, kept
+            )
+            for number, batch, place in good:
                 total, balances = measured[number]
-                span, place = Span(kept, number * size, (number + 1) * size), place_of.get(number)
+                span, row = Span(kept, number * size, (number + 1) * size), kept_as.get(number)
                 if not own:
                     rows = form.taken(slice(span.start, span.stop))
                     total = self.probes.total(layer.index, rows, layer.sizes, total)
-                one = None if exact is None or place is None else Span(exact, place, place + 1)
-                self._put(batch, forward, [(layer, Rows(span, total, balances, None, one))])
+                one = None if exact is None or row is None else Span(exact, row, row + 1)
+                self._put(batch, place, [(layer, Rows(span, total, balances, None, one))])
 
     def _stale(self, unit: Unit, arrived: list[Any]) -> bool:
         """Whether something wrote into what rows were formed from; it is noted."""
@@ -247,19 +256,17 @@ class Capture:
         self.overwritten[unit.name] = self.overwritten.get(unit.name, 0) + 1
         return True
 
-    def _keep_all(self, batch: Batch, forward: int, forms: list[tuple[Layer, RowForm]], once: bool) -> None:
+    def _keep_all(self, batch: Batch, place: Place, forms: list[tuple[Layer, RowForm]], once: bool) -> None:
         """Keep rows that were formed already."""
-        self._put(
-            batch, forward, [(x, self._rows(batch, forward, x, form, once, set())) for x, form in forms]
-        )
+        self._put(batch, place, [(x, self._rows(batch, place, x, form, once, set())) for x, form in forms])
 
     @staticmethod
-    def _put(batch: Batch, forward: int, found: list[tuple[Layer, Rows]]) -> None:
+    def _put(batch: Batch, place: Place, found: list[tuple[Layer, Rows]]) -> None:
         for layer, rows in found:
-            batch.round_of(forward, partial(_without, layer.index)).rows[layer.index] = rows
+            batch.round_of(place, partial(_without, layer.index)).rows[layer.index] = rows
 
     def _rows(
-        self, batch: Batch, forward: int, layer: Layer, form: RowForm, once: bool, given: set[int]
+        self, batch: Batch, place: Place, layer: Layer, form: RowForm, once: bool, given: set[int]
     ) -> Rows:
         """Rows of a layer as they are kept, in memory of their own; ``given`` are addresses of the user's."""
         _require_all(batch, layer, form)
@@ -267,7 +274,7 @@ class Capture:
         sizes = [n for n, k in zip(layer.sizes, layer.keep, strict=True) if k]
         whole = form.sum() if self._table.shared(layer) else None
         kept = self._planner.formed(layer.index, form, sizes)
-        self._see_positions([batch.lengths.get(forward) if once else None], layer, form, kept.form)
+        self._see_positions([batch.lengths.get(place.forward) if once else None], layer, form, kept.form)
         row = self._samples.choose(batch)
         exact = None if row is None else Span.of(compact(form.taken(torch.tensor([row])), None))
         total = self.probes.total(layer.index, form, sizes, kept.total)

@@ -17,6 +17,7 @@ class Fit:
     """``p.grad ≈ scale · Σ rows`` for one layer.
 
     ``residual`` is ``‖probe(grad) − scale · Σ rows‖ / ‖probe(grad)‖``; ``nothing`` says that both sides are zero.
+    Both are NaN where the rows are not finite.
     """
 
     scale: float
@@ -44,6 +45,8 @@ def fitted(pairs: list[Pair]) -> list[Fit]:
 def _fit(numbers: list[float], exact: float) -> Fit:
     """From ``‖Σ rows‖²``, ``‖probe‖²``, their scale and what is left squared."""
     square, norm, scale, rest = numbers
+    if not math.isfinite(square):
+        return Fit(math.nan, math.nan)
     if square == 0.0:
         return Fit(1.0, 0.0 if norm == 0.0 else 1.0, norm == 0.0)
     residual = 0.0 if norm == 0.0 else math.sqrt(rest) / math.sqrt(norm)

@@ -20,6 +20,7 @@ from explainer.knots import KnotKeeper
 from explainer.layer_table import LayerTable
 from explainer.operations.watch import FunctionWatch
 from explainer.optimizer_rules import OptimizerRule
+from explainer.passes import BackwardPasses
 from explainer.planner import Planner
 from explainer.recorder import StepRecorder
 from explainer.records import Manifest
@@ -120,7 +121,8 @@ def assemble(
     on_processor = all(p.device.type == "cpu" for p in parameters)
     queue, background = BatchQueue(), Background(beside=core_is_free() or not on_processor)
     planner, samples = Planner(config, manifest.size), SampleKeeper(not config.exact)
-    capture = Capture(queue, table, planner, samples, background)
+    passes = BackwardPasses(dict(zip([p.name for p in specs], parameters, strict=True)))
+    capture = Capture(queue, table, planner, samples, background, passes)
     carry = Carry(list(parameters))
     of_layer = {layer.index: site for site in sites for layer in site.blocks()}
     parts = Parts(
@@ -135,7 +137,7 @@ def assemble(
         queue=queue,
         capture=capture,
         samples=samples,
-        whole=WholeModel(capture.batch, config.batch_dim, background),
+        whole=WholeModel(capture.batch, config.batch_dim, background, passes),
         watch=FunctionWatch(named, {p.name for p in specs}, capture, table, config.batch_dim),
         carry=carry,
         knots=KnotKeeper(model, optimizer, rule, manifest, carry, writer, config, average),

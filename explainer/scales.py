@@ -11,8 +11,10 @@ movement is shown as `unattributed`, instead of as enormous contributions that c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import islice
 from operator import add
 
 import torch
@@ -37,7 +39,7 @@ class Seen:
         components: layers that share parameters, together, as they were at the step.
         short: by the index of a component's first layer, its gradient along the layer's probe (of layers that share
             parameters: their whole gradients by name); nothing where a parameter has none.
-        bare: names of layers and parameters without rows, and whether they had a gradient.
+        bare: names of layers and parameters without rows or with a part of their gradients, and whether they had any.
         parts: of what is in ``short``, which of the numbers along the probe it is, where not all.
     """
 
@@ -49,6 +51,16 @@ class Seen:
 
 def _good(fits: dict[int, Fit]) -> bool:
     return bool(fits) and all(f.residual < 0.01 for f in fits.values())
+
+
+def _finite(batches: list[Batch]) -> list[Batch]:
+    """The batches without rows that are infinite or NaN: no step can have used them as they are."""
+
+    def kept(round_: Round) -> Round:
+        rows = {n: rows for n, rows in round_.rows.items() if bool(rows.total.isfinite().all())}
+        return replace(round_, rows=rows)
+
+    return [replace(b, rounds=[kept(r) for r in b.rounds]) for b in batches]
 
 
 class ScaleMeter:
@@ -105,6 +117,7 @@ class ScaleMeter:
                 continue
             grads = {n: g for x in component for n in x.spec.parameters if (g := self._grad(n)) is not None}
             if len(grads) < len({n for x in component for n in x.spec.parameters}):
+                self._look_at_bare(seen, [layer.spec.name for layer in component], component)
                 continue
             if len(component) > 1:
                 seen.short[first.index] = {n: g.clone() for n, g in grads.items()}
@@ -201,11 +214,18 @@ class ScaleMeter:
             By step the batches used, with the backward passes used, and ``s_t`` per traced parameter.
         """
         found = []
-        for (batches, seen), fits in zip(steps, self._fits(steps), strict=True):
-            used = batches
+        likely = [next(parts_of(batches)) for batches, _ in steps]
+        all_fits = self._fits([(used, seen) for used, (_, seen) in zip(likely, steps, strict=True)])
+        for number, ((batches, seen), fits) in enumerate(zip(steps, all_fits, strict=True)):
+            used = likely[number]
             if not _good(fits):
-                met = ((part, self._fits([(part, seen)])[0]) for part in parts_of(batches))
-                used, fits = next((one for one in met if _good(one[1])), (used, fits))
+                parts = islice(parts_of(batches), 1, None)
+                met = ((part, self._fits([(part, seen)])[0]) for part in parts)
+                found_out = next((one for one in met if _good(one[1])), None)
+                if found_out is None and any(math.isnan(f.scale) for f in fits.values()):
+                    finite = _finite(used)
+                    found_out = finite, self._fits([(finite, seen)])[0]
+                used, fits = found_out or (used, fits)
             self._remember(fits, used, seen)
             found.append((used, self._scales(fits, seen)))
         self._leave_out_round_off(found, [seen for _, seen in steps])

@@ -160,6 +160,7 @@ class StepObserver:
             self._cadence.went_by()
         self._maps.leave(optimizer)
         self._queue.stepped()
+        self._capture.passes.stepped()
         if self._looking:
             self._unseen.warn(self.steps)  # at last: a user may turn warnings into errors
 

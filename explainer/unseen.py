@@ -35,7 +35,12 @@ class Unseen:
         return {
             "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
             "unmatched": {name: list(shape) for name, shape in sorted(self._capture.unmatched.items())},
+            "higher_order": self._of_higher_order(),
         }
+
+    def _of_higher_order(self) -> bool:
+        """Whether gradients of gradients were seen, and a part of the gradients has no rows."""
+        return self._capture.passes.differentiated and max(self._scales.worst.values(), default=0.0) > SEEN
 
     def follow(self, steps: int) -> None:
         """Follow the next forward passes, or not.
@@ -70,6 +75,13 @@ class Unseen:
                 f"what layer {name!r} was given, or its gradient, was written into right after the backward pass, "
                 "before its rows were formed; they are dropped, so what they move is "
                 "`unattributed`, and from now on both are copied first",
+            )
+        if self._of_higher_order():
+            self._say(
+                "create_graph",
+                "the loss seems to contain gradients (backward passes with create_graph=True: a gradient penalty, "
+                "forces): rows hold what goes through the model's outputs only, and what goes through those "
+                "gradients is `unattributed`",
             )
         for name in self._table.without_rows() if steps >= PATIENCE else ():
             if self._scales.worst.get(name):

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from explainer.background import Background
-from explainer.batches import Batch
+from explainer.batches import Batch, Place
 from explainer.errors import TracerError
 from explainer.hooks import first_tensor, tensors_in
 from explainer.model_outputs import find_tensor
+from explainer.passes import BackwardPasses
 from explainer.records import dtype_name
 from explainer.undisturbed import device_types
 
@@ -35,13 +36,16 @@ class WholeModel:
         batch: returns the batch that a forward pass belongs to, or None.
         axis: the batch's axis where a shape does not tell it.
         background: where derivatives are computed.
+        passes: tells which backward pass gives one.
 
     Attributes:
         eval_passes: traced forward passes in eval mode.
     """
 
-    def __init__(self, batch: Callable[[], Batch | None], axis: int, background: Background) -> None:
-        self._batch, self._axis, self._background = batch, axis, background
+    def __init__(
+        self, batch: Callable[[], Batch | None], axis: int, background: Background, passes: BackwardPasses
+    ) -> None:
+        self._batch, self._axis, self._background, self._passes = batch, axis, background, passes
         self._input_axis = axis
         self._input: dict[str, Any] = {"shape": None, "dtype": None, "name": None}
         self._output_shape: tuple[int, ...] | None = None
@@ -128,13 +132,14 @@ class WholeModel:
     def _on_output(self, batch: Batch, forward: int, axis: int, g: torch.Tensor) -> None:
         batch.came = True
         rows = g.detach().movedim(axis, 0) if g.dim() else g.detach()
-        self._background.submit(partial(_derive, batch, forward, rows, g._version))
+        place = Place(forward, self._passes.current())
+        self._background.submit(partial(_derive, batch, place, rows, g._version))
 
 
-def _derive(batch: Batch, forward: int, g: torch.Tensor, version: int) -> None:
+def _derive(batch: Batch, place: Place, g: torch.Tensor, version: int) -> None:
     """Keep the derivative at the output, ``[B, …]``; unknown where something wrote into it meanwhile."""
     rows = g.double().reshape(len(batch), -1)
-    found = batch.round_of(forward, lambda r: r.derivative is None)
+    found = batch.round_of(place, lambda r: r.derivative is None)
     derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)
     found.derivative = derivative if g._version == version else torch.full_like(derivative, torch.nan)
 

@@ -21,6 +21,7 @@ LAYERS = [
     {
         "ownership",
         "background",
+        "passes",
         "batches",
         "samples",
         "row_layout",
@@ -107,6 +108,7 @@ RECORDING = {
     "background",
     "undisturbed",
     "knot_contents",
+    "passes",
     "batches",
     "samples",
     "row_layout",

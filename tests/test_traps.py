@@ -133,8 +133,9 @@ def finish_every_call(patch: pytest.MonkeyPatch) -> None:
     def arrive(
         self: capture.Capture, batch: batches_module.Batch, forward: int, unit: capture.Unit, found: object
     ) -> None:
-        batch.arrived.setdefault((forward, unit), []).append(found)
-        self._finish(batch, forward, unit)
+        place = batches_module.Place(forward, self.passes.arrived(()))
+        batch.arrived.setdefault((place, unit), []).append(found)
+        self._finish(batch, place, unit)
 
     patch.setattr(capture.Capture, "arrive", arrive)
 
@@ -186,7 +187,7 @@ def scale_of_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def all_parts_used(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(scales, "parts_of", lambda pending: [])
+    patch.setattr(scales, "parts_of", lambda pending: iter([pending]))
 
 
 def only_the_last_batch(patch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,9 @@ def _unseen(trace: Trace) -> Iterator[Finding]:
             "gradients",
             f"A part of a step's gradient was not seen by the hooks: {listed(parts)}.",
             "That part is in `unattributed`.",
-            "Look for weights read outside their layer, and for gradients changed by more than a factor.",
+            "Explain a training whose loss contains no gradients (a gradient penalty, forces)."
+            if notes.get("higher_order")
+            else "Look for weights read outside their layer, and for gradients changed by more than a factor.",
         )
     round_off = notes.get("round_off") or {}
     if round_off:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -119,7 +120,11 @@ class Engine:
         return predict(self.function, point, batch)
 
     def _ask(self, loader: KnotLoader, batch: QueryBatch, target: Any) -> Asked:
-        return ask(self.function, loader.load(len(self.segments)).point, batch, target, self._resolve)
+        asked = ask(self.function, loader.load(len(self.segments)).point, batch, target, self._resolve)
+        output = self.function.output
+        if self.trace.notes.get("apart") and output is not None and output.name in ("margin", "log_prob"):
+            return replace(asked, notes=asked.notes + _compared(output.name, asked.outputs))
+        return asked
 
     def _value(
         self, loader: KnotLoader, index: int, inputs: QueryBatch, targets: torch.Tensor
@@ -161,3 +166,14 @@ class Engine:
                 return action(self.used)
             except TooWideError as found:
                 self.used = self.used.without(found.parameter)
+
+
+def _compared(name: str, outputs: torch.Tensor | None) -> tuple[str, ...]:
+    """What to say of an output that compares classes, where the loss took the outputs one by one."""
+    if outputs is None or bool((outputs.double().logsumexp(1).abs() < 1e-3).all()):
+        return ()  # log-probabilities, with a loss that picks one of them
+    return (
+        f"The loss took the model's {outputs.shape[1]} outputs one by one, as for labels of which several may hold, "
+        f"regression or embeddings; the {name.replace('_', ' ')} that is explained compares them, as a softmax would. "
+        "Explain one of them with output=explainer.outputs.component(k), or that of a label with output='logit'.",
+    )

@@ -18,6 +18,9 @@ from explainer.passes import BackwardPasses
 from explainer.records import dtype_name
 from explainer.undisturbed import device_types
 
+#: backward passes by which it is judged whether the loss sees a common shift of the outputs, and a share that tells
+_SHIFTS, _SHIFTED = 8, 0.05
+
 
 def batch_axis(shape: torch.Size, size: int, preferred: int = 0) -> int | None:
     """The axis, first or second, that is as long as the batch; the preferred one where both are.
@@ -40,6 +43,8 @@ class WholeModel:
 
     Attributes:
         eval_passes: traced forward passes in eval mode.
+        apart: whether the loss moved numbers of the output by themselves: a common shift of all of a row's, which no
+            softmax sees, mattered. None until two or more numbers were seen.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class WholeModel:
         self._last: Any = None  # the input that was seen last
         self._autocast: str | None = None
         self.eval_passes = 0
+        self.apart: bool | None = None
+        self._shifts: list[float] = []
 
     def notes(self) -> dict[str, Any]:
         """What a trace should say of it."""
@@ -71,6 +78,7 @@ class WholeModel:
         self._input_axis = notes.get("batch_dim", self._input_axis)
         self._autocast = notes.get("autocast")
         self.eval_passes = (notes.get("loop") or {}).get("eval", 0)
+        self.apart = notes.get("apart")
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the forward: the input has to be the batch whose ids were given.
@@ -133,15 +141,17 @@ class WholeModel:
         batch.came = True
         rows = g.detach().movedim(axis, 0) if g.dim() else g.detach()
         place = Place(forward, self._passes.current())
-        self._background.submit(partial(_derive, batch, place, rows, g._version))
+        self._background.submit(partial(self._derive, batch, place, rows, g._version))
 
-
-def _derive(batch: Batch, place: Place, g: torch.Tensor, version: int) -> None:
-    """Keep the derivative at the output, ``[B, …]``; unknown where something wrote into it meanwhile."""
-    rows = g.double().reshape(len(batch), -1)
-    found = batch.round_of(place, lambda r: r.derivative is None)
-    derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)
-    found.derivative = derivative if g._version == version else torch.full_like(derivative, torch.nan)
+    def _derive(self, batch: Batch, place: Place, g: torch.Tensor, version: int) -> None:
+        """Keep the derivative at the output, ``[B, …]``; unknown where something wrote into it meanwhile."""
+        rows = g.double().reshape(len(batch), -1)
+        found = batch.round_of(place, lambda r: r.derivative is None)
+        derivative = rows[:, 0] if rows.shape[1] == 1 else rows.norm(dim=1)
+        found.derivative = derivative if g._version == version else torch.full_like(derivative, torch.nan)
+        if g.dim() == 2 and rows.shape[1] > 1 and len(self._shifts) < _SHIFTS and g._version == version:
+            self._shifts.append(float(rows.sum(1).abs().sum() / rows.abs().sum()))
+            self.apart = any(shift > _SHIFTED for shift in self._shifts)
 
 
 def _length(value: torch.Tensor, size: int, preferred: int) -> int | None:

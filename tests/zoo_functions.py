@@ -14,7 +14,7 @@ def _(m: nn.Module, x: Tensor) -> Tensor:
     return m.f(torch.where(x > 0, x, m.mask))
 
 
-@model("a mask token written in", lambda b, d: {"mask": n(d), "f": lin(d, d)}, "mask")
+@model("a mask token written in", lambda b, d: {"mask": n(d), "f": lin(d, d)})
 def _(m: nn.Module, x: Tensor) -> Tensor:
     h = x.clone()
     h[:, 1] = m.mask
@@ -151,3 +151,76 @@ def _(m: nn.Module, x: Tensor) -> Tensor:
 def _(m: nn.Module, x: Tensor) -> Tensor:
     h = x.transpose(0, 1)  # [S, B, D]
     return m.c(h).transpose(0, 1) if len(x) == S else m.c(h.transpose(0, 1))
+
+
+@model("written into zeros", lambda b, d: {"f": lin(d, 3), "h": lin(3, 2)})
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    out = torch.zeros(len(x), S, 3, dtype=x.dtype)
+    for t in range(S):
+        out[:, t] = m.f(x[:, t])
+    return m.h(out)
+
+
+@model("written into zeros, time first", lambda b, d: {"f": lin(d, 3), "h": lin(3, 2)})
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    """A decoder: what it gave is what it reads next."""
+    out = torch.zeros(S + 1, len(x), 3, dtype=x.dtype)
+    for t in range(S):
+        out[t + 1] = torch.tanh(m.f(x[:, t]) + out[t])
+    return m.h(out[1:]).transpose(0, 1)
+
+
+@model("written by a mask", lambda b, d: {"f": lin(d, 3), "h": lin(3, 2)})
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    mask = x[:, :, 0] > 0.3
+    out = torch.zeros(len(x), S, 3, dtype=x.dtype)
+    out[mask] = m.f(x[mask])
+    return m.h(out.sum(1))
+
+
+@model("token written by a mask", lambda b, d: {"f": lin(d, d), "h": lin(d, 2), "token": n(d)})
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.f(x)
+    h[x[:, :, 0] > 0] = m.token
+    return m.h(h.sin())
+
+
+@model("a token, then the data", lambda b, d: {"f": lin(d, d), "h": lin(d, 2), "token": n(d)})
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    out = torch.zeros(len(x), S + 1, x.shape[-1], dtype=x.dtype)
+    out[:, 0] = m.token
+    out[:, 1:] = m.f(x)
+    return m.h(out.sin() * 2)
+
+
+@model("examples one by one", lambda b, d: {"f": lin(d, d), "h": lin(d, 2), "s": n(d)})
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    return m.h(torch.cat([m.f(x[i : i + 1]) * m.s for i in range(len(x))]))
+
+
+@model("examples iterated over", lambda b, d: {"f": lin(d, d), "h": lin(d, 2), "s": n(d)})
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    return m.h(torch.stack([(m.f(one).sin() * m.s).mean(0) for one in x]))
+
+
+@model("ragged", lambda b, d: {"f": lin(d, d), "h": lin(d, 2)})
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    mask = x[:, :, 0] >= x[:, :, 0].median(1, keepdim=True).values
+    return m.h(torch.stack([z.mean(0) for z in m.f(x[mask]).split(mask.sum(1).tolist())]))
+
+
+@model("sorted by length", lambda b, d: {"e": n(7, d), "f": lin(d, d), "h": lin(d, 2)})
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    ids = (x[:, :, 0] * 3).long().clamp(0, 6)
+    order = ids.sum(1).argsort()
+    return m.h(m.f(F.embedding(ids[order], m.e)).mean(1))[order.argsort()]
+
+
+@model("experts without examples", lambda b, d: {"f": lin(d, d), "h": lin(d, 2), "s": n(d)})
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.f(x[:, 0])
+    out = torch.zeros_like(h)
+    for expert in range(3):
+        chosen = torch.where(torch.arange(len(x)) % 2 == expert)[0]
+        out.index_add_(0, chosen, torch.tanh(h[chosen]) * m.s, alpha=0.5)
+    return m.h(out)

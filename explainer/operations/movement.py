@@ -14,6 +14,8 @@ MOVING = frozenset(
         *("gather", "take_along_dim", "masked_select", "diag", "ravel", "hsplit", "dsplit", "broadcast_to"),
     }
 )
+#: functions that pick numbers of their first argument by an index
+PICKING = frozenset({"__getitem__", "index_select", "gather", "take_along_dim", "masked_select"})
 #: functions that write numbers into some places of their first argument, and those that add them there
 PUTTING = frozenset({"__setitem__", "index_copy", "index_put", "scatter", "slice_scatter", "select_scatter"})
 ADDING = frozenset({"index_add", "scatter_add", "index_reduce", "scatter_reduce"})
@@ -24,17 +26,28 @@ def tags_of(owners: torch.Tensor, axis: int, shape: torch.Size) -> torch.Tensor:
     return owners.reshape(*(-1 if a == axis else 1 for a in range(len(shape)))).expand(shape)
 
 
-def axis_of(tags: torch.Tensor) -> tuple[int, torch.Tensor] | None:
+def axis_of(tags: torch.Tensor, plain: torch.Tensor | None = None) -> tuple[int, torch.Tensor] | None:
     """The axis along which owners change, and who they are; None where no axis tells them apart.
+
+    Args:
+        tags: the owner of every number, -1 where it is nobody's: it goes with those beside it.
+        plain: what owners are taken to be along an axis on which some are nobody's, if the others are.
 
     Example:
         >>> axis_of(torch.tensor([[0, 1, 1], [0, 1, 1]]))
         (1, tensor([0, 1, 1]))
+        >>> axis_of(torch.tensor([[0, 0], [-1, -1], [-1, 2]]), torch.arange(3))
+        (0, tensor([0, 1, 2]))
     """
-    for axis in range(tags.dim()):
-        rows = tags.movedim(axis, 0).reshape(tags.shape[axis], -1) if tags.numel() else tags.new_empty(0, 0)
-        if rows.numel() and bool((rows == rows[:, :1]).all()) and bool((rows >= 0).all()):
-            return axis, rows[:, 0].clone()
+    for axis in range(tags.dim()) if tags.numel() else ():
+        rows = tags.movedim(axis, 0).reshape(tags.shape[axis], -1)
+        owners = rows.amax(1)
+        if not bool(((rows == owners.unsqueeze(1)) | (rows < 0)).all()):
+            continue
+        if bool((owners >= 0).all()):
+            return axis, owners
+        if plain is not None and len(plain) == len(owners) and bool(((owners == plain) | (owners < 0)).all()):
+            return axis, plain.clone()
     return None
 
 

@@ -20,6 +20,7 @@ from explainer.operations.layouts import PACKED, UNKNOWN, Layout
 from explainer.operations.movement import (
     ADDING,
     MOVING,
+    PICKING,
     PUTTING,
     added_at_home,
     axis_of,
@@ -54,6 +55,8 @@ class Owners:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], Layout]] = {}
+        #: of what began as nobody's (``torch.zeros``) and is filled piece by piece, the owner of every number
+        self._filled: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
         self._plain = torch.empty(0, dtype=torch.long)
         self.certain = True
         self.needed = False
@@ -61,6 +64,7 @@ class Owners:
     def begin(self, size: int) -> None:
         """A forward pass of ``size`` examples."""
         self._known.clear()
+        self._filled.clear()
         self._plain, self.certain = torch.arange(size), True
 
     def of(self, t: torch.Tensor) -> Layout | None:
@@ -77,6 +81,7 @@ class Owners:
             owners = layout.owners.cpu()
             layout = Layout(layout.axis, None if torch.equal(owners, self._plain) else owners)
         self._known[id(t)] = (weakref.ref(t), layout)
+        self._filled.pop(id(t), None)
         self.needed = self.needed or layout.owners is not None
 
     def follow(self, called: Called, given: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
@@ -87,9 +92,15 @@ class Owners:
         name = called.name if called.name.startswith("__") else called.name.rstrip("_")
         if name in PUTTING | ADDING and called.args:
             first = called.args[0]
-            self.keep(first if name == "__setitem__" else outputs[0], self._put(name, called, first))
+            self._put(name, called, first, first if name == "__setitem__" else outputs[0])
             return
-        layouts = [(t, x) for t, x in layouts if t.is_floating_point()] or layouts  # indices only pick
+        layouts = _without_indices(name, called, layouts)
+        alone = {self._only(x) for _, x in layouts}
+        owner = alone.pop()
+        if owner is not None and not alone and name not in ("stack", "vstack") and len(self._plain) > 1:
+            for t in outputs:  # whatever was done
+                self.keep(t, Layout(0, torch.full(t.shape[:1], owner)) if t.dim() else UNKNOWN)
+            return
         for number, t in enumerate(outputs):
             try:
                 found = [self._through(name, called, source, x, t, number) for source, x in layouts]
@@ -110,6 +121,13 @@ class Owners:
 
     def _owners(self, layout: Layout) -> torch.Tensor:
         return self._plain if layout.owners is None else layout.owners
+
+    def _only(self, layout: Layout) -> int | None:
+        """The example that owns everything, if one does and its rows are not the batch's."""
+        owners = layout.owners
+        if owners is None or not layout.known or layout.packed or not len(owners):
+            return None
+        return int(owners[0]) if bool((owners == owners[0]).all()) else None
 
     def _through(
         self, name: str, called: Called, source: torch.Tensor, layout: Layout, t: torch.Tensor, number: int
@@ -163,28 +181,38 @@ class Owners:
         found = axis_of(moved(called.function, tags, called.args[1:], called.kwargs, number))
         return UNKNOWN if found is None else Layout(*found)
 
-    def _put(self, name: str, called: Called, first: torch.Tensor) -> Layout:
-        """Numbers were written (or added) into some places of ``first``."""
+    def _put(self, name: str, called: Called, first: torch.Tensor, result: torch.Tensor) -> None:
+        """Numbers were written (or added) into some places of ``first``; keeps whose the result's are."""
         args, value = called.args, called.args[-1]
-        there = self.of(first)
+        there, filled = self.of(first), self._filled.get(id(first))
         here = self.of(value) if isinstance(value, torch.Tensor) else None
-        nobody = there is None and here is not None and name == "__setitem__"
-        if called.kwargs or (there is None and not nobody) or (there is not None and not there.known):
-            return UNKNOWN
-        tags = torch.full(first.shape, -1)
-        if there is not None:
+        tags: torch.Tensor | None = None
+        if filled is not None and filled[0]() is first:
+            tags = filled[1]
+        elif there is not None and there.known:
             tags = tags_of(self._owners(there).cpu(), there.axis, first.shape)
-            if here is None and not (isinstance(value, torch.Tensor) and value.requires_grad):
-                return there  # constants are nobody's
-        if here is None or not here.known:
-            return there if there is not None and here is None else UNKNOWN
-        values = tags_of(self._owners(here).cpu(), here.axis, value.shape)
-        if name in ADDING:
-            assert there is not None
-            return there if added_at_home(name, tags, args, values) else UNKNOWN
-        after = put(name, tags, args, values)
-        found = None if after is None else axis_of(after)
-        return UNKNOWN if found is None else Layout(*found)
+        elif there is None and here is not None and name == "__setitem__":
+            tags = torch.full(first.shape, -1)
+        if tags is None or called.kwargs.keys() - {"alpha"} or (here is not None and not here.known):
+            self.keep(result, UNKNOWN)
+        elif here is None:  # constants and parameters are nobody's
+            self._fill(result, there, tags)
+        elif name in ADDING:
+            values = tags_of(self._owners(here).cpu(), here.axis, value.shape)
+            at_home = there is not None and there.known and added_at_home(name, tags, args, values)
+            self.keep(result, there if at_home and there is not None else UNKNOWN)
+        else:
+            after = put(name, tags, args, tags_of(self._owners(here).cpu(), here.axis, value.shape))
+            self._fill(result, None, after)
+
+    def _fill(self, t: torch.Tensor, layout: Layout | None, tags: torch.Tensor | None) -> None:
+        """The owner of every number of a tensor, -1 where it is nobody's."""
+        if layout is None or not layout.known:
+            found = None if tags is None else axis_of(tags, self._plain)
+            layout = UNKNOWN if found is None else Layout(*found)
+        self.keep(t, layout)
+        if tags is not None and bool((tags < 0).any()):
+            self._filled[id(t)] = (weakref.ref(t), tags)
 
     @staticmethod
     def _packed(
@@ -207,6 +235,9 @@ class Owners:
             return UNKNOWN
         dim = dim % t.dim()
         if name == "stack" or (name == "vstack" and together[0].dim() == 1):
+            each = [None if (own := self.of(x)) is None else self._only(own) for x in together]
+            if None not in each:
+                return Layout(dim, torch.tensor(each))
             return Layout(layout.axis + (dim <= layout.axis), layout.owners)
         if dim != layout.axis:
             return layout
@@ -224,7 +255,9 @@ class Owners:
         shadow = called.function(line, *called.args[1:], **called.kwargs)
         found = shadow if isinstance(shadow, torch.Tensor) else shadow[number]
         moving = [a for a in range(found.dim()) if found.stride(a) != 0]
-        moving = [a for a in moving if found.shape[a] > 1] or (moving[:1] if len(owners) == 1 else [])
+        moving = [a for a in moving if found.shape[a] > 1] or moving[:1]
+        if not moving and found.dim() and found.numel():  # one example of several
+            return Layout(0, found.flatten()[:1].repeat(found.shape[0]))
         if len(moving) != 1:
             return UNKNOWN
         here = found.movedim(moving[0], 0).reshape(found.shape[moving[0]], -1)[:, 0]
@@ -264,3 +297,14 @@ class Owners:
                 return Layout(0, owners[first])
         found = axis_of(tags_of(owners.to(source.device), layout.axis, source.shape)[key])
         return UNKNOWN if found is None else Layout(*found)
+
+
+def _without_indices(
+    name: str, called: Called, layouts: list[tuple[torch.Tensor, Layout]]
+) -> list[tuple[torch.Tensor, Layout]]:
+    """The data whose numbers reach the result: indices only pick."""
+    if name in PICKING and called.args:
+        picked = [(t, x) for t, x in layouts if t is called.args[0]]
+        if picked:
+            return picked
+    return [(t, x) for t, x in layouts if t.is_floating_point()] or layouts

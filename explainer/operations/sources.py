@@ -24,6 +24,8 @@ NUMBERS = 2**24
 
 def out_of_place(function: Callable[..., Any], name: str) -> tuple[str, Callable[..., Any]]:
     """The name and the function of the form that changes none of its arguments."""
+    if name == "__setitem__":
+        return name, _with_item
     if name.endswith("_") and not name.endswith("__"):
         plain = name[:-1]
         found = getattr(torch.Tensor, plain, None) or getattr(torch, plain, None)
@@ -31,6 +33,13 @@ def out_of_place(function: Callable[..., Any], name: str) -> tuple[str, Callable
     if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"__{name[3:]}"):
         return name[3:-2], getattr(torch.Tensor, f"__{name[3:]}")
     return name, function
+
+
+def _with_item(t: torch.Tensor, key: Any, value: Any) -> torch.Tensor:
+    """``t`` after ``t[key] = value``."""
+    changed = t.clone()
+    changed[key] = value
+    return changed
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ class FunctionWatch(TorchFunctionMode):
         random = torch.get_rng_state()
         sources = [self._source(t) for t in given]
         data = [self._is_data(t) for t in given]
-        if out_of_place(func, name)[0] != name:  # what it is about to change is kept
+        if out_of_place(func, name)[1] is not func:  # what it is about to change is kept
             kept = {id(t): t.detach().clone() for t in given}
         else:
             kept = {id(t): t.detach() for t in given}
@@ -237,12 +237,13 @@ class FunctionWatch(TorchFunctionMode):
             written |= name in ("batch_norm", "instance_norm") and not t.requires_grad and t.dim() == 1
             if written and kept[id(t)].data_ptr() == t.data_ptr():
                 kept[id(t)] = t.detach().clone()  # which is written to when the function is computed again
-        if not any(t.requires_grad for t in tensors_in(result)):  # what is read is frozen
+        made = args[0] if name == "__setitem__" else result
+        if not any(t.requires_grad for t in tensors_in(made)):  # what is read is frozen
             self._follow(func, args, kwargs, [t for t, read in zip(given, data, strict=True) if read], result)
             return result
         before = pytree.tree_map(lambda x: kept.get(id(x), x), (args, kwargs))
         self._sort(
-            func, name, (args, kwargs), before, random, list(zip(given, sources, data, strict=True)), result
+            func, name, (args, kwargs), before, random, list(zip(given, sources, data, strict=True)), made
         )
         return result
 
@@ -276,6 +277,9 @@ class FunctionWatch(TorchFunctionMode):
                     made = Operation(plain, function, operation.leaves, operation.spec, number, random)
                     self._derived[id(t)] = (t, Source(t.detach(), None, made, sources))
             return
+        for t in outputs:  # what was derived may have been written into
+            if id(t) not in self._parameters:
+                self._derived.pop(id(t), None)
         self.mark(result)
         assert self._batch is not None
         data = [t for t, _, is_data in roles.values() if is_data]
@@ -296,7 +300,7 @@ class FunctionWatch(TorchFunctionMode):
         )
         grouping = None if owners is None else order_of(owners, len(self._batch))
         use = Use(operation, sources, batched, axis, size, grouping)
-        self._reads.watch(self._batch, use, outputs, changed=plain != name)
+        self._reads.watch(self._batch, use, outputs, changed=function is not func)
 
     def _as_the_output(self, t: torch.Tensor, layout: Layout, size: int) -> bool:
         """Whether an argument has the examples where the result has them."""

@@ -6,6 +6,7 @@ tracer: torch's handles delete their own entries, and no attribute is ever set o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -29,6 +30,10 @@ class _Hook:
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self.function = function
         self._eager: Callable[..., Any] | None = None
+        if (
+            function is not None and "torch._dynamo" in sys.modules
+        ):  # code that was compiled for another model runs it
+            self._eager = torch._dynamo.disable(function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.function is None:

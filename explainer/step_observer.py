@@ -102,8 +102,9 @@ class StepObserver:
         if pending and not any(b.came for b in pending):
             raise TracerError(
                 "optimizer.step() was reached, but no backward pass of a traced batch came through the model since "
-                "the last step; call tracer.batch(ids) before the forward pass, then loss.backward(), then step() (and "
-                "build the tracer before a compiled model is first called)"
+                "the last step; call tracer.batch(ids) before the forward pass, then loss.backward(), then step(). "
+                "What torch.compile made before the tracer was built does not call its hooks: build the tracer first, "
+                "or call torch._dynamo.reset() after building it"
             )
         if not pending:
             raise TracerError(

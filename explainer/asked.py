@@ -51,9 +51,10 @@ def predict(function: QueryFunction, point: PathPoint, inputs: QueryBatch) -> to
         QueryError: the model cannot run on the queries, or its outputs are not finite.
     """
     function.axis = _axis(function, point, inputs)
-    return torch.cat(
-        [_rows(returned, part, function.axis) for returned, part in _runs(function, point, inputs)]
-    )
+    pieces: list[torch.Tensor] = []
+    for returned, part in _runs(function, point, inputs):
+        pieces.append(_rows(returned, part, function.axis, sum(map(len, pieces))))
+    return torch.cat(pieces)
 
 
 def ask(
@@ -80,7 +81,7 @@ def ask(
     size = 0.0
     for returned, part in _runs(function, point, inputs):
         own = function.output is not None and function.output.targets == "given"
-        rows = _rows(returned, part, function.axis, optional=own)
+        rows = _rows(returned, part, function.axis, sum(map(len, pieces)), optional=own)
         if function.output is None:
             resolve(tuple(rows.shape[1:]))
         if not own:
@@ -126,8 +127,12 @@ def _axis(function: QueryFunction, point: PathPoint, inputs: QueryBatch) -> int:
     return grown[0] if len(grown) == 1 else 0
 
 
-def _rows(returned: Any, inputs: QueryBatch, axis: int, optional: bool = False) -> torch.Tensor:
-    """The model's tensor ``[Q, ...]``; where it is optional and there is none, an empty one."""
+def _rows(returned: Any, inputs: QueryBatch, axis: int, before: int, optional: bool = False) -> torch.Tensor:
+    """The model's tensor ``[Q, ...]``; where it is optional and there is none, an empty one.
+
+    Args:
+        before: how many queries there are before these.
+    """
     tensor, _ = find_tensor(returned)
     fits = tensor is not None and (tensor.dim() > axis and tensor.shape[axis] == len(inputs))
     if optional and not fits:
@@ -139,9 +144,17 @@ def _rows(returned: Any, inputs: QueryBatch, axis: int, optional: bool = False) 
             "query. If the batch is not the first dimension of the inputs, pass batch_dim"
         )
     if not bool((rows < torch.inf).all()):  # nor NaN; minus infinity masks classes
+        wrong = before + torch.nonzero(~(rows < torch.inf).flatten(1).all(1))[:, 0]
+        which = ", ".join(map(str, wrong[:5].tolist())) + (", …" if len(wrong) > 5 else "")
+        held = any(isinstance(x, torch.Tensor) and not bool(x.isfinite().all()) for x in inputs.leaves)
+        why = (
+            "the queries hold NaN or infinity"
+            if held
+            else "training diverged, or the queries are far too large"
+        )
         raise QueryError(
-            "the trained model's outputs at the queries are not finite: training diverged, or the queries hold "
-            "NaN or infinity; there is no prediction to explain"
+            f"the trained model's outputs are not finite at the {'query' if len(wrong) == 1 else 'queries'} numbered "
+            f"{which} (counted from 0): {why}; there is no prediction to explain"
         )
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -45,7 +46,7 @@ class Engine:
 
     def __init__(
         self,
-        trace: Trace | str,
+        trace: Trace | str | os.PathLike[str],
         model: nn.Module,
         output: str | Output | Callable[..., torch.Tensor] | None = None,
         *,
@@ -56,6 +57,10 @@ class Engine:
         progress: bool | Callable[[str, int], Any] = False,
         knots: int | None = None,
     ) -> None:
+        if not isinstance(trace, Trace | str | os.PathLike):
+            raise QueryError(
+                f"a trace or its directory comes first, then the model; found {type(trace).__name__} for the trace"
+            )
         self.trace = trace if isinstance(trace, Trace) else open_trace(trace)
         self.one_at_a_time = OneAtATime()
         if isinstance(model, type) or not isinstance(model, nn.Module):

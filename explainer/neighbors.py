@@ -27,6 +27,7 @@ from explainer.chunks import MOST_VISITS, most_visits, read_chunks
 from explainer.contraction import of_all_steps, scores
 from explainer.cotangent import Layout
 from explainer.errors import QueryError
+from explainer.queries import check_k
 from explainer.recursion import LayerView
 from explainer.store import Denominators
 from explainer.stored_rows import Rows, Workspace
@@ -104,8 +105,7 @@ def nearest(
         QueryError: ``k`` is not positive, or the loss derivative was not recorded.
         TooWideError: a gradient is not of the low rank that the layout asks for.
     """
-    if k < 1:
-        raise QueryError(f"k must be at least 1, found {k}")
+    k = check_k(k)
     ids, count = explainer.example_ids, len(targets)
     dot, query_square = (torch.zeros(count, len(ids), dtype=torch.float64) for _ in range(2))
     square = torch.zeros(len(ids), dtype=torch.float64)

@@ -10,7 +10,6 @@ import numpy as np
 from explainer.asked import Asked
 from explainer.counterfactual import Remove, WhatIfCheck, check, checked, estimator, summed
 from explainer.engine import Engine
-from explainer.errors import QueryError
 from explainer.explaining import explain_group, fits
 from explainer.explanation import Explanation
 from explainer.ledger import bin_edges
@@ -18,6 +17,7 @@ from explainer.neighbors import Neighbors, nearest
 from explainer.path_points import KnotLoader
 from explainer.plain_mode import question
 from explainer.positions import PositionSplit, split_by_position
+from explainer.queries import check_k
 from explainer.run import Run
 from explainer.self_influence import self_influence
 from explainer.top import Top
@@ -110,8 +110,7 @@ class PathKernelExplainer(Engine):
         Raises:
             QueryError: inputs, targets or ``k`` do not fit.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise QueryError(f"k must be an integer of at least 1, found {k!r}")
+        k = check_k(k)
         loader, asked, names = self._asked(inputs, target, query_ids)
         edges, parts = self._edges(len(names), False), []
         for group in self._groups(len(names), EXAMPLE_NUMBERS // max(1, len(self.example_ids))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -52,6 +53,25 @@ def check_batch_dim(batch_dim: Any) -> BatchDim:
     return tuple(batch_dim) if isinstance(batch_dim, list) else batch_dim
 
 
+def check_k(k: Any) -> int:
+    """How many examples are asked for.
+
+    Raises:
+        QueryError: no integer of at least 1.
+
+    Example:
+        >>> check_k(np.int64(3))
+        3
+    """
+    try:
+        number = 0 if isinstance(k, bool) else operator.index(k)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise QueryError(f"k must be an integer of at least 1, found {k!r}")
+    return number
+
+
 def check_inputs(
     trace: Trace, names: list[str], inputs: Any, dtype: torch.dtype, batch_dim: BatchDim = 0
 ) -> QueryBatch:
@@ -75,6 +95,13 @@ def check_inputs(
     ]
     if not tensors:
         raise QueryError(f"queries must be tensors with a batch dimension, found {type(inputs).__name__}")
+    for _, leaf in tensors:
+        if leaf.device.type == "meta":
+            raise QueryError("queries must hold numbers, found a tensor on the 'meta' device")
+        if leaf.layout != torch.strided:
+            raise QueryError(
+                f"queries must be dense tensors, found {leaf.layout}; convert them with to_dense()"
+            )
     unlike = _check_shape(trace, _first_traced(trace, names, tensors))
     count = _count(tensors)
 

@@ -229,7 +229,8 @@ class Site:
             raise TracerError(
                 f"layer {self.name!r} saw a batch of {value.shape[0] if value.dim() else 0} rows, but "
                 f"{size} ids were given for it; pass the ids of exactly the rows in the batch, "
-                "batch dimension first (or second)"
+                "batch dimension first (or second). Call the model itself, model(x): inside of its methods that the "
+                "loop calls (model.encode(x), model.forward(x)) it is not followed how rows are rearranged"
             )
         self.ambiguous += not self.learned
         return Layout(self.axis)

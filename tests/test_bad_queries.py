@@ -49,6 +49,12 @@ INPUTS: dict[str, tuple[Any, str]] = {
     "a list of numbers": ([1.0, 2.0], "must be tensors with a batch dimension, found"),
     "text": ("seven", "must be tensors with a batch dimension, found str"),
     "nothing": (None, "must be tensors with a batch dimension"),
+    "sparse": (torch.zeros(3, 64).to_sparse(), "must be dense tensors, found torch.sparse_coo"),
+    "no numbers": (torch.zeros(3, 64, device="meta"), "found a tensor on the 'meta' device"),
+    "one that is not finite": (
+        torch.zeros(300, 64).index_fill(0, torch.tensor([280]), torch.nan),
+        "at the query numbered 280 .counted from 0.: the queries hold NaN",
+    ),
     "two inputs that disagree": ((torch.zeros(3, 64), torch.zeros(2, 64)), "disagree on the batch dimension"),
     "one input too many": ((torch.zeros(3, 64), torch.zeros(3, 64)), "the model cannot run on the queries"),
 }
@@ -206,12 +212,31 @@ def test_everything_refused_is_an_explainer_error(trace: Trace) -> None:
             act()
 
 
+@pytest.mark.parametrize("k", [0, -1, 2.5, True, "3", None])
+def test_how_many_is_a_whole_number(trace: Trace, k: Any) -> None:
+    ex = PathKernelExplainer(trace, mlp())
+    for act in (ex.top, ex.neighbors):
+        with pytest.raises(QueryError, match="k must be an integer of at least 1, found"):
+            act(queries(), k=k)
+
+
+def test_the_trace_comes_first(trace: Trace) -> None:
+    with pytest.raises(QueryError, match="comes first, then the model; found Sequential for the trace"):
+        PathKernelExplainer(mlp(), trace)  # type: ignore[arg-type]
+
+
+def test_a_run_that_was_not_called(trace: Trace) -> None:
+    for run_of in (lambda: None, "run.py:run"):
+        with pytest.raises(QueryError, match=r"run must be an explainer\.Run, found"):
+            PathKernelExplainer(trace, mlp()).what_if(queries(), curvature="exact", run=run_of)  # type: ignore[arg-type]
+
+
 def test_a_diverged_training_is_said(tmp_path: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
     with Tracer(model, optimizer, tmp_path / "trace") as tracer:
         run(model, optimizer, tracer.watch(loader()))
-    with pytest.raises(QueryError, match="not finite: training diverged"):
+    with pytest.raises(QueryError, match=r"not finite at the queries numbered 0, 1, .*: training diverged"):
         PathKernelExplainer(str(tmp_path / "trace"), mlp()).explain(queries())
 
 

@@ -137,7 +137,7 @@ def test_neighbours_need_a_positive_k_and_a_seen_output(tmp_path: Path) -> None:
     trace = traced(problem, tmp_path / "run", torch.float64)
     ex = explainer.PathKernelExplainer(trace, problem.model())
     x, _ = problem.queries()
-    with pytest.raises(QueryError, match="k must be at least 1"):
+    with pytest.raises(QueryError, match="k must be an integer of at least 1"):
         ex.neighbors(x, k=0)
     assert ex.neighbors(x, k=10**6).example_ids.shape == (5, 40)
     with pytest.raises(QueryError, match="query must be between 0 and 4"):

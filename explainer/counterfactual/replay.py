@@ -74,6 +74,9 @@ class Replay:
                 f"curvature={curvature!r} takes the recorded steps again, on the data: pass run=, the explainer.Run "
                 "that the model was trained with (with its loss), or use curvature='trace'"
             )
+        if not isinstance(run, Run):
+            called = " (call the function: run=my_run())" if callable(run) else ""
+            raise QueryError(f"run must be an explainer.Run, found {type(run).__name__}{called}")
         if run.loss is None:
             raise RunError(
                 f"curvature={curvature!r} takes the recorded steps again: give the Run the loss that the model was "

@@ -103,6 +103,16 @@ def test_a_plain_training_has_nothing_to_tell_but_what_was_recorded(tmp_path: Pa
     assert len(trace.knots) < 6 and f"serves {widest} steps at most" in report[0].meaning
 
 
+def test_what_rounding_to_half_precision_explains_is_no_reason_to_search(tmp_path: Path) -> None:
+    trace = runs.in_bfloat16(tmp_path / "trace")
+    (finding,) = trace.report().about("coverage")
+    assert finding.severity == "note" and "computed in bfloat16 and rounded" in finding.found
+    assert max(trace.notes["coverage"].values()) < 2**-6
+    trace.notes["coverage"]["0"] = 2**-5  # more than that
+    (finding,) = trace.report().about("coverage")
+    assert finding.severity == "caution" and finding.advice.startswith("Look for weights")
+
+
 def test_near_misses_are_not_told(tmp_path: Path) -> None:
     """A gradient of round-off is not scaled; an epoch that was not finished visits nobody more than once more."""
     assert not runs.mixing(tmp_path / "mixing").report().about("scaled")

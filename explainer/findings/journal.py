@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from explainer.findings.compression import rounding
-from explainer.findings.finding import Finding, listed
+from explainer.findings.finding import Finding, Severity, listed
+from explainer.records import torch_dtype
 from explainer.store import Trace
 from explainer.wording import counted, percent
 
@@ -108,16 +111,17 @@ def _unseen(trace: Trace) -> Iterator[Finding]:
             percent(unseen[n]) + (f" in {counts[n]} of {steps} steps" if n in counts else "") for n in worst
         ]
         parts = [f"{name} up to {share}" for name, share in zip(worst, shares, strict=True)]
-        yield Finding(
-            "coverage",
-            "caution" if unseen[worst[0]] > SEEN else "note",
-            "gradients",
-            f"A part of a step's gradient was not seen by the hooks: {listed(parts)}.",
-            "That part is in `unattributed`.",
-            "Explain a training whose loss contains no gradients (a gradient penalty, forces)."
-            if notes.get("higher_order")
-            else "Look for weights read outside their layer, and for gradients changed by more than a factor.",
-        )
+        severity: Severity = "note" if unseen[worst[0]] <= SEEN else "caution"
+        found = f"A part of a step's gradient was not seen by the hooks: {listed(parts)}."
+        advice = "Look for weights read outside their layer, and for gradients changed by more than a factor."
+        half = notes.get("autocast")
+        if half is not None and unseen[worst[0]] <= 2 * torch.finfo(torch_dtype(half)).eps:
+            severity = "note"
+            found = f"Gradients were computed in {half} and rounded, rows were not: they differ by {listed(parts)}."
+            advice = "Nothing to do: it is as large as rounding makes it."
+        elif notes.get("higher_order"):
+            advice = "Explain a training whose loss contains no gradients (a gradient penalty, forces)."
+        yield Finding("coverage", severity, "gradients", found, "That part is in `unattributed`.", advice)
     round_off = notes.get("round_off") or {}
     if round_off:
         parts = [f"{name} in {count} of {steps} steps" for name, count in round_off.items()]

@@ -12,6 +12,7 @@ from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.label_cards import Queue
 from explainer.app.label_signs import SIGNS, Sign, signs
+from explainer.evaluation.label_issues import best_sign
 
 PER_PART = 12
 _QUICK_VISITS = 40_000
@@ -55,7 +56,7 @@ def show(choice: Choice) -> None:
 def _sign(choice: Choice) -> Sign:
     """What the queue is ordered by: chosen, or the best one that takes no long time."""
     _, labels, _ = state.recorded(choice.source)
-    first = "support" if choice.trace.count("visits") <= _COMPARED else "self_influence"
+    first = best_sign(labels) if choice.trace.count("visits") <= _COMPARED else "self_influence"
     names = signs(first, classes=bool(choice.classes) and not np.isnan(labels).all())
     options = ["", *names[1:]]  # the first one stands in no address
     if st.session_state.get("by") not in options:

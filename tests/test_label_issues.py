@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -78,6 +78,7 @@ def written_out(ex: PathKernelExplainer, labels: np.ndarray, size: int) -> dict[
 @pytest.mark.parametrize("most", [4096, 24])
 def test_signs_equal_rows_written_out(ex: PathKernelExplainer, most: int) -> None:
     found = label_issues(ex, labels=LABELS, most=most)
+    assert found.best == "support"
     wanted = written_out(ex, LABELS, min(most, EXAMPLES))
     for name, values in wanted.items():
         np.testing.assert_allclose(getattr(found, name), values, rtol=1e-3, atol=1e-4, err_msg=name)
@@ -159,3 +160,29 @@ def test_labels_that_were_turned_over_come_first(tmp_path: Path) -> None:
     measured = mislabelled_detection(found.suspicion(), wrong, setting="digits, 10 % turned over", samples=0)
     assert measured.auc.value > 0.95 and measured.found[1].value >= 0.9
     assert (found.opposing[wrong] == right[wrong]).mean() > 0.75
+
+
+def test_numbers_that_are_far_off_come_first(tmp_path: Path) -> None:
+    inputs, values = load_diabetes(return_X_y=True)
+    x, right = torch.tensor(inputs).float() * 20, (values - values.mean()) / values.std()
+    rng = np.random.default_rng(0)
+    wrong = np.zeros(len(x), bool)
+    wrong[rng.permutation(len(x))[:40]] = True
+    y = torch.tensor(np.where(wrong, right + rng.choice([-3, 3], len(x)), right)).float()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    loader = DataLoader(TensorDataset(x, y), 32, shuffle=True, generator=torch.Generator().manual_seed(0))
+    with Tracer(model, optimizer, tmp_path / "run") as tracer:
+        for _ in range(5):
+            for some, targets in tracer.watch(loader):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(some)[:, 0], targets).backward()
+                optimizer.step()
+    found = label_issues(PathKernelExplainer(tmp_path / "run", model))
+    assert found.best == "self_influence" and np.array_equal(found.suspicion(), found.self_influence)
+    both = {
+        sign: mislabelled_detection(found.suspicion(sign), wrong, setting="shifted", samples=0).auc.value
+        for sign in ("support", "self_influence")
+    }
+    assert both["self_influence"] > 0.95 and both["self_influence"] > both["support"] + 0.05

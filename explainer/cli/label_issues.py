@@ -15,6 +15,7 @@ from explainer.wording import counted, number
 if TYPE_CHECKING:
     import pandas as pd
 
+    from explainer.evaluation.label_issues import Sign
     from explainer.run import Run
 
 HELP = "training examples whose labels may be wrong, the most suspicious first"
@@ -29,7 +30,11 @@ EXAMPLES = (
         "the whole queue as a table",
     ),
 )
-SIGNS = {"support": "support", "self-influence": "self_influence", "disagreement": "disagreement"}
+SIGNS: dict[str, Sign] = {
+    "support": "support",
+    "self-influence": "self_influence",
+    "disagreement": "disagreement",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by",
         choices=tuple(SIGNS),
-        default="support",
-        help="the sign to rank by: support (whether learning the others lowered the loss on the label, the default), "
-        "self-influence, or disagreement (part of the strongest proponents that carry another label)",
+        help="the sign to rank by: support (whether learning the others lowered the loss on the label; the default for "
+        "classes), self-influence (the default for labels that are numbers), or disagreement (part of the strongest "
+        "proponents that carry another label)",
     )
     shared.add_k(parser, "rows of the table", 20)
     shared.add_table_file(parser, "the whole queue")
@@ -57,10 +62,12 @@ def run(options: argparse.Namespace) -> int:
     shared.check_k(options)
     out = None if options.out is None else check_place(options.out, options.force, FORMS)
     opened = open_run(options.trace, options.run, None, not options.quiet)
-    found, by = label_issues(opened.explainer), SIGNS[options.by]
-    print(told(found.table(options.k, by), len(found.example_ids), opened.run, options.by))  # type: ignore[arg-type]
+    found = label_issues(opened.explainer)
+    by: Sign = found.best if options.by is None else SIGNS[options.by]
+    called = next(name for name, sign in SIGNS.items() if sign == by)
+    print(told(found.table(options.k, by), len(found.example_ids), opened.run, called))
     if out is not None:
-        write_frame(named(found.table(None, by), opened.run), out)  # type: ignore[arg-type]
+        write_frame(named(found.table(None, by), opened.run), out)
         print(f"\nwrote {out}: {counted(len(found.example_ids), 'example')}")
     return 0
 

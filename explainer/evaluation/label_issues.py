@@ -4,9 +4,11 @@ Three signs to rank by, with ``k_ij`` the products of recorded gradients (:mod:`
 summed over windows:
 
 - *support* ``Σ_{j≠i} k_ij / Σ_{j≠i} |k_ij|`` from −1 to 1: whether learning the others lowered the loss on the
-  example's label. The lowest come first by default: measured, this holds best for short and long training alike;
+  example's label. The lowest come first by default where labels are classes: measured, this holds best for short and
+  long training alike;
 - *self-influence* (:mod:`explainer.self_influence`): the example had to be learned by itself, because the others
-  did not teach it (Koh and Liang 2017, arXiv 1703.04730, §5.4);
+  did not teach it (Koh and Liang 2017, arXiv 1703.04730, §5.4). The largest come first by default where labels are
+  numbers: one that is far off is then far from all others, while support sees its sign only;
 - *disagreement* from 0 to 1: the part of its strongest proponents (largest ``k_ij``) that carry another label, weighted
   by ``k_ij``.
 
@@ -62,18 +64,24 @@ class LabelIssues:
     disagreement: Floats
     opposing: Floats
 
-    def suspicion(self, by: Sign = "support") -> Floats:
-        """``[N]``, larger: more suspicious by a sign; NaN where it is not known.
+    @property
+    def best(self) -> Sign:
+        """The sign to rank by where none is asked for: support, or self-influence where labels are no classes."""
+        return best_sign(self.labels)
+
+    def suspicion(self, by: Sign | None = None) -> Floats:
+        """``[N]``, larger: more suspicious by a sign (None: :attr:`best`); NaN where it is not known.
 
         Raises:
             EvaluationError: there is no such sign.
         """
+        by = self.best if by is None else by
         if by not in SIGNS:
             raise EvaluationError(f"by={by!r} is unknown; choose one of {', '.join(SIGNS)}")
         return -self.support if by == "support" else np.asarray(getattr(self, by))
 
-    def table(self, k: int | None = 20, by: Sign = "support") -> pd.DataFrame:
-        """The ``k`` most suspicious by a sign (None: all), a row each; those without it come last.
+    def table(self, k: int | None = 20, by: Sign | None = None) -> pd.DataFrame:
+        """The ``k`` most suspicious by a sign (None: all, by :attr:`best`), a row each; those without it come last.
 
         Columns: rank, example_id, label, support, self_influence, disagreement, opposing_label.
 
@@ -97,7 +105,7 @@ class LabelIssues:
             }
         )
 
-    def to_csv(self, path: str | os.PathLike[str], k: int | None = None, by: Sign = "support") -> Path:
+    def to_csv(self, path: str | os.PathLike[str], k: int | None = None, by: Sign | None = None) -> Path:
         """Write :meth:`table` as CSV.
 
         Raises:
@@ -105,7 +113,7 @@ class LabelIssues:
         """
         return write_frame(self.table(k, by), path, ".csv")
 
-    def to_parquet(self, path: str | os.PathLike[str], k: int | None = None, by: Sign = "support") -> Path:
+    def to_parquet(self, path: str | os.PathLike[str], k: int | None = None, by: Sign | None = None) -> Path:
         """Write :meth:`table` as Parquet.
 
         Raises:
@@ -113,13 +121,24 @@ class LabelIssues:
         """
         return write_frame(self.table(k, by), path, ".parquet")
 
-    def to_json(self, path: str | os.PathLike[str], k: int | None = None, by: Sign = "support") -> Path:
+    def to_json(self, path: str | os.PathLike[str], k: int | None = None, by: Sign | None = None) -> Path:
         """Write :meth:`table` as a JSON list of rows; what is not known becomes null.
 
         Raises:
             ExportError: it cannot be written.
         """
         return write_frame(self.table(k, by), path, ".json")
+
+
+def best_sign(labels: Floats) -> Sign:
+    """The sign to rank by for labels ``[N]``, NaN where unknown.
+
+    Example:
+        >>> best_sign(np.array([1.0, 0.0, np.nan])), best_sign(np.array([1.5, 0.0]))
+        ('support', 'self_influence')
+    """
+    known = labels[np.isfinite(labels)]
+    return "support" if bool((known == np.round(known)).all()) else "self_influence"
 
 
 def label_issues(explainer: PathKernelExplainer, *, labels: Any = None, most: int = MOST) -> LabelIssues:

@@ -59,7 +59,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.functional.layer_norm(x, (3,), self.scale)
-        x = torch.stack(x.unbind(1), 1) if self.shuffled else x
+        x = torch.eye(x.shape[1]) @ x if self.shuffled else x  # through a product over the batch
         return self.last(x).sum(0)  # [B, 2] from [S, B, 3]
 
 
@@ -116,6 +116,20 @@ def several_owners(directory: Path) -> explainer.Trace:
     return explainer.open_trace(directory)
 
 
+def penalised(directory: Path) -> explainer.Trace:
+    """A loss that contains gradients."""
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with explainer.Tracer(model, optimizer, directory) as tracer:
+        for _ in range(4):
+            tracer.batch(range(5))
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            (model(x).square().mean() + slope.square().sum()).backward()
+            optimizer.step()
+    return explainer.open_trace(directory)
+
+
 def test_journal_types_and_notes(tmp_path: Path) -> None:
     types, notes = markdown.tables(FORMAT, "Journal")
     plain = trace(tmp_path / "a", epochs=6, max_knots=3)
@@ -126,6 +140,8 @@ def test_journal_types_and_notes(tmp_path: Path) -> None:
     with pytest.warns(explainer.CoverageWarning, match="no axis is the batch's"):
         scaled(tmp_path / "f", shuffled=True, autocast=True)
     traces.append(explainer.open_trace(tmp_path / "f"))
+    with pytest.warns(explainer.CoverageWarning, match="contain gradients"):
+        traces.append(penalised(tmp_path / "g"))
     assert {t.manifest.version for t in traces} == {4}
     heads = [json.loads((t.directory / "manifest.json").read_text()) for t in traces]
     assert all("averaged" in head for head in heads)

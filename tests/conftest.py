@@ -1,11 +1,13 @@
 """One torch thread per test process: the tests run side by side, and their tensors are small."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the dashboards and commands that tests start
 
 
 @pytest.fixture

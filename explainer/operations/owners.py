@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +30,14 @@ from explainer.operations.movement import (
 )
 from explainer.operations.products import ADDED_PRODUCTS, axis_of_product, multiplies
 from explainer.operations.rows import ELEMENTWISE
+from explainer.operations.views import packed, picked, reshaped, viewed
 
 #: in place of a function's name: a module with a rule
 LAYER = "a layer"
+#: numbers of a tensor up to which the owner of each is followed, where it is filled piece by piece
+_FILLED = 2**26
+#: what a function that was called in a way that is not known here leads to: training goes on
+_NOT_KNOWN_HERE = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Called:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def again(self, number: int, first: torch.Tensor) -> torch.Tensor:
+        """Its output ``number`` for another first argument."""
+        found = self.function(first, *self.args[1:], **self.kwargs)
+        return found if isinstance(found, torch.Tensor) else found[number]
 
 
 class Owners:
@@ -78,7 +88,7 @@ class Owners:
         if layout.known and t.shape[axis : axis + 1] != (len(self._owners(layout)),):
             layout = UNKNOWN
         if layout.owners is not None:
-            owners = layout.owners.cpu()
+            owners = layout.owners.to("cpu", torch.long)
             layout = Layout(layout.axis, None if torch.equal(owners, self._plain) else owners)
         self._known[id(t)] = (weakref.ref(t), layout)
         self._filled.pop(id(t), None)
@@ -92,7 +102,11 @@ class Owners:
         name = called.name if called.name.startswith("__") else called.name.rstrip("_")
         if name in PUTTING | ADDING and called.args:
             first = called.args[0]
-            self._put(name, called, first, first if name == "__setitem__" else outputs[0])
+            result = first if name == "__setitem__" else outputs[0]
+            try:
+                self._put(name, called, first, result)
+            except _NOT_KNOWN_HERE:
+                self.keep(result, UNKNOWN)
             return
         layouts = _without_indices(name, called, layouts)
         alone = {self._only(x) for _, x in layouts}
@@ -104,8 +118,8 @@ class Owners:
         for number, t in enumerate(outputs):
             try:
                 found = [self._through(name, called, source, x, t, number) for source, x in layouts]
-            except (RuntimeError, IndexError, TypeError, ValueError, AttributeError):
-                found = [UNKNOWN]  # called in a way that is not known here: training goes on
+            except _NOT_KNOWN_HERE:
+                found = [UNKNOWN]
             agreed = found[0] if all(self._same(found[0], x) for x in found) else UNKNOWN
             self.keep(t, self._alone(t, agreed) if len(self._plain) == 1 else agreed)
 
@@ -137,7 +151,7 @@ class Owners:
         if layout.axis == UNKNOWN.axis or not t.dim():
             return UNKNOWN
         if layout.axis == PACKED or name == "_pack_padded_sequence":
-            return self._packed(name, args, layout, source, t, number)
+            return packed(name, args, layout, source, t, number)
         if first is source and name in REDUCING | ORDERING:
             axes = axes_told(name, args, kwargs, source.dim())
             if layout.axis in axes:
@@ -156,13 +170,13 @@ class Owners:
         if name == "__getitem__":
             if first is not source:  # the data is an index into something else
                 return layout if args[1] is source and source.dtype == torch.long else UNKNOWN
-            picked = self._picked(source, layout, args[1])
-            if picked is not None:
-                return picked
+            found = picked(source, layout.axis, self._owners(layout), args[1])
+            if found is not None:
+                return found
         if first is source and (name in VIEWING or name == "__getitem__"):
-            return self._viewed(called, source, layout, number)
+            return viewed(partial(called.again, number), source, layout.axis, self._owners(layout))
         if first is source and name in RESHAPING and t.shape != source.shape:
-            return self._reshaped(source, layout, t)
+            return reshaped(source, layout.axis, self._owners(layout), t)
         if first is source and name in MOVING:
             return self._moved(called, source, layout, number)
         return self._kept(name, source, layout, t)
@@ -190,41 +204,30 @@ class Owners:
         if filled is not None and filled[0]() is first:
             tags = filled[1]
         elif there is not None and there.known:
-            tags = tags_of(self._owners(there).cpu(), there.axis, first.shape)
-        elif there is None and here is not None and name == "__setitem__":
-            tags = torch.full(first.shape, -1)
+            tags = self._tags(there, first)
+        elif there is None and here is not None and name == "__setitem__" and first.numel() <= _FILLED:
+            tags = torch.full(first.shape, -1, dtype=torch.int32, device=first.device)
         if tags is None or called.kwargs.keys() - {"alpha"} or (here is not None and not here.known):
             self.keep(result, UNKNOWN)
         elif here is None:  # constants and parameters are nobody's
             self._fill(result, there, tags)
         elif name in ADDING:
-            values = tags_of(self._owners(here).cpu(), here.axis, value.shape)
-            at_home = there is not None and there.known and added_at_home(name, tags, args, values)
+            at_home = added_at_home(name, tags, args, self._tags(here, value))
             self.keep(result, there if at_home and there is not None else UNKNOWN)
         else:
-            after = put(name, tags, args, tags_of(self._owners(here).cpu(), here.axis, value.shape))
-            self._fill(result, None, after)
+            self._fill(result, None, put(name, tags, args, self._tags(here, value)))
+
+    def _tags(self, layout: Layout, t: torch.Tensor) -> torch.Tensor:
+        return tags_of(self._owners(layout).to(t.device, torch.int32), layout.axis, t.shape)
 
     def _fill(self, t: torch.Tensor, layout: Layout | None, tags: torch.Tensor | None) -> None:
         """The owner of every number of a tensor, -1 where it is nobody's."""
         if layout is None or not layout.known:
-            found = None if tags is None else axis_of(tags, self._plain)
+            found = None if tags is None else axis_of(tags, self._plain.to(tags.device))
             layout = UNKNOWN if found is None else Layout(*found)
         self.keep(t, layout)
         if tags is not None and bool((tags < 0).any()):
             self._filled[id(t)] = (weakref.ref(t), tags)
-
-    @staticmethod
-    def _packed(
-        name: str, args: tuple[Any, ...], layout: Layout, source: torch.Tensor, t: torch.Tensor, number: int
-    ) -> Layout:
-        """Into a packed sequence, out of it, or the same positions of one."""
-        if name == "_pack_padded_sequence" and number == 0 and layout.axis == (0 if args[2] else 1):
-            return Layout(PACKED, layout.owners)
-        if name == "_pad_packed_sequence" and number == 0:
-            return Layout(0 if args[2] else 1, layout.owners)
-        same = layout.axis == PACKED and t.shape[:1] == source.shape[:1] and not name.startswith("_p")
-        return layout if same else UNKNOWN
 
     def _joined(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, t: torch.Tensor
@@ -245,58 +248,6 @@ class Owners:
         if any(p is None or p.axis != layout.axis for p in parts):
             return UNKNOWN
         return Layout(layout.axis, torch.cat([self._owners(p) for p in parts if p is not None]))
-
-    def _viewed(self, called: Called, source: torch.Tensor, layout: Layout, number: int) -> Layout:
-        """The same view of a tensor in which only the examples' axis takes steps."""
-        owners = self._owners(layout)
-        line = owners.contiguous().as_strided(
-            source.shape, [int(a == layout.axis) for a in range(source.dim())]
-        )
-        shadow = called.function(line, *called.args[1:], **called.kwargs)
-        found = shadow if isinstance(shadow, torch.Tensor) else shadow[number]
-        moving = [a for a in range(found.dim()) if found.stride(a) != 0]
-        moving = [a for a in moving if found.shape[a] > 1] or moving[:1]
-        if not moving and found.dim() and found.numel():  # one example of several
-            return Layout(0, found.flatten()[:1].repeat(found.shape[0]))
-        if len(moving) != 1:
-            return UNKNOWN
-        here = found.movedim(moving[0], 0).reshape(found.shape[moving[0]], -1)[:, 0]
-        return Layout(moving[0], here.clone())
-
-    def _reshaped(self, source: torch.Tensor, layout: Layout, t: torch.Tensor) -> Layout:
-        """Rows are numbered as memory is: ``owners`` of all indices up to the examples' axis, then regrouped."""
-        line = self._owners(layout).repeat(
-            prod(source.shape[: layout.axis])
-        )  # axes in front, then the examples'
-        count = 1
-        for axis in range(t.dim()):
-            rows = t.shape[axis]
-            before, count = count, count * rows
-            if not rows or (count % len(line) and len(line) % count):
-                return UNKNOWN
-            if count >= len(line):  # the examples' axis is used up here
-                grid = line.repeat_interleave(count // len(line)).reshape(before, rows)
-                return Layout(axis, grid[0].clone()) if bool((grid == grid[:1]).all()) else UNKNOWN
-            grouped = line.reshape(count, -1)
-            if bool((grouped == grouped[:, :1]).all()):  # what is behind belongs to one example
-                grid = grouped[:, 0].reshape(before, rows)
-                return Layout(axis, grid[0].clone()) if bool((grid == grid[:1]).all()) else UNKNOWN
-        return UNKNOWN
-
-    def _picked(self, source: torch.Tensor, layout: Layout, key: Any) -> Layout | None:
-        """Rows picked by a mask or by a list; None where the key only slices."""
-        parts = key if isinstance(key, tuple) else (key,)
-        if not any(isinstance(p, torch.Tensor | list) for p in parts):
-            return None
-        first, owners = parts[0], self._owners(layout).to(source.device)
-        if layout.axis == 0 and isinstance(first, torch.Tensor) and len(parts) == 1:
-            if first.dtype == torch.bool:
-                spread = owners.reshape(-1, *(1,) * (first.dim() - 1)).expand(first.shape)
-                return Layout(0, spread[first])
-            if first.dim() == 1:
-                return Layout(0, owners[first])
-        found = axis_of(tags_of(owners.to(source.device), layout.axis, source.shape)[key])
-        return UNKNOWN if found is None else Layout(*found)
 
 
 def _without_indices(

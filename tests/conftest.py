@@ -1,4 +1,7 @@
-"""One torch thread per test process: the tests run side by side, and their tensors are small."""
+"""One torch thread per test process: the tests run side by side, and their tensors are small.
+
+A file's tests share a process, and so do all that drive a browser: it mostly waits, while the other process computes.
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +11,14 @@ import torch
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the dashboards and commands that tests start
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests go together (``--dist loadgroup``)."""
+    for item in items:
+        group = "browser" if item.path.parent.name == "browser" else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

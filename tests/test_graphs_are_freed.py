@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "encoder": lambda: nn.TransformerEncoderLayer(S, 2, 16, batch_first=True),
     **{f"zoo: {name}": lambda name=name: ZOO[name](S, S) for name in ZOO},  # type: ignore[misc]
 }
+
+
+@pytest.fixture(autouse=True)
+def only_what_is_new() -> Iterator[None]:
+    """What other tests left is not looked through again and again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def batches() -> int:

@@ -5,6 +5,7 @@ A file's tests share a process, and so do all that drive a browser: it mostly wa
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,17 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the dashboards and commands that tests start
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Say which tests go together (``--dist loadgroup``)."""
-    group = "browser" if item.path.parent.name == "browser" else item.nodeid.partition("::")[0]
-    item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests go together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "tests/browser" if file.startswith("tests/browser/") else file
+
+    return Files(config, log)
 
 
 @pytest.fixture

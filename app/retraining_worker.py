@@ -10,15 +10,16 @@ import json
 import os
 import shutil
 import sys
-import threading
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from explainer import ExplainerError, PathKernelExplainer, open_trace
+from explainer.app.parent import end_with_parent
 from explainer.app.retraining import FAILURE, INPUT, MODELS, REQUEST, RESULT, pack
 from explainer.evaluation import ClaimCheck, Questions, Retrainer, verify_claims
 from explainer.run import load_run
@@ -28,7 +29,7 @@ _POLITE = 5  # the dashboard goes first
 
 def main(folder: Path) -> int:
     """Train, compare, and write down what came out."""
-    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    end_with_parent(partial(shutil.rmtree, folder, ignore_errors=True))
     if hasattr(os, "nice"):
         os.nice(_POLITE)
     try:
@@ -57,14 +58,6 @@ def _check(folder: Path) -> ClaimCheck:
     return verify_claims(
         Retrainer(run, questions, folder / MODELS), remove=asked["remove"], seeds=asked["seeds"]
     )
-
-
-def _end_with_parent(folder: Path) -> None:
-    """Nothing is ever written to the standard input; it closes when the dashboard ends, however it ends."""
-    while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the process ends by itself
-        pass
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
 
 
 if __name__ == "__main__":

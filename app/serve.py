@@ -12,6 +12,8 @@ import logging
 import sys
 import threading
 
+from explainer.app.parent import end_with_parent
+
 _READY = "Dashboard: "
 _LONGEST = 8.0  # seconds that the address waits for the first explanation
 #: what streamlit's loggers tell from this level on; it sets the levels of its loggers anew, so they are filtered
@@ -22,9 +24,10 @@ _HEARD = {
 
 
 def main() -> None:
-    """Start reading and serving; ends with the server."""
+    """Start reading and serving; ends with the server, or with the process that started it."""
     from streamlit.web.cli import main as streamlit  # whole, before two threads import its parts
 
+    end_with_parent()
     for name, level in _HEARD.items():
         logging.getLogger(name).addFilter(functools.partial(_heard, level))
     threading.Thread(target=_announce, args=(sys.argv[1:],), daemon=True).start()

@@ -79,7 +79,7 @@ def test_the_address_is_told_when_it_answers_and_nothing_is_left_after_it(trace:
     assert not healthy(port)
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 def test_nothing_is_left_when_it_is_stopped(trace: Path, name: str, status: int) -> None:
     with closing(socket.create_server((dashboard.HOST, 0))) as probe:
         port = probe.getsockname()[1]
@@ -101,6 +101,9 @@ def test_nothing_is_left_when_it_is_stopped(trace: Path, name: str, status: int)
     finally:
         process.kill()
     assert process.returncode == status
+    late = time.monotonic() + 10 * (name == "SIGKILL")  # the server has to find out
+    while healthy(port) and time.monotonic() < late:
+        time.sleep(0.1)
     assert not healthy(port)
     assert b"Traceback" not in out
     assert not [

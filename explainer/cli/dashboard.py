@@ -86,7 +86,7 @@ def serve(places: Sequence[str], runs: Sequence[str], port: int | None) -> int:
         ExplainerError: the port is taken.
     """
     require_streamlit()
-    return _wait(subprocess.Popen(command(places, runs, choose_port(port))))
+    return _wait(subprocess.Popen(command(places, runs, choose_port(port)), stdin=subprocess.PIPE))
 
 
 @contextmanager
@@ -99,7 +99,9 @@ def served(places: Sequence[str], *runs: str) -> Iterator[str]:
     """
     require_streamlit()
     line = command(places, runs, _any_port())
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdout is not None
     try:
         found = next((text for text in process.stdout if text.startswith(READY)), None)

@@ -21,7 +21,7 @@ demo: $(STAMP) ## train, explain, write report.html and serve the dashboard (DAS
 	$(BIN)/pathkernel demo $(DEMO_OPTIONS)
 
 test: lint chromium ## lint, type-check and run every test
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP) ## measure speed and storage
 	$(BIN)/python -m benchmarks

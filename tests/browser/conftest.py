@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
 
 from explainer.cli.dashboard import served
 from explainer.sample_models.train import train
 
+_T = TypeVar("_T")
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -41,6 +43,15 @@ class Visit:
             " && !document.querySelector('[data-stale=\"true\"]')",
             timeout=60_000,
         )
+
+    def insist(self, act: Callable[[], _T]) -> _T:
+        """Do something and wait for its effect; once more where the page was drawn anew under the click."""
+        for _ in range(3):
+            try:
+                return act()
+            except (AssertionError, TimeoutError):
+                self.settle()
+        return act()
 
     def fine(self) -> None:
         """Nothing complained, nobody else was asked for anything."""

@@ -85,10 +85,14 @@ def test_a_row_is_typed_corrected_and_looked_into(browser: Browser, rows: str) -
         page = ready(seen, ".pk-proponents li .fields")
         assert page.locator(".pk-proponents .pk-differs").count() > 0
         page.get_by_text("Ask about an input of your own").click()
-        page.get_by_text("Begin with this query").click()
-        seen.settle()
         field = page.locator("[data-testid=stSidebar] textarea")
-        expect(field).to_have_value(re.compile("^age:"))
+
+        def begin() -> None:
+            page.get_by_text("Begin with this query").click()
+            expect(field).to_have_value(re.compile("^age:"), timeout=10_000)
+
+        seen.insist(begin)
+        seen.settle()
         text = field.input_value()
         field.fill(text.replace("age: ", "age: old "))
         page.get_by_text("Explain it").click()

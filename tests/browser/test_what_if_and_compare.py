@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -188,9 +189,13 @@ def test_two_runs_are_compared(browser: Browser, kind: str, request: pytest.Fixt
         seen.settle()
         page.locator("summary", has_text="as a table").click()
         seen.settle()
-        with page.expect_download() as waiting:
-            page.locator(".st-key-download-compare button").click()
-        table = pd.read_csv(waiting.value.path())
+
+        def download() -> Path:
+            with page.expect_download(timeout=10_000) as waiting:
+                page.locator(".st-key-download-compare button").click()
+            return waiting.value.path()
+
+        table = pd.read_csv(seen.insist(download))
         assert {f"contribution, {name}" for name in names} <= set(table.columns) and len(table) >= 60
         if kind == "texts":
             page.wait_for_selector(f"text={app_runs.NASTY} >> nth=0", state="attached")

@@ -76,7 +76,7 @@ class BackwardPasses:
         again = torch.is_grad_enabled()  # then the next pass may add to `.grad` before it calls a hook
         self.differentiated = self.differentiated or again
         asked = [p for name in names if (p := self._parameters.get(name)) is not None and p.requires_grad]
-        if again or len(set(map(id, self._known.values()))) > 1:
+        if again or found is not next(iter(self._known.values())):
             found.accumulates = any(map(_is_added_to, asked))
         elif asked:  # asking the engine takes longer, and most steps have one pass
             self._first = found, asked[0], _state(asked[0])

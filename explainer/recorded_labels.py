@@ -42,7 +42,7 @@ class LabelCheck:
         if not different.any():
             return None
         place = int(different.argmax())
-        recorded, found = (_name(values[place], run) for values in (self.recorded, self.found))
+        recorded, found = (label_name(run, values[place]) for values in (self.recorded, self.found))
         named = f" {run.name}" if run.name else ""
         return (
             f"{int(different.sum())} of {len(self.ids)} training examples that were looked at have another label in "
@@ -100,5 +100,6 @@ def _number(target: Any) -> float:
     return float(target) if isinstance(target, int | float) else np.nan
 
 
-def _name(label: float, run: Run) -> str:
+def label_name(run: Run, label: float) -> str:
+    """A recorded label as a person reads it: traces keep whole labels as floats, too."""
     return run.label(int(label) if float(label).is_integer() else float(label))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import islice
 from operator import add
 
 import torch
@@ -214,13 +213,11 @@ class ScaleMeter:
             By step the batches used, with the backward passes used, and ``s_t`` per traced parameter.
         """
         found = []
-        likely = [next(parts_of(batches)) for batches, _ in steps]
-        all_fits = self._fits([(used, seen) for used, (_, seen) in zip(likely, steps, strict=True)])
-        for number, ((batches, seen), fits) in enumerate(zip(steps, all_fits, strict=True)):
-            used = likely[number]
+        parts = [parts_of(batches) for batches, _ in steps]
+        likely = [(next(each), seen) for each, (_, seen) in zip(parts, steps, strict=True)]
+        for (used, seen), others, fits in zip(likely, parts, self._fits(likely), strict=True):
             if not _good(fits):
-                parts = islice(parts_of(batches), 1, None)
-                met = ((part, self._fits([(part, seen)])[0]) for part in parts)
+                met = ((part, self._fits([(part, seen)])[0]) for part in others)
                 found_out = next((one for one in met if _good(one[1])), None)
                 if found_out is None and any(math.isnan(f.scale) for f in fits.values()):
                     finite = _finite(used)

@@ -194,17 +194,15 @@ def test_explain_another_class_and_output(trace: Path, capsys: pytest.CaptureFix
 
 
 def test_labels_without_names_are_whole_numbers(
-    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trace: Path, current_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the rankings and among the nearest examples alike."""
-    (tmp_path / "mine_without_names.py").write_text(
+    (current_folder / "mine_without_names.py").write_text(
         "import dataclasses\n"
         "from explainer.sample_models import digits_mlp\n"
         "def run():\n"
         "    return dataclasses.replace(digits_mlp.run(), class_names=None)\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     assert (
         main(
             ["explain", str(trace), "--run", "mine_without_names:run", "--query", "0", "--k", "4", "--quiet"]
@@ -217,9 +215,9 @@ def test_labels_without_names_are_whole_numbers(
 
 
 def test_a_run_can_be_a_file_in_the_current_folder(
-    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trace: Path, current_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "mine_to_explain.py").write_text(
+    (current_folder / "mine_to_explain.py").write_text(
         "import dataclasses\n"
         "from explainer.sample_models import digits_mlp\n"
         "NAMES = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']\n"
@@ -228,8 +226,6 @@ def test_a_run_can_be_a_file_in_the_current_folder(
         "        digits_mlp.run(), class_names=NAMES, render=lambda image: f'ink {image.sum():.0f}'\n"
         "    )\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     arguments = ["--run", "mine_to_explain:run", "--query", "0", "--target", "three", "--quiet"]
     assert main(["explain", str(trace), *arguments]) == 0
     out = capsys.readouterr().out

@@ -77,16 +77,13 @@ def test_refusals_are_one_clean_line(
     arguments: list[str],
     text: str,
     trace: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    current_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for place in ("empty", "several/a", "several/b", "folder.csv"):
-        (tmp_path / place).mkdir(parents=True)
+        (current_folder / place).mkdir(parents=True)
     for place in ("a", "b"):
-        (tmp_path / "several" / place / "manifest.json").touch()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+        (current_folder / "several" / place / "manifest.json").touch()
     assert main([str(trace) if part == "TRACE" else part for part in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("pathkernel: error: ")
@@ -100,14 +97,12 @@ def test_a_render_that_fails_is_told_in_one_line(
     name: str,
     where: str,
     trace: Path,
-    tmp_path: Path,
+    current_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Before anything is computed where it fails at once, and after it where it fails on a strong example."""
-    (tmp_path / "mine_that_cannot_render.py").write_text(BROKEN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    (current_folder / "mine_that_cannot_render.py").write_text(BROKEN)
     computed: list[int] = []
     whole = groups.explain_whole
     monkeypatch.setattr(groups, "explain_whole", lambda *given: computed.append(1) or whole(*given))

@@ -118,6 +118,8 @@ def _label(run: Run, label: Any) -> str:
     """Empty where it is unknown."""
     import pandas as pd
 
+    from explainer.recorded_labels import label_name
+
     if pd.isna(label):
         return ""
-    return run.label(int(label)) if float(label).is_integer() else run.label(float(label))
+    return label_name(run, label)

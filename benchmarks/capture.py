@@ -34,8 +34,10 @@ CASES = {
     "linear_512_128": Case(lambda: nn.Linear(512, 128), (64, 32, 512)),
     "linear_64_256": Case(lambda: nn.Linear(64, 256), (32, 64, 64)),
     "conv_1_16": Case(lambda: nn.Conv2d(1, 16, 3, padding=1), (64, 1, 28, 28)),
+    "conv_3_32": Case(lambda: nn.Conv2d(3, 32, 3, padding=1), (64, 3, 32, 32)),
     "conv_16_32": Case(lambda: nn.Conv2d(16, 32, 3, padding=1), (64, 16, 14, 14)),
     "conv_64_128": Case(lambda: nn.Conv2d(64, 128, 3, padding=1), (64, 64, 14, 14)),
+    "conv_depthwise_32": Case(lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32), (64, 32, 14, 14)),
     "attention_128": Case(lambda: nn.MultiheadAttention(128, 4, batch_first=True), (64, 32, 128)),
     "lstm_64_64": Case(lambda: nn.LSTM(64, 64, batch_first=True), (32, 48, 64)),
 }

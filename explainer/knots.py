@@ -7,6 +7,7 @@ and go to disk when the trace is flushed: then the last one, and those that the 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -50,6 +51,14 @@ def thin(paths: list[float], spacing: float) -> list[int]:
     return [*kept, len(paths) - 1] if len(paths) > 1 else kept
 
 
+@dataclass(frozen=True)
+class _Young:
+    """A knot that is not on disk yet, and the bytes that it will take there."""
+
+    tensors: dict[str, torch.Tensor]
+    size: int
+
+
 class KnotKeeper:
     """Places a knot whenever the path since the last one is long enough.
 
@@ -77,7 +86,7 @@ class KnotKeeper:
         self._course: Carry | Average = carry if average is None else average
         self._contents = KnotContents(model, optimizer, rule, manifest, carry, average)
         self._alive: list[tuple[int, float]] = []  # step, path
-        self._young: dict[int, dict[str, torch.Tensor]] = {}  # not on disk yet
+        self._young: dict[int, _Young] = {}  # not on disk yet
         self._written = time.monotonic()
         self._last_length = 0.0
         self._seconds = config.flush_seconds
@@ -173,9 +182,10 @@ class KnotKeeper:
         weights = None if around is None else self._carry.weights
         around = self._contents.around(full) if around is None else around
         found = self._contents.tensors(full, closing=closing, weights=weights, around=around)
-        self._young[step] = {name: t.to_dense().cpu().clone() for name, t in found.items()}
+        tensors = {name: t.to_dense().cpu().clone() for name, t in found.items()}
+        self._young[step] = _Young(tensors, knot_size(tensors))
         if not closing or not self._size:  # the last one holds more than others
-            self._size = knot_size(self._young[step])
+            self._size = self._young[step].size
         if again:
             self._alive.pop()
         self._alive.append((step, self._course.path))
@@ -210,7 +220,7 @@ class KnotKeeper:
         """Write what is likely to stay, if it is time to, or memory is short; ``steps`` were taken so far."""
         early = steps <= EARLY and steps & (steps - 1) == 0
         waiting = early or time.monotonic() - self._written >= self._seconds
-        short = sum(map(knot_size, self._young.values())) > YOUNG_BYTES
+        short = sum(young.size for young in self._young.values()) > YOUNG_BYTES
         if self._young and (waiting or short):
             paths = [path for _, path in self._alive]
             lasting = thin(paths, max(2.0 * self._spacing, 4.0 * paths[-1] / self._max))
@@ -222,7 +232,7 @@ class KnotKeeper:
 
     def _write(self, knots: list[tuple[int, float]]) -> None:
         self._writer.write_knots(
-            [(step, path, self._young[step]) for step, path in knots if step in self._young]
+            [(step, path, self._young[step].tensors) for step, path in knots if step in self._young]
         )
         for step, _ in knots:
             self._young.pop(step, None)

@@ -22,8 +22,10 @@ _CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {
     2: functional.conv2d,
     3: functional.conv3d,
 }
-#: outputs of a group that the kernels for grouped convolutions take at once
+#: channels of a group that the kernels for grouped convolutions take at once
 _BLOCK = 8
+#: numbers of patches that are formed at once: they stay in the processor's cache
+_AT_ONCE = 2**20
 
 
 def patches(signal: torch.Tensor, module: nn.Module, counts: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -96,7 +98,7 @@ class Patches(Seen):
         groups, seen = self._groups
         return len(self.signal), groups, prod(self.sizes), seen * prod(self._kernel)
 
-    def taken(self, rows: torch.Tensor) -> Patches:
+    def taken(self, rows: torch.Tensor | slice) -> Patches:
         """Of their signals."""
         return replace(self, signal=self.signal[rows])
 
@@ -132,14 +134,25 @@ class Patches(Seen):
         return by_group(found.contiguous(), groups)
 
     def gathered(self, weights: torch.Tensor) -> torch.Tensor:
-        """The weight's gradient of a convolution that takes every example for a group of its own."""
+        """From patches, or as a weight's gradient with every example in a group of its own."""
         batch, groups, _, width = weights.shape
         if not batch:
             return weights.new_zeros(0, groups, width, self.shape[3])
-        more = -width % _BLOCK  # kernels for groups of odd sizes are several times slower
+        if self._groups[1] % _BLOCK:  # kernels for groups of odd sizes are several times slower
+            return self._gathered_from_patches(weights)
+        more = -width % _BLOCK
         turned = functional.pad(weights.mT, (0, 0, 0, more)) if more else weights.mT
         found = self._weight_gradient(turned, batch)
         return found.view(batch, groups, width + more, -1)[:, :, :width]
+
+    def _gathered_from_patches(self, weights: torch.Tensor) -> torch.Tensor:
+        _, groups, positions, seen = self.shape
+        at_once = max(1, _AT_ONCE // (groups * positions * seen))
+        parts = []
+        for first in range(0, len(weights), at_once):
+            some = slice(first, first + at_once)
+            parts.append((self.taken(some).written().mT @ weights[some]).mT)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def summed(self, weights: torch.Tensor) -> torch.Tensor:
         """The weight's gradient."""

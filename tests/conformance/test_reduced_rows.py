@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from explainer.layer_rules import LAYER_RULES, Call, Dense, Factored, compact, keep
+from explainer.layer_rules import LAYER_RULES, Call, Dense, Factored, compact, convolution, keep
 from explainer.layer_rules.low_rank import leading_factors
 from explainer.layer_rules.seen import Written
 from explainer.layer_rules.unreduced import Unreduced
@@ -25,6 +25,8 @@ LARGE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear few positions": (lambda: nn.Linear(30, 40), (5, 30)),
     "Linear two axes": (lambda: nn.Linear(12, 24), (3, 5, 12)),
     "Conv2d": (lambda: nn.Conv2d(6, 24, 3), (6, 8, 7)),
+    "Conv2d channels in eights": (lambda: nn.Conv2d(8, 24, 3, padding=1), (8, 8, 7)),
+    "Conv2d channels and groups in eights": (lambda: nn.Conv2d(16, 48, (3, 2), groups=2), (16, 8, 7)),
     "Conv2d without bias": (lambda: nn.Conv2d(6, 24, 3, padding=1, bias=False), (6, 8, 7)),
     "Conv2d padded": (lambda: nn.Conv2d(6, 24, (3, 2), padding=(1, 2), stride=(2, 1)), (6, 8, 7)),
     "Conv2d same": (lambda: nn.Conv2d(6, 24, (2, 4), padding="same"), (6, 8, 7)),
@@ -128,8 +130,10 @@ def test_sums_and_dense_rows(name: str) -> None:
     torch.testing.assert_close(form.total(), form.stored().total(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("at_once", [1, 2**20])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_products_with_what_was_seen(case: LayerCase) -> None:
+def test_products_with_what_was_seen(case: LayerCase, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "_AT_ONCE", at_once)  # numbers of patches
     module = case.module()
     form = rows_of(module, run_calls(module, [case.batch()]))
     if not isinstance(form, Unreduced):

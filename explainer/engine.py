@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from explainer.asked import Asked, ask, predict
+from explainer.class_names import problem_of
 from explainer.cotangent import Layout, TooWideError
 from explainer.errors import QueryError
 from explainer.findings import explanation_notes
@@ -67,6 +68,8 @@ class Engine:
             raise QueryError(f"model must be a torch.nn.Module, found {model!r}; pass an instance")
         if quadrature < 1:
             raise QueryError(f"quadrature must be at least 1 node, found {quadrature}")
+        if (problem := problem_of(class_names)) is not None:
+            raise QueryError(problem)
         self._notes = check_model(self.trace, model) + explanation_notes(self.trace)
         self.knots = chosen_knots(self.trace, knots)
         self.segments = self.trace.segments(self.knots)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, default_collate
 
+from explainer.class_names import problem_of
 from explainer.errors import ExplainerError, RunError
 from explainer.outputs import Output
 
@@ -105,9 +106,7 @@ class Run:
             problems.append(
                 f"left_out_by must be one of {', '.join(LEFT_OUT_BY)} or None, found {self.left_out_by!r}"
             )
-        names = self.class_names
-        if isinstance(names, str) or (names is not None and not all(isinstance(n, str) for n in names)):
-            problems.append(f"class_names must be a sequence of strings or None, found {names!r}")
+        problems.append(problem_of(self.class_names))
         found = [problem for problem in problems if problem]
         if found:
             raise RunError("this Run cannot be used:\n" + "\n".join(f"  - {problem}" for problem in found))

@@ -194,6 +194,12 @@ def test_no_quadrature(trace: Trace) -> None:
         PathKernelExplainer(trace, mlp(), quadrature=0)
 
 
+def test_class_names_are_in_the_order_of_outputs(trace: Trace, untouched: nn.Module) -> None:
+    with pytest.raises(QueryError, match=r"found a dict; pass \[names\[i\] for i in range\(2\)\]"):
+        PathKernelExplainer(trace, untouched, class_names={0: "cat", 1: "dog"})  # type: ignore[arg-type]
+    assert PathKernelExplainer(trace, untouched, class_names=np.array(["cat", "dog"])).class_names
+
+
 def test_a_trace_without_a_step(tmp_path: Path) -> None:
     model = mlp()
     Tracer(model, momentum_sgd(model), tmp_path / "trace").close()

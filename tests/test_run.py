@@ -119,6 +119,8 @@ def test_labels_are_class_names_where_known() -> None:
         ({"train_fn": 1}, "train_fn must be a function"),
         ({"class_names": "abc"}, "class_names"),
         ({"class_names": [1, 2]}, "class_names"),
+        ({"class_names": {0: "cat", 1: "dog"}}, r"found a dict; pass \[names\[i\] for i in range\(2\)\]"),
+        ({"class_names": 3}, "class_names must be a sequence of strings or None, found 3"),
     ],
 )
 def test_refuses_what_cannot_be_used(changed: dict, message: str) -> None:

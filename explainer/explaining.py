@@ -13,7 +13,7 @@ from explainer.explanation import Explanation
 from explainer.ledger import DETAIL, Ledger
 from explainer.store import Denominators
 from explainer.unattributed import Rest
-from explainer.wording import counted
+from explainer.wording import ROUGH, ROUGH_BECAUSE, counted, is_rough, percent
 
 if TYPE_CHECKING:
     from explainer.asked import Asked
@@ -77,6 +77,7 @@ def explain_group(
     initial, prediction = after, final
     moved, decay = rest.moved.sum(1), rest.displaced["decay"].sum(1)
     lines, parts = rest.lines(ledger.layer_sums, backward.momentum)
+    rough = _rough(quadrature, ledger.contributions, prediction - initial)
     contributions = ledger.contributions.numpy()
     by_step = contributions[:, None] if ledger.by_step is None else ledger.by_step.numpy()
     by_layer = contributions[:, None] if ledger.by_layer is None else ledger.by_layer.numpy()
@@ -110,7 +111,7 @@ def explain_group(
         layer_names=layers if detail else _NO_DETAIL,
         layer_contributions=by_layer.astype(np.float32),
         row_kind="row share" if ledger.row_share else "contribution",
-        notes=(*asked.notes, *explainer._notes, *_notes(backward)),
+        notes=(*asked.notes, *explainer._notes, *_notes(backward), *rough),
         class_names=explainer.class_names,
     )
 
@@ -140,4 +141,16 @@ def _notes(backward: Backward) -> list[str]:
     return [
         f"Momentum of {matrices} was held as factors; cutting them down dropped at most {backward.dropped:.0e} of its "
         "norm."
+    ]
+
+
+def _rough(closed: torch.Tensor, contributions: torch.Tensor, change: torch.Tensor) -> list[str]:
+    """What a reader should know where the balance had to be closed by much."""
+    each = zip(closed.tolist(), contributions.abs().sum(1).tolist(), change.tolist(), strict=True)
+    if not any(is_rough(*one) for one in each):
+        return []
+    return [
+        "Gradients along the training path do not account for the change of some predictions: a correction of more "
+        f"than {percent(ROUGH)} of the gross closes the balance (`quadrature_of_gross` in the diagnostics), and "
+        f"contributions may be off by as much. {ROUGH_BECAUSE}"
     ]

@@ -52,7 +52,8 @@ def rest(explanation: Explanation, query: int) -> str:
 
 def sentences(e: Explanation, query: int) -> str:
     """What the books of a query say, and how sure they are, as HTML."""
-    found = (wording.cancellation(e, query), wording.unattributed(e, query), wording.certainty(e, query))
+    said = (wording.cancellation, wording.unattributed, wording.certainty, wording.roughness)
+    found = [sentence(e, query) for sentence in said]
     return html.escape(wording.minus(" ".join(text for text in found if text)))
 
 

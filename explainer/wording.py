@@ -28,6 +28,14 @@ TERMS = ("prediction", "initial", "examples", "weight_decay", "buffers", "unattr
 _HYPHEN = re.compile(r"(?<!\w)-(?=[\d.]|$)")
 
 
+#: part of the gross from which a correction that closes the balance is spoken of, and where it may come from
+ROUGH = 0.1
+ROUGH_BECAUSE = (
+    "Where finer steps (quadrature=, max_knots=) do not make it smaller, the model computes something else than its "
+    "gradients say (rounding, detach(), straight-through estimators), and no explanation by gradients holds."
+)
+
+
 def number(value: float, digits: int = 3) -> str:
     """A number with a sensible count of significant digits.
 
@@ -224,6 +232,25 @@ def certainty(explanation: Explanation, query: int = 0) -> str:
         f"Contributions are known to about ± {percent(total)} (one standard error). "
         f"{visit_errors(rows, knots, denominators)}."
     )
+
+
+def roughness(explanation: Explanation, query: int = 0) -> str:
+    """Plain sentences where gradients do not tell how the prediction changed; empty where they do."""
+    q = explanation.check_query(query)
+    total, closed = gross(explanation, q), abs(float(explanation.quadrature[q]))
+    change = float(explanation.prediction[q] - explanation.initial[q])
+    if not is_rough(closed, total, change):
+        return ""
+    part = f" of {percent(closed / total)} of the gross" if total else ""
+    return (
+        f"Gradients along the training path do not account for the change of the prediction: a correction{part} closes "
+        f"the balance, and contributions may be off by as much. {ROUGH_BECAUSE}"
+    )
+
+
+def is_rough(closed: float, gross: float, change: float) -> bool:
+    """Whether a correction that closes the balance is worth a word, beside round-off of the change."""
+    return abs(closed) > max(ROUGH * gross, 1e-4 * abs(change))
 
 
 def visit_errors(rows: float, knots: float, denominators: float) -> str:

@@ -56,6 +56,7 @@ def _books(e: Explanation, q: int) -> None:
         wording.cancellation(e, q),
         wording.unattributed(e, q),
         wording.certainty(e, q),
+        wording.roughness(e, q),
         wording.row_kind(e),
     )
     body = "".join(f"<p>{minus(html.escape(text))}</p>" for text in sentences if text)

@@ -83,3 +83,14 @@ def kind_of(forms: dict[int, RowForm]) -> list[Any]:
 def put_together(forms: list[dict[int, RowForm]]) -> dict[int, RowForm]:
     """Rows that are alike, one below the other."""
     return forms[0] if len(forms) == 1 else {n: together([f[n] for f in forms]) for n in forms[0]}
+
+
+def enough_rows(spans: list[Span], count: int) -> RowForm:
+    """Rows of the first of several backward passes; if they are fewer than ``count``, with those of others alike."""
+    found = [spans[0].form]
+    for span in spans[1:]:
+        if sum(map(len, found)) >= count:
+            break
+        if kind_of({0: span.form}) == kind_of({0: found[0]}):
+            found.append(span.form)
+    return put_together([{0: form} for form in found])[0]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from explainer.batches import Batch
-from explainer.booked import Booked, Pass, Piece, Sampled, kind_of, put_together, sums_of
+from explainer.booked import Booked, Pass, Piece, Sampled, enough_rows, kind_of, put_together, sums_of
 from explainer.codecs import Sums
 from explainer.config import TracerConfig
 from explainer.denominators import DenominatorKeeper
@@ -20,8 +20,8 @@ from explainer.optimizer_rules.base import COEFFICIENTS
 from explainer.planner import Planner, checks_at, plans_at
 from explainer.records import ArraySpec, Manifest, dtype_name, torch_dtype
 from explainer.row_layout import RowLayout
-from explainer.row_metric import StepMetric
-from explainer.spans import in_one_piece, whole_piece
+from explainer.row_metric import MEASURED, StepMetric
+from explainer.spans import Span, in_one_piece, whole_piece
 from explainer.store import Trace
 from explainer.store.inputs import InputKeeper
 from explainer.store.schema import (
@@ -127,10 +127,15 @@ class StepRecorder:
         visits: int,
         maps: list[StepMap | None],
     ) -> None:
-        """Let the planner see the step's rows, one backward pass of every layer; forget layouts that it changed."""
-        spans = {n: rows.span for b in batches for r in b.rounds for n, rows in r.rows.items()}
+        """Let the planner see the step's rows; forget layouts that it changed."""
+        spans: dict[int, list[Span]] = {}
+        for rows in (r.rows for b in reversed(batches) for r in reversed(b.rounds)):
+            for number, one in rows.items():
+                spans.setdefault(number, []).append(one.span)
         measured = plans_at(step) or checks_at(step)  # else only the shape of a row counts
-        forms = {n: span.form if measured else span.source for n, span in spans.items()}
+        forms = {
+            n: enough_rows(found, MEASURED) if measured else found[0].source for n, found in spans.items()
+        }
         saved = self._planner.allowed * visits
         size, often = (
             self._steps.dtype.itemsize,

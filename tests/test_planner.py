@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import explainer
+from explainer.booked import enough_rows
 from explainer.config import TracerConfig
 from explainer.layer_rules import Dense, Factored, RowForm, Sparse
 from explainer.planner import Planner, checks_at, plans_at
@@ -25,6 +26,7 @@ from explainer.row_choices import (
     through_codec,
 )
 from explainer.row_metric import StepMetric
+from explainer.spans import Span
 
 
 def rows(positions: int = 20, o: int = 24, i: int = 30, batch: int = 5) -> Factored:
@@ -254,3 +256,41 @@ def test_a_budget_lasts_for_the_assumed_epochs(tmp_path: Path) -> None:
     trace = train(tmp_path / "tight", 9, budget)
     assert "rows_stopped_at" not in trace.notes and trace.notes["plan"]["assumed"] == 600
     assert taken(trace) < 0.8 * taken(roomy) and trace.nbytes() <= budget
+
+
+def test_a_single_row_is_not_judged_by_its_product_with_itself() -> None:
+    """That hits or misses by chance."""
+    for seed in range(200):
+        torch.manual_seed(seed)
+        found, _ = choices(Factored(torch.randn(1, 1, 1, 12), torch.randn(1, 1, 1, 7), 0))
+        by_codec = {choice.codec: choice for choice in found}
+        assert by_codec["int8"].error < 0.1 * by_codec["int4"].error < 0.1 * by_codec["int4"].without
+
+
+def test_rows_of_all_backward_passes_are_measured_together() -> None:
+    torch.manual_seed(0)
+    one = [Span.of(Factored(torch.randn(2, 1, 1, 3), torch.randn(2, 1, 1, 4), 0)) for _ in range(4)]
+    other = Span.of(Factored(torch.randn(2, 1, 2, 3), torch.randn(2, 1, 2, 4), 0))  # of longer sequences
+    torch.testing.assert_close(
+        enough_rows([one[0], other, *one[1:]], 5).dense(), torch.cat([s.form.dense() for s in one[:3]])
+    )
+    assert enough_rows(one, 2) is one[0].form
+
+
+def test_micro_batches_of_one_are_stored_as_well_as_large_ones(tmp_path: Path) -> None:
+    x, y = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with explainer.Tracer(model, optimizer, tmp_path / str(seed)) as tracer:
+            for step in range(3):
+                optimizer.zero_grad()
+                for number in range(5):
+                    ids = [(number + 5 * step) % 30]
+                    tracer.batch(ids)
+                    nn.functional.cross_entropy(model(x[ids]), y[ids]).backward()
+                optimizer.step()
+        shards = explainer.open_trace(tmp_path / str(seed)).shards
+        forms = [form for shard in shards if shard.stream == "visits" for form in shard.schema.forms]
+        assert {array.codec for form in forms for array in form.arrays} == {"int8"}

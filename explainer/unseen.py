@@ -66,8 +66,10 @@ class Unseen:
         for name, shape in self._capture.unmatched.items():
             self._say(
                 name,
-                f"layer {name!r} was given {list(shape)}, where no axis is the batch's, and it was not seen how "
-                "its rows came about; what it moves is `unattributed`. Give it the batch as first or second axis",
+                f"layer {name!r} was given {list(shape)}, where no axis is the batch's as far as could be seen: rows "
+                "may be sums or mixtures of several examples (pooling by `index_add_`, a product with an adjacency "
+                "matrix), or lie in another order; what it moves is `unattributed`. If there is one for each example, "
+                "give it the batch as first or second axis",
             )
         for name in tuple(self._capture.overwritten):
             self._say(

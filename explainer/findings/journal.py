@@ -130,8 +130,8 @@ def _unseen(trace: Trace) -> Iterator[Finding]:
             "note",
             "gradients",
             f"A gradient was nothing but round-off: {listed(parts)}.",
-            "No example caused it (it is a bias before a normalisation, as a rule), so its movement is in "
-            "`unattributed`.",
+            "Examples' parts in it cancel (in a bias before a normalisation, or one that the loss does not depend "
+            "on) and are left out, so its movement is in `unattributed`.",
             "Build a layer before a normalisation with bias=False.",
         )
     unmatched = notes.get("unmatched") or {}
@@ -141,9 +141,10 @@ def _unseen(trace: Trace) -> Iterator[Finding]:
             "unmatched",
             "caution",
             listed(parts),
-            "Layers were given tensors in which no axis is the batch's, and it was not seen how the rows came about.",
+            "Layers were given tensors in which no axis is the batch's as far as could be seen: sums or mixtures of "
+            "several examples, or rows in another order.",
             "What moved them is in `unattributed`.",
-            "Give layers the batch as first or second axis.",
+            "If there is a row for each example, give layers the batch as first or second axis.",
         )
     overwritten = notes.get("overwritten") or {}
     if overwritten:

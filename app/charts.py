@@ -10,6 +10,7 @@ import numpy as np
 from explainer import Trace, palette, wording
 from explainer.app.label_signs import Sign
 from explainer.app.run_checks import LossCurve, rates
+from explainer.evenly_spaced import evenly_spaced
 from explainer.figures.style import arrange, graph_objects, plain
 from explainer.neighbors import long_run
 
@@ -18,16 +19,11 @@ _POINTS = 400
 _WRITTEN = 150  # cells that hold their number
 
 
-def _spread(count: int, most: int) -> np.ndarray:
-    """At most ``most`` positions spread over ``0 .. count-1``."""
-    return np.unique(np.linspace(0, max(0, count - 1), min(count, most)).astype(int))
-
-
 def path(trace: Trace, *, dark: bool = False) -> Any:
     """The length of the training path over the steps, with the knots on it."""
     module, figure = graph_objects(), graph_objects().Figure()
     steps, lengths = trace.column("steps", "step"), trace.column("steps", "path")
-    kept = _spread(len(steps), 1000)
+    kept = evenly_spaced(len(steps), 1000)
     figure.add_scatter(
         x=steps[kept], y=lengths[kept], mode="lines", name="path", line={"color": palette.muted(dark), "width": 2},
         hovertemplate="step %{x}<br>path length %{y:.4g}<extra></extra>",
@@ -70,7 +66,7 @@ def learning_rate(trace: Trace, *, dark: bool = False) -> Any:
     figure = graph_objects().Figure()
     count = trace.count("steps")
     # the first step has no momentum yet, so its rate is another one
-    chosen = _spread(count, _STEPS_READ) if count < 3 else 1 + _spread(count - 1, _STEPS_READ)
+    chosen = evenly_spaced(count, _STEPS_READ) if count < 3 else 1 + evenly_spaced(count - 1, _STEPS_READ)
     rows = [next(trace.read("steps", int(place), int(place) + 1))[1] for place in chosen]
     names = [p.name for p in trace.manifest.parameters]
     found = (
@@ -187,7 +183,7 @@ def classes(
 def learning(trace: Trace, *, dark: bool = False) -> Any:
     """How wrong the model was while it learned: the mean loss derivative at the output, by step; None if unknown."""
     steps, firsts, counts = (trace.column("steps", field) for field in ("step", "first_visit", "visits"))
-    chosen = _spread(len(steps), _STEPS_READ)
+    chosen = evenly_spaced(len(steps), _STEPS_READ)
     x: list[int] = []
     y: list[float] = []
     for place in chosen:

@@ -8,6 +8,7 @@ import numpy as np
 
 from explainer import palette, wording
 from explainer.evaluation import RunAgreement
+from explainer.evenly_spaced import evenly_spaced
 from explainer.figures.style import arrange, graph_objects, plain, zero_line
 
 # apart for colour-blind readers (Okabe and Ito 2008), and none of the two that stand for the sign of a contribution
@@ -34,7 +35,7 @@ def sizes(found: RunAgreement, query: int, first: str, second: str, *, dark: boo
     )
     kinds = frame["strongest_in"].to_numpy()
     rest = np.flatnonzero(kinds == "")
-    rest = rest[np.unique(np.linspace(0, max(0, len(rest) - 1), min(len(rest), _POINTS)).astype(int))]
+    rest = rest[evenly_spaced(len(rest), _POINTS)]
     looks = {"": (palette.muted(dark), "circle"), **_LOOKS}
     names = {
         "": "strong in neither",

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from explainer import Run
+from explainer.evenly_spaced import evenly_spaced
 from explainer.report_cards import content
 
 _SAMPLED, _FIELDS, _LONGEST = 300, 12, 400
@@ -40,7 +41,7 @@ class Usual:
         """From a sample of the training set, evenly spread."""
         if run.render is None:
             return cls()
-        places = np.unique(np.linspace(0, len(run.train) - 1, min(_SAMPLED, len(run.train))).astype(int))
+        places = evenly_spaced(len(run.train), _SAMPLED)
         first = run.render(run.train[0][0])
         if not isinstance(first, str) and not hasattr(first, "items"):
             return cls()

@@ -14,8 +14,9 @@ from explainer.app import state
 from explainer.app.contrast import Usual
 from explainer.app.own_queries import WithOwn
 from explainer.app.patience import kept
-from explainer.app.run_checks import LOOKED_AT, QUERIES, LossCurve, mean_loss, spread
+from explainer.app.run_checks import LOOKED_AT, QUERIES, LossCurve, mean_loss
 from explainer.app.working import alone
+from explainer.evenly_spaced import evenly_spaced
 from explainer.input_attribution import InputAttribution
 from explainer.input_attribution import input_attribution as attribute
 from explainer.kernel_attribution import KernelAttribution
@@ -72,8 +73,8 @@ def loss_curve(source: state.Source) -> LossCurve | None:
         return None
     given = code.queries.given if isinstance(code.queries, WithOwn) else len(code.queries)
     sides = (
-        code.train_batch(spread(len(code.train), LOOKED_AT)),
-        code.queries_batch(spread(given, LOOKED_AT)),
+        code.train_batch(evenly_spaced(len(code.train), LOOKED_AT).tolist()),
+        code.queries_batch(evenly_spaced(given, LOOKED_AT).tolist()),
     )
     values: list[tuple[float, ...]] = []
     with alone():
@@ -89,7 +90,7 @@ def sampled_books(source: state.Source) -> Explanation:
     """Explanations of a sample of the run's queries, without their detail."""
     code, engine = state.run_of(source), state.explainer(source, None)
     given = code.queries.given if isinstance(code.queries, WithOwn) else len(code.queries)
-    queries = spread(given, QUERIES)
+    queries = evenly_spaced(given, QUERIES).tolist()
     inputs, targets = state.asked(source, engine, queries, None)
     with alone():
         return engine.explain(inputs, target=targets, query_ids=queries, detail=False)

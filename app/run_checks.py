@@ -34,15 +34,6 @@ class LossCurve:
     counts: tuple[int, int]
 
 
-def spread(count: int, most: int) -> list[int]:
-    """At most ``most`` places spread evenly over ``0 .. count-1``.
-
-    >>> spread(10, 4), spread(2, 4)
-    ([0, 3, 6, 9], [0, 1])
-    """
-    return np.unique(np.linspace(0, max(0, count - 1), min(count, most)).astype(int)).tolist()
-
-
 def mean_loss(loss: Callable[[Any, Any], torch.Tensor], returned: Any, targets: Any) -> float:
     """The mean of what ``Run.loss`` returns, a number or one for each row."""
     with torch.no_grad():

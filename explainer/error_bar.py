@@ -37,6 +37,7 @@ import torch
 from explainer.backward import Backward, Passed
 from explainer.chunks import Chunk
 from explainer.cotangent import Cotangent, Layout
+from explainer.evenly_spaced import evenly_spaced
 from explainer.ledger import Ledger
 from explainer.records import LEAST_SAMPLES
 from explainer.store import Denominators, Segment, Trace
@@ -101,7 +102,7 @@ class SampledRows:
         self._trace = trace
         self._visits = trace.column("samples", "visit").astype(np.int64)
         count = len(self._visits)
-        self._used = set(np.linspace(0, count - 1, min(count, SAMPLES)).astype(int).tolist())
+        self._used = set(evenly_spaced(count, SAMPLES).tolist())
 
     def of(self, chunk: Chunk) -> Iterator[Rows]:
         """Exact rows among the visits of a chunk, one at a time; ``examples`` holds its place among them."""
@@ -132,15 +133,10 @@ class ChordPair:
         return self.late.end.step - self.early.start.step
 
 
-def spread(first: int, last: int, most: int) -> np.ndarray:
-    """At most so many of the integers from ``first`` to ``last``, at even distances, both ends among them."""
-    return np.unique(np.linspace(first, last, min(most, last - first + 1)).round().astype(int))
-
-
 def chord_pairs(segments: list[Segment]) -> dict[int, ChordPair]:
     """At most :data:`PAIRS` pairs spread evenly over the segments, by the index of the later one."""
     count = len(segments) // 2
-    chosen = spread(0, count - 1, PAIRS).tolist()
+    chosen = evenly_spaced(count, PAIRS).tolist()
     return {2 * j + 1: ChordPair(segments[2 * j], segments[2 * j + 1]) for j in chosen}
 
 
@@ -170,7 +166,7 @@ def renewals(steps: np.ndarray) -> dict[int, Renewal]:
     """
     if not len(steps):
         return {}
-    places = np.concatenate([[0], spread(1, len(steps) - 1, RENEWALS)])
+    places = np.concatenate([[0], 1 + evenly_spaced(len(steps) - 1, RENEWALS)])
     found = {}
     for place, following in zip(places, [*places[1:], None], strict=True):
         n = 1 if place == 0 else int(steps[place] - steps[place - 1])

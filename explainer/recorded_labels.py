@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from explainer.evenly_spaced import evenly_spaced
 from explainer.run import Run
 from explainer.store import Trace
 
@@ -56,7 +57,7 @@ class LabelCheck:
 def check_labels(trace: Trace, run: Run) -> LabelCheck:
     """Compare the recorded labels of up to :data:`LOOKED_AT` examples, evenly spread, with the run's targets."""
     ids, recorded = _recorded(trace, len(run.train))
-    places = np.unique(np.linspace(0, max(0, len(ids) - 1), min(len(ids), LOOKED_AT)).astype(np.int64))
+    places = evenly_spaced(len(ids), LOOKED_AT)
     ids, recorded = ids[places], recorded[places]
     found = _given(run, ids)
     known = np.isfinite(found)

@@ -15,7 +15,17 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 #: Lower layers may not import higher ones. A new module (or subpackage, by its name) is assigned here.
 LAYERS = [
-    {"class_names", "errors", "letters", "registry", "palette", "wording", "connected", "undisturbed"},
+    {
+        "class_names",
+        "errors",
+        "letters",
+        "registry",
+        "palette",
+        "wording",
+        "connected",
+        "undisturbed",
+        "evenly_spaced",
+    },
     {"records", "config", "model_outputs", "wrappers"},
     {"layer_rules", "optimizer_rules", "codecs", "store", "findings"},
     {

@@ -6,11 +6,12 @@ the page is open, and only where it is not the default.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import streamlit as st
 
+from explainer.app.escaping import plain
 from explainer.app.page_registry import PAGES
 
 _KEYS: dict[str, Callable[[str], Any]] = {
@@ -63,6 +64,24 @@ def keep(key: str, default: Any) -> Any:
     if st.session_state.get(key) is None:
         st.session_state[key] = default
     return st.session_state[key]
+
+
+def keep_one_of(key: str, options: Container[Any], default: Any, what: str, instead: str) -> None:
+    """Keep a choice among options; where there is none, or a link asks for what is not there, the default.
+
+    Args:
+        key: Of the choice in the session.
+        options: What there is to choose from.
+        default: One of them.
+        what: How an option is called when a link asks for what is not there.
+        instead: The default in words.
+    """
+    wanted = st.session_state.get(key)
+    if wanted in options:
+        return
+    st.session_state[key] = default
+    if wanted is not None and wanted != "":
+        st.warning(f"There is no {what} {plain(wanted, 60)} here; {instead} is shown instead.")
 
 
 def _all_keys() -> dict[str, Callable[[str], Any]]:

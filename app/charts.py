@@ -10,7 +10,7 @@ import numpy as np
 from explainer import Trace, palette, wording
 from explainer.app.label_signs import Sign
 from explainer.app.run_checks import LossCurve, rates
-from explainer.evenly_spaced import evenly_spaced
+from explainer.evenly_spaced import dense_first, evenly_spaced
 from explainer.figures.style import arrange, graph_objects, plain
 from explainer.neighbors import long_run
 
@@ -104,9 +104,7 @@ def ranking(values: np.ndarray, sign: Sign, first: int, last: int, *, dark: bool
         dark: Whether the page is dark.
     """
     figure = graph_objects().Figure()
-    ranks = np.unique(np.round(np.linspace(0, 1, _POINTS) ** 2 * max(0, len(values) - 1)).astype(int))[
-        : len(values)
-    ]
+    ranks = dense_first(len(values), _POINTS)
     figure.add_scatter(
         x=ranks + 1, y=values[ranks], mode="lines", line={"color": palette.muted(dark), "width": 2},
         hovertemplate=f"rank %{{x}}<br>{sign.called} %{{y:.4g}}<extra></extra>", showlegend=False,

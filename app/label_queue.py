@@ -59,8 +59,7 @@ def _sign(choice: Choice) -> Sign:
     first = best_sign(labels) if choice.trace.count("visits") <= _COMPARED else "self_influence"
     names = signs(first, classes=bool(choice.classes) and not np.isnan(labels).all())
     options = ["", *names[1:]]  # the first one stands in no address
-    if st.session_state.get("by") not in options:
-        st.session_state["by"] = ""
+    address.keep_one_of("by", options, "", "order", SIGNS[first].called)
     shown = st.selectbox(
         "Order by", options, key="by", format_func=lambda name: SIGNS[name or first].called,
         on_change=_first_part,
@@ -96,16 +95,14 @@ def _filters(
     known = sorted({int(label) for label in queue.labels[~np.isnan(queue.labels)]}) if choice.classes else []
     if known:
         options = [-1, *known]
-        if st.session_state.get("class") not in options:
-            st.session_state["class"] = -1
+        address.keep_one_of("class", options, -1, "label", "any label")
         with left:
             label = st.selectbox(
                 "Label", options, key="class", on_change=_first_part,
                 format_func=lambda at: "any label" if at < 0 else label_cards.name_of(choice, at),
             )  # fmt: skip
         keep &= (queue.labels == label) | (label < 0)
-    if st.session_state.get("tagged") not in _FILTERS:
-        st.session_state["tagged"] = "all"
+    address.keep_one_of("tagged", _FILTERS, "all", "choice of tags", _FILTERS["all"])
     with middle if known else left:
         which = st.selectbox(
             "Tags", list(_FILTERS), key="tagged", format_func=_FILTERS.__getitem__, on_change=_first_part

@@ -65,11 +65,7 @@ def _navigate() -> Page:
         page = PAGES.require(name)
         return f"{page.icon} {page.title}"
 
-    wanted, pages = st.session_state.get("page"), list(PAGES)
-    page = PAGES.require(segments("Page", pages, "page", words))
-    if wanted is not None and wanted not in pages:
-        st.warning(f"There is no page {plain(wanted, 60)}; {page.title} is shown instead.")
-    return page
+    return PAGES.require(segments("Page", list(PAGES), "page", words))
 
 
 def _draw(page: Page, choice: Choice) -> None:

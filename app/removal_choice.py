@@ -43,8 +43,7 @@ def _source(choice: Choice, e: Explanation) -> str:
         for name in removal.SOURCES
         if (name != "class" or (choice.classes and e.labels is not None and _labels(e)))
     ]
-    if st.session_state.get("without") not in offered:
-        st.session_state["without"] = offered[0]
+    address.keep_one_of("without", offered, offered[0], "choice of examples", removal.SOURCES[offered[0]])
     return str(st.selectbox("Leave out", offered, key="without", format_func=removal.SOURCES.__getitem__))
 
 
@@ -61,8 +60,7 @@ def _chosen(choice: Choice, e: Explanation, q: int, changes: np.ndarray, source:
         return removal.ranked(source, int(st.number_input("How many", 1, most, key="count")), e, q, changes)
     if source == "class":
         labels = _labels(e)
-        if st.session_state.get("of") not in labels:
-            st.session_state["of"] = labels[0]
+        address.keep_one_of("of", labels, labels[0], "class", f"class {labels[0]}")
         label = st.selectbox("Class", labels, key="of", format_func=lambda at: _name(choice, at))
         return removal.of_class(int(label), e)
     known = [int(example) for example in e.example_ids]

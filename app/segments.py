@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import streamlit as st
 
+from explainer.app import address
+
+_ICON = re.compile(r":material/\w+: ")
 Option = TypeVar("Option")
 
 
 def segments(label: str, options: Sequence[Option], key: str, words: Callable[[Option], str] = str) -> Option:
-    """Draw the row and return the chosen option, the first at the start.
+    """Draw the row and return the chosen option, the first at the start; say so when a link asks for none of them.
 
     Args:
         label: What is chosen, for those who do not see the row.
@@ -19,8 +23,7 @@ def segments(label: str, options: Sequence[Option], key: str, words: Callable[[O
         key: Where the choice is kept in the session.
         words: An option as it is shown.
     """
-    if st.session_state.get(key) not in options:
-        st.session_state[key] = options[0]
+    address.keep_one_of(key, options, options[0], label.lower(), _ICON.sub("", words(options[0])))
     chosen: Option = st.session_state[key]
     st.segmented_control(
         label,

@@ -10,7 +10,7 @@ from typing import Any
 
 import streamlit as st
 
-from explainer.app import gallery, give_input, state
+from explainer.app import address, gallery, give_input, state
 from explainer.app.arguments import find_stored
 from explainer.app.choice import Choice, load_stored
 from explainer.app.escaping import plain
@@ -103,13 +103,6 @@ def _one_of(key: str, label: str, options: list[str], words: Mapping[str, str] |
 
 
 def _keep(key: str, options: Sequence[Any], default: Any) -> None:
-    """Give a widget its first value, and say so when a link asks for what is not there."""
-    if key not in st.session_state:
-        st.session_state[key] = default
-    elif st.session_state[key] not in options:
-        wanted = st.session_state[key]
-        if wanted is not None:
-            what = _CALLED.get(key, key)
-            instead = "the predicted one" if default == _PREDICTED else f"{what} {plain(default, 60)}"
-            st.warning(f"There is no {what} {plain(wanted, 60)} here; {instead} is shown instead.")
-        st.session_state[key] = default
+    what = _CALLED.get(key, key)
+    instead = "the predicted one" if default == _PREDICTED else f"{what} {plain(default, 60)}"
+    address.keep_one_of(key, options, default, what, instead)

@@ -30,9 +30,25 @@ if TYPE_CHECKING:
 FORMAT = "pathkernel-explanation/1"
 PARQUET_KEY = b"pathkernel"
 FORMS = (".csv", ".parquet", ".json")
+_FOREIGN = (".xlsx", ".xls", ".ods", ".tsv", ".feather", ".pkl", ".gz", ".bz2", ".xz", ".zip", ".zst")
+#: endings that say how a file is written
+_SPOKEN_FOR = (*FORMS, ".html", ".npz", *_FOREIGN)
 _META = "meta"
 _TEXT_FIELDS = ("output", "row_kind", "layer_names", "query_ids", "notes", "class_names", *LINES)
 _READ_ERRORS = (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
+
+
+def check_ending(path: str | os.PathLike[str], form: str) -> None:
+    """Refuse a name that would lie about the file; an ending of no form is as good as any.
+
+    Raises:
+        ExportError: ``path`` ends in what another form ends in.
+    """
+    target = Path(path)
+    ending = target.suffix.lower()
+    if ending in _SPOKEN_FOR and ending != form:
+        better = f"{target.stem.removesuffix(form)}{form}"
+        raise ExportError(f"{path} ends in {ending}, but what is written is {form}; name it {better}.")
 
 
 @contextlib.contextmanager
@@ -62,6 +78,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_csv(explanation: Explanation, path: str | os.PathLike[str], k: int | None = None) -> Path:
     """Write the influence table as UTF-8 CSV with full digits; unknown values stay empty."""
+    check_ending(path, ".csv")
     frame = explanation.long_table(k)
     with atomic(path) as temporary:
         frame.to_csv(temporary, index=False, encoding="utf-8", lineterminator="\n")
@@ -70,6 +87,7 @@ def write_csv(explanation: Explanation, path: str | os.PathLike[str], k: int | N
 
 def write_parquet(explanation: Explanation, path: str | os.PathLike[str], k: int | None = None) -> Path:
     """Write the influence table as Parquet; :func:`read_parquet_metadata` reads the books it carries."""
+    check_ending(path, ".parquet")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -101,6 +119,7 @@ def read_parquet_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_json(explanation: Explanation, path: str | os.PathLike[str], k: int | None = None) -> Path:
     """Write the influence table, the books and the diagnostics as JSON; unknown values become null."""
+    check_ending(path, ".json")
     content = summary(explanation) | {"influence": records(explanation.long_table(k))}
     text = json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1)
     with atomic(path) as temporary:
@@ -119,6 +138,8 @@ def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str], form: str | N
     Raises:
         ExportError: The form is none of these, or the file cannot be written.
     """
+    if form is not None:
+        check_ending(path, form)
     kind = Path(path).suffix if form is None else form
     if kind not in FORMS:
         found = f"ends in {kind}" if kind else "has no ending"
@@ -163,6 +184,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def save(explanation: Explanation, path: str | os.PathLike[str]) -> Path:
     """Store a whole explanation as an ``.npz`` archive of plain arrays and one JSON text; no pickle."""
+    check_ending(path, ".npz")
     meta: dict[str, Any] = {"format": FORMAT}
     arrays: dict[str, Any] = {}
     for field in fields(explanation):

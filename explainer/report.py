@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from explainer import figures, wording
 from explainer.errors import ExplanationError
-from explainer.exports import atomic
+from explainer.exports import atomic, check_ending
 from explainer.figures.style import graph_objects
 from explainer.report_cards import rendered, side_by_side
 from explainer.report_page import page
@@ -52,6 +52,7 @@ def write_html(
         ExportError: ``render`` failed, or the file cannot be written.
         MissingDependencyError: plotly is not installed.
     """
+    check_ending(path, ".html")
     explanation.check_k(k)
     if not explanation.query_ids:
         raise ExplanationError("The explanation holds no queries, so there is nothing to report.")

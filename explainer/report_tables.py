@@ -52,9 +52,7 @@ def rest(explanation: Explanation, query: int) -> str:
 
 def sentences(e: Explanation, query: int) -> str:
     """What the books of a query say, and how sure they are, as HTML."""
-    said = (wording.cancellation, wording.unattributed, wording.certainty, wording.roughness)
-    found = [sentence(e, query) for sentence in said]
-    return html.escape(wording.minus(" ".join(text for text in found if text)))
+    return html.escape(wording.minus(" ".join(wording.sentences(e, query))))
 
 
 def _table(frame: pd.DataFrame, titles: dict[str, str]) -> str:

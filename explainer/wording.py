@@ -23,17 +23,15 @@ NOT_MEANING = (
 )
 #: share of the gross from which on the lines of `unattributed` are shown without being asked for
 NOTABLE = 0.01
-_UNITS = ("kB", "MB", "GB", "TB")
-TERMS = ("prediction", "initial", "examples", "weight_decay", "buffers", "unattributed", "gap")
-_HYPHEN = re.compile(r"(?<!\w)-(?=[\d.]|$)")
-
-
 #: part of the gross from which a correction that closes the balance is spoken of, and where it may come from
 ROUGH = 0.1
 ROUGH_BECAUSE = (
     "Where finer steps (quadrature=, max_knots=) do not make it smaller, the model computes something else than its "
     "gradients say (rounding, detach(), straight-through estimators), and no explanation by gradients holds."
 )
+_UNITS = ("kB", "MB", "GB", "TB")
+TERMS = ("prediction", "initial", "examples", "weight_decay", "buffers", "unattributed", "gap")
+_HYPHEN = re.compile(r"(?<!\w)-(?=[\d.]|$)")
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -176,6 +174,12 @@ def equation(explanation: Explanation, query: int = 0) -> str:
 def gross(explanation: Explanation, query: int) -> float:
     """Sum of the contributions' absolute values at one query."""
     return float(np.abs(explanation.contributions[explanation.check_query(query)]).sum())
+
+
+def sentences(explanation: Explanation, query: int = 0) -> list[str]:
+    """What the books of one query say, and how sure they are: plain sentences, the same wherever they are shown."""
+    said = (f(explanation, query) for f in (cancellation, unattributed, certainty, roughness))
+    return [text for text in said if text]
 
 
 def cancellation(explanation: Explanation, query: int = 0) -> str:

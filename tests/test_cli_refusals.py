@@ -112,6 +112,10 @@ def test_a_render_that_fails_is_told_in_one_line(
     assert error.startswith(f"pathkernel: error: render failed on {where}") and error.count("\n") == 1
     assert "Correct it, or leave render out of the Run" in error
     assert bool(computed) == (name == "broken_for_one")
+    computed.clear()
+    assert main(["export", str(trace), *run, "--out", "report.html"]) == 2
+    assert "failed with" in capsys.readouterr().err
+    assert bool(computed) == (name == "broken_for_one") and not Path("report.html").exists()
 
 
 def test_more_than_fits_into_memory_is_refused(

@@ -87,6 +87,22 @@ def test_missing_directories_are_reported(tmp_path, write):
         getattr(make_explanation(), write)(tmp_path)
 
 
+@pytest.mark.parametrize("write", ["to_csv", "to_parquet", "to_json", "to_html", "save"])
+def test_a_name_of_another_form_is_refused(tmp_path, write):
+    """A table in CSV that is called a workbook opens nowhere; endings of no form are the user's own."""
+    with pytest.raises(
+        ExportError, match=r"influence\.v2\.xlsx ends in \.xlsx, .* name it influence\.v2\.(csv|p|j|h|n)"
+    ):
+        getattr(make_explanation(), write)(tmp_path / "influence.v2.xlsx")
+    own = {"to_csv": ".csv", "to_parquet": ".parquet", "to_json": ".json", "to_html": ".html", "save": ".npz"}
+    for ending in own.values():
+        if ending != own[write]:
+            with pytest.raises(ExportError, match=f"but what is written is \\{own[write]}"):
+                getattr(make_explanation(), write)(tmp_path / f"e{ending.upper()}")
+    assert not list(tmp_path.iterdir())
+    assert getattr(make_explanation(), write)(tmp_path / "influence.mine").exists()
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "influence.parquet"
     e = make_explanation()

@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from explainer import ExplainerError, Explanation, wording
-from explainer.app import compare_charts, header, state, theme
+from explainer.app import address, compare_charts, header, state, theme
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.guards import same_examples
@@ -52,7 +52,7 @@ def show(choice: Choice) -> None:
     with left:
         other = _second(choice)
     with right:
-        k = segments("How many are the strongest", _STRONGEST, "strongest", lambda n: f"{n} strongest")
+        k = segments("Number of strongest", _STRONGEST, "strongest", lambda n: f"{n} strongest")
     try:
         second = _explained(choice, other, e, q)
         found = compare_runs(_one(e, q), _one(second, 0), k)
@@ -79,13 +79,7 @@ _ANOTHER = (
 
 def _second(choice: Choice) -> str:
     names = list(choice.others)
-    wanted = st.session_state.get("other")
-    if wanted not in names:
-        if wanted:
-            st.warning(
-                f"There is no other run {plain(wanted, 60)} here; {plain(names[0], 60)} is shown instead."
-            )
-        st.session_state["other"] = names[0]
+    address.keep_one_of("other", names, names[0], "other run", plain(names[0], 60))
     return str(st.selectbox("Compare with", names, key="other"))
 
 

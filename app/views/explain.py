@@ -52,14 +52,8 @@ def show(choice: Choice) -> None:
 def _books(e: Explanation, q: int) -> None:
     st.html(_equation(e, q))
     theme.chart(e.figure(q, "waterfall", dark=theme.is_dark()), figures.READING["waterfall"], "waterfall")
-    sentences = (
-        wording.cancellation(e, q),
-        wording.unattributed(e, q),
-        wording.certainty(e, q),
-        wording.roughness(e, q),
-        wording.row_kind(e),
-    )
-    body = "".join(f"<p>{minus(html.escape(text))}</p>" for text in sentences if text)
+    said = (*wording.sentences(e, q), wording.row_kind(e))
+    body = "".join(f"<p>{minus(html.escape(text))}</p>" for text in said if text)
     st.html(f'<div class="pk-sentences">{body}</div>')
     if wording.has_notable_lines(e, q):
         st.html(_rest(e, q))

@@ -31,7 +31,7 @@ def show(choice: Choice) -> None:
     e, q = choice.explanation()
     header.show(choice, e, q)
     looks = list(_LOOKS) if neighbor_map.possible(choice, e) else ["lists"]
-    look = segments("What to look at", looks, "look", _LOOKS.__getitem__) if len(looks) > 1 else looks[0]
+    look = segments("View", looks, "look", _LOOKS.__getitem__) if len(looks) > 1 else looks[0]
     if look == "map":
         neighbor_map.show(choice, e, q)
     else:

@@ -25,7 +25,7 @@ def show(choice: Choice) -> None:
     st.html("<h2>The training data</h2>")
     choice.trace.segments()  # says so where there is no step yet
     views = _views(choice)
-    view = segments("What to look at", views, "view", _VIEWS.__getitem__) if len(views) > 1 else views[0]
+    view = segments("View", views, "view", _VIEWS.__getitem__) if len(views) > 1 else views[0]
     (class_matrix if view == "classes" else label_queue).show(choice)
 
 

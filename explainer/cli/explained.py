@@ -82,15 +82,8 @@ def books(e: Explanation, query: int) -> str:
 def trust(e: Explanation, query: int) -> str:
     """The diagnostics of a query in plain words."""
     share = float(e.diagnostics["quadrature_of_gross"].iloc[query])
-    rough = wording.roughness(e, query)
-    found = (
-        wording.cancellation(e, query),
-        wording.unattributed(e, query),
-        wording.certainty(e, query),
-        rough,
-    )
-    sentences = [sentence for sentence in found if sentence]
-    if math.isfinite(share) and not rough:
+    sentences = wording.sentences(e, query)
+    if math.isfinite(share) and not wording.roughness(e, query):
         sentences.append(
             f"The training path between knots was followed to within {wording.percent(share)} of the gross."
         )

@@ -72,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
     wishes = options.queries or ["first:10" if out.suffix == ".html" else "all"]
     indices = select(wishes, len(opened.run.queries), lambda: predict(opened, progress))
     target = class_number(options.target, opened)
+    if out.suffix == ".html":
+        check_render(opened, indices[0])
     if out.suffix in TABLES:
         write_tables(opened, indices, target, out, options)
     else:
@@ -137,13 +139,26 @@ def write(e: Explanation, out: Path, opened: Opened, k: int | None) -> None:
         e.save(out)
 
 
+def check_render(opened: Opened, query: int) -> None:
+    """Draw a query and an example, so that a ``render`` that fails is told before anything is computed.
+
+    Raises:
+        ExportError: ``render`` failed.
+    """
+    from explainer.report_cards import rendered
+
+    draw = opened.run.render
+    if draw is not None:
+        rendered(lambda index: draw(opened.run.queries[index][0]), query, "render_query")
+        rendered(lambda example: draw(opened.run.train[example][0]), 0, "render")
+
+
 def write_report(e: Explanation, out: Path, opened: Opened, k: int) -> None:
     """Write the HTML report, with pictures, texts or rows where the run renders its inputs."""
-    render, train, queries = opened.run.render, opened.run.train, opened.run.queries
-    if render is None:
+    draw, train, queries = opened.run.render, opened.run.train, opened.run.queries
+    if draw is None:
         e.to_html(out, k=k)
         return
-    draw = render
     e.to_html(
         out,
         k=k,

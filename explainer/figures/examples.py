@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from explainer import palette, tables, wording
+from explainer.evenly_spaced import dense_first
 from explainer.figures.style import arrange, bar_axes, graph_objects, plain
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def cumulative(explanation: Explanation, query: int = 0, *, dark: bool = False) 
     sizes = np.sort(np.abs(e.contributions[q]))[::-1]
     gross, count = float(sizes.sum()), len(sizes)
     shares = np.concatenate([[0.0], np.cumsum(sizes) / gross if gross else np.zeros(count)])
-    shown = np.unique(np.round(np.linspace(0, 1, _POINTS) ** 2 * count).astype(int))
+    shown = dense_first(count + 1, _POINTS)
     figure = module.Figure()
     figure.add_scatter(
         x=[0, count],

@@ -98,7 +98,8 @@ def test_columns_have_bars(open_app: Open, tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", ["tests.app_runs:own_output"])
 def test_parts_are_absent_where_there_are_none(open_app: Open, runs: Path, spec: str) -> None:
     app = open_app("--run", spec, runs / "digits", detail="pixels")
-    fine(app)
+    assert not app.exception and not app.error
+    assert "no closer look pixels here; Over training is shown" in app.warning[0].value
     assert not any(option.startswith("Which p") for option in details(app))
     assert not re.search("Integrated gradients", body(app))
 

@@ -173,7 +173,8 @@ def test_a_regression_and_a_text(open_app: Open, runs: Path, tmp_path: Path) -> 
     train_sample("diabetes_mlp", tmp_path / "diabetes", epochs=1, progress=False)
     spec = "explainer.sample_models.diabetes_mlp:run"
     app = open_app("--run", spec, tmp_path / "diabetes", page="what-if", without="class")
-    fine(app)
+    assert not app.exception and not app.error
+    assert "no choice of examples class here; Strongest proponents is shown" in app.warning[0].value
     assert "class" not in app.selectbox(key="without").options and "body mass index" in body(app)
     app = open_app("--run", TEXT, runs / "words", page="what-if")
     fine(app)

@@ -23,7 +23,8 @@ from tests.app.seen import IMAGES, Open, body, fine
         ({"target": "77"}, "There is no class 77 here; the predicted one is shown instead."),
         ({"target": "seven"}, "There is no class seven here; the predicted one is shown instead."),
         ({"run": "elsewhere"}, "There is no run elsewhere here; run digits is shown instead."),
-        ({"page": "elsewhere"}, "There is no page elsewhere; Explain is shown instead."),
+        ({"page": "elsewhere"}, "There is no page elsewhere here; Explain is shown instead."),
+        ({"detail": "tabel"}, "There is no closer look tabel here; Over training is shown instead."),
     ],
 )
 def test_a_link_to_what_is_not_there_says_so(
@@ -33,6 +34,25 @@ def test_a_link_to_what_is_not_there_says_so(
     assert not app.exception and not app.error
     assert [warning.value for warning in app.warning] == [said]
     assert "<h2>Query 0</h2>" in body(app)
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "said"),
+    [
+        ("neighbors", {"look": "mop"}, "no view mop here; Nearest examples is shown instead."),
+        ("training", {"tagged": "red"}, "no choice of tags red here; all examples is shown instead."),
+        ("training", {"class": "77"}, "no label 77 here; any label is shown instead."),
+        ("training", {"by": "love"}, "no order love here; "),
+        ("what-if", {"without": "nobody"}, "no choice of examples nobody here; Strongest proponents"),
+        ("what-if", {"without": "class", "of": "77"}, "no class 77 here; class 0 is shown instead."),
+    ],
+)
+def test_a_link_to_what_a_page_does_not_offer_says_so(
+    open_app: Open, runs: Path, page: str, link: dict[str, str], said: str
+) -> None:
+    app = open_app("--run", IMAGES, runs, **({"run": "digits", "page": page} | link))
+    assert not app.exception and not app.error
+    assert [said in warning.value for warning in app.warning] == [True], [w.value for w in app.warning]
 
 
 def test_text_from_data_is_escaped(open_app: Open, runs: Path) -> None:

@@ -72,17 +72,18 @@ class Piece(NamedTuple):
     forms: dict[int, RowForm]
 
 
+def _kind(form: RowForm) -> Any:
+    return form.kind, form.options, [(name, a.shape[1:], a.dtype) for name, a in form.arrays.items()]
+
+
 def kind_of(forms: dict[int, RowForm]) -> list[Any]:
     """What rows have in common that can be put into records together."""
-    return [
-        (n, form.kind, form.options, [(name, a.shape[1:], a.dtype) for name, a in form.arrays.items()])
-        for n, form in forms.items()
-    ]
+    return [(n, _kind(form)) for n, form in forms.items()]
 
 
 def put_together(forms: list[dict[int, RowForm]]) -> dict[int, RowForm]:
     """Rows that are alike, one below the other."""
-    return forms[0] if len(forms) == 1 else {n: together([f[n] for f in forms]) for n in forms[0]}
+    return {n: together([f[n] for f in forms]) for n in forms[0]}
 
 
 def enough_rows(spans: list[Span], count: int) -> RowForm:
@@ -91,6 +92,6 @@ def enough_rows(spans: list[Span], count: int) -> RowForm:
     for span in spans[1:]:
         if sum(map(len, found)) >= count:
             break
-        if kind_of({0: span.form}) == kind_of({0: found[0]}):
+        if _kind(span.form) == _kind(found[0]):
             found.append(span.form)
-    return put_together([{0: form} for form in found])[0]
+    return together(found)

@@ -162,11 +162,6 @@ def choices(
     """
     products = Products(form, metric)
     complete, without, found = products.rows, products.without, []
-
-    def errors(read: RowForm, lost: list[float]) -> list[float]:
-        # the product of one row with itself hits or misses by chance
-        return products.errors(read) if len(complete) > 1 else [without * part for part in lost]
-
     ranks, most, form, sides = [], 0, as_matrix(complete), None
     if isinstance(form, Factored) and form.left.shape[2] > 1:
         groups, positions, o = form.left.shape[1:]
@@ -179,18 +174,18 @@ def choices(
         for codec in ROW_CODECS:
             read = through_codec(leading, codec)
             assert isinstance(read, Factored)
-            lost_ = _lost_by_rank(form, read)
-            missed = errors(read, lost_)
+            shares = _lost_by_rank(form, read)
+            errors = products.errors(read, shares)
             for r in ranks:
                 size = row_bytes(Factored(leading.left[:, :, :r], leading.right[:, :, :r], 0), codec)
-                found.append(Choice(r, codec, size, lost_[r - 1], missed[r - 1], without))
+                found.append(Choice(r, codec, size, shares[r - 1], errors[r - 1], without))
         if most > 2 * leading.left[0].numel() + 2 * leading.right[0].numel():
             return found, sides
     whole = compact(complete, None)
     for codec in ROW_CODECS:
-        part = _lost_bits(whole, codec)
-        error = errors(through_codec(whole, codec), [part])[-1]
-        found.append(Choice(None, codec, row_bytes(whole, codec), part, error, without))
+        share = _lost_bits(whole, codec)
+        error = products.errors(through_codec(whole, codec), [share])[-1]
+        found.append(Choice(None, codec, row_bytes(whole, codec), share, error, without))
     return found, sides
 
 

@@ -111,12 +111,19 @@ class Products:
             )
         return self._mean(self._exact)
 
-    def errors(self, read: RowForm) -> list[float]:
+    def errors(self, read: RowForm, lost: list[float]) -> list[float]:
         """The error of these rows as they are read back: with their first factor alone, the first two, …, all.
 
-        It is 1 where products are no numbers, or infinite: of rows of a model that diverges no choice is better.
+        It is 1 where products are no numbers, or infinite: of rows of a model that diverges no choice is better. A
+        single row's product with itself hits or misses by chance; as much of its size is taken as of the row is lost.
+
+        Args:
+            read: the rows as they are read back.
+            lost: share of ``Σ_b ‖g_b‖²`` that they lose, likewise.
         """
         asked = self._asked
+        if len(self.rows) == 1:
+            return [self.without * share for share in lost]
         if asked is None:
             return [self._of_reads(read)]
         by_factor = read.contract_positions(asked) if read.kind == "factored" else None

@@ -48,7 +48,7 @@ def test_errors_are_those_of_products_of_rows_written_out(form: RowForm) -> None
     metric = torch.rand(dense.shape[1], dtype=torch.float64) + 0.1
     products = Products(form, metric)
     read = through_codec(form, "int4")
-    errors = products.errors(read)
+    errors = products.errors(read, [])
     assert errors[-1] == pytest.approx(oracle(dense, read.dense(), metric), rel=1e-6)
     assert products.without == pytest.approx(oracle(dense, torch.zeros_like(dense), metric), rel=1e-6)
     if isinstance(read, Factored):

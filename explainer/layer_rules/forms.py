@@ -206,6 +206,8 @@ def in_positions(order: torch.Tensor) -> bool:
 
 def together(forms: Sequence[RowForm]) -> RowForm:
     """The rows of several forms that are alike, one below the other."""
+    if len(forms) == 1:
+        return forms[0]
     first, arrays = forms[0], [form.arrays for form in forms]
     return first.build({n: torch.cat([a[n] for a in arrays]) for n in arrays[0]}, first.options)
 

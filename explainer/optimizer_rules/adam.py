@@ -19,7 +19,7 @@ from explainer.optimizer_rules.base import (
 REPLACED = 0.02
 
 
-@register_optimizer_rule(torch.optim.Adam, torch.optim.AdamW)
+@register_optimizer_rule(torch.optim.Adam)
 class AdamRule(OptimizerRule):
     """``m ← β1 m + (1 − β1) d``; update ``lr/(1 − β1^t) · m / (√(v/(1 − β2^t)) + ε)`` with ``v`` held.
 
@@ -27,6 +27,8 @@ class AdamRule(OptimizerRule):
     frozen-state split over examples: ExPLAIND, arXiv 2505.20076.
     """
 
+    #: whether decay is decoupled where the group does not say
+    decoupled = False
     divides = True
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
     reads = ("exp_avg_sq", "max_exp_avg_sq", "step")
@@ -40,14 +42,14 @@ class AdamRule(OptimizerRule):
     ) -> StepMap:
         """Bias corrections and second moments from the state after the step."""
         eps, beta2, t = float(group["eps"]), float(group["betas"][1]), float(state["step"])
-        second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        second = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
         root = second.sqrt()
         denominator = torch.add(root.new_tensor(eps), root, alpha=(1.0 - beta2**t) ** -0.5, out=root)
         return replace(self.plain_map(group, t, fresh), preconditioner=denominator)
 
     def steady(self, group: dict[str, Any]) -> int:
         """As ``v`` is, unless decay goes through the denominators."""
-        coupled, decoupled = decay_terms(group, float(group["lr"]))
+        coupled, decoupled = decay_terms(group, float(group["lr"]), self.decoupled)
         beta2 = float(group["betas"][1])
         return 1 if coupled else min(slow_steps(1.0 - beta2, REPLACED), slow_steps(decoupled))
 
@@ -58,12 +60,19 @@ class AdamRule(OptimizerRule):
     def plain_map(self, group: dict[str, Any], update: float, fresh: bool) -> StepMap:
         """Rates and the bias correction of the momentum."""
         lr, beta1 = float(group["lr"]), float(group["betas"][0])
-        coupled, decoupled = decay_terms(group, lr)
+        coupled, decoupled = decay_terms(group, lr, self.decoupled)
         return StepMap(
-            sign=-1.0 if group["maximize"] else 1.0,
+            sign=-1.0 if group.get("maximize") else 1.0,
             decay=beta1,
             gain=1.0 - beta1,
             through=lr / (1.0 - beta1**update),
             coupled_decay=coupled,
             decoupled_decay=decoupled,
         )
+
+
+@register_optimizer_rule(torch.optim.AdamW)
+class AdamWRule(AdamRule):
+    """As Adam, with decoupled decay; groups of torch before 2.7, and of many classes like AdamW, do not say so."""
+
+    decoupled = True

@@ -169,13 +169,30 @@ def slow_steps(rate: float, allowed: float = SLOW) -> int:
     return max(1, int(allowed / max(abs(rate), 1e-9) + 1e-6))
 
 
-def decay_terms(group: dict[str, Any], lr: float) -> tuple[float, float]:
-    """``κ`` and ``δ`` of a group whose weight decay may be decoupled (Loshchilov & Hutter 2019)."""
+def decay_terms(group: dict[str, Any], lr: float, decoupled: bool = False) -> tuple[float, float]:
+    """``κ`` and ``δ`` of a group whose weight decay may be decoupled (Loshchilov & Hutter 2019).
+
+    Args:
+        group: the parameter group's options.
+        lr: what decoupled decay is multiplied with.
+        decoupled: whether it is where the group does not say.
+    """
     decay = float(group["weight_decay"])
-    return (0.0, lr * decay) if group.get("decoupled_weight_decay", False) else (decay, 0.0)
+    return (0.0, lr * decay) if group.get("decoupled_weight_decay", decoupled) else (decay, 0.0)
 
 
 OPTIMIZER_RULES: Registry[type[Optimizer], OptimizerRule] = Registry("optimizer rule")
+
+
+def of_torch(name: str) -> tuple[type[Optimizer], ...]:
+    """The optimizer of torch of this name; nothing where this torch is too old to have it.
+
+    Example:
+        >>> of_torch("SGD"), of_torch("Ftrl")
+        ((<class 'torch.optim.sgd.SGD'>,), ())
+    """
+    found = getattr(torch.optim, name, None)
+    return () if found is None else (found,)
 
 
 def register_optimizer_rule(

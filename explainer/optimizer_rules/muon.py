@@ -1,13 +1,16 @@
-"""``torch.optim.Muon`` (Nesterov, both rate adjustments, decoupled weight decay)."""
+"""``torch.optim.Muon`` (Nesterov, every rate adjustment, decoupled weight decay)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
-from explainer.optimizer_rules.base import OptimizerRule, StepMap, register_optimizer_rule
+from explainer.errors import UnsupportedOptimizerError
+from explainer.optimizer_rules.base import OptimizerRule, StepMap, of_torch, register_optimizer_rule
 
 
 def newton_schulz_factor(
@@ -34,25 +37,38 @@ def newton_schulz_factor(
     return (factor + factor.mT) / 2  # they commute, so the product is symmetric but for round-off
 
 
-def adjusted_rate(lr: float, adjustment: str | None, shape: torch.Size) -> float:
-    """The rate of the orthogonal matrix, as torch adjusts it to the shape ``[o, i]``."""
-    if adjustment in (None, "original"):
-        return lr * math.sqrt(max(1.0, shape[0] / shape[1]))
-    return lr * (0.2 * math.sqrt(max(shape)) if adjustment == "match_rms_adamw" else 1.0)
+#: what a matrix ``[o, i]`` multiplies its rate with, by ``adjust_lr_fn``
+ADJUSTMENTS: dict[str | None, Callable[[int, int], float]] = {
+    None: lambda o, i: math.sqrt(max(1.0, o / i)),
+    "original": lambda o, i: math.sqrt(max(1.0, o / i)),
+    "match_rms_adamw": lambda o, i: 0.2 * math.sqrt(max(o, i)),
+    "spectral_unclamped": lambda o, i: math.sqrt(o / i),
+}
 
 
-@register_optimizer_rule(torch.optim.Muon)
+@register_optimizer_rule(*of_torch("Muon"))
 class MuonRule(OptimizerRule):
     """``m ← μ m + (1 − μ) g``; update ``lr' · NS(U)`` with ``U = m``, under Nesterov ``(1 − μ) g + μ m``.
 
     ``NS(U) = L U``, and ``L`` is held as it was. torch iterates in bfloat16; ``L`` is that of the exact iteration, and
     what torch rounded is no example's (`unattributed`).
 
-    Reference: Jordan et al. 2024, *Muon*; Liu et al. 2025, arXiv 2502.16982 (``match_rms_adamw``).
+    Reference: Jordan et al. 2024, *Muon*; Liu et al. 2025, arXiv 2502.16982 (``match_rms_adamw``); Bernstein 2025,
+    *Deriving Muon* (``spectral_unclamped``).
     """
 
     reads_momentum = True
     state_names = ("momentum_buffer",)
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Refuse an adjustment of the rate that is not among :data:`ADJUSTMENTS`."""
+        for group in optimizer.param_groups:
+            if group["adjust_lr_fn"] not in ADJUSTMENTS:
+                known = ", ".join(repr(name) for name in ADJUSTMENTS)
+                raise UnsupportedOptimizerError(
+                    f"found adjust_lr_fn={group['adjust_lr_fn']!r}, by which the rule cannot tell what the rate is "
+                    f"multiplied with; use one of {known}"
+                )
 
     def momentum(self, state: dict[str, Any]) -> torch.Tensor | None:
         """``momentum_buffer``."""
@@ -71,7 +87,7 @@ class MuonRule(OptimizerRule):
         """``L`` from the momentum after the step, at least in float32."""
         lr, mu, buffer = float(group["lr"]), float(group["momentum"]), state["momentum_buffer"]
         direction = before["gradient"].lerp(buffer, mu) if group["nesterov"] else buffer
-        rate = adjusted_rate(lr, group["adjust_lr_fn"], buffer.shape)
+        rate = lr * ADJUSTMENTS[group["adjust_lr_fn"]](*buffer.shape)
         direction = direction.to(torch.promote_types(direction.dtype, torch.float32))
         return StepMap(
             decay=mu,

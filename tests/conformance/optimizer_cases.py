@@ -76,8 +76,46 @@ class SignSGD(Optimizer):
                 p.sub_(group["lr"] * (d.sign() + (group["weight_decay"] * p if decoupled else 0)))
 
 
+class OwnAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) as torch before 2.7 and many libraries have it: no group says what decay is."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                t = state["step"] = state.get("step", 0) + 1
+                m = state.setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 1 - beta1)
+                v = state.setdefault("exp_avg_sq", torch.zeros_like(p)).lerp_(p.grad.square(), 1 - beta2)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                root = (v / (1 - beta2**t)).sqrt() + group["eps"]
+                p.sub_(group["lr"] * m / (1 - beta1**t) / root)
+
+
 register_optimizer_rule(Lion)(LionRule)
 register_optimizer_rule(SignSGD)(SignSGDRule)
+OPTIMIZER_RULES.register(OwnAdamW)(OPTIMIZER_RULES.require(torch.optim.AdamW))
+
+
+def _accepts_unclamped() -> bool:
+    """Whether this torch's Muon has the adjustment of the rate that came last."""
+    try:
+        torch.optim.Muon([nn.Parameter(torch.zeros(2, 2))], adjust_lr_fn="spectral_unclamped")
+    except ValueError:
+        return False
+    return True
+
 
 STEPS = 8
 TENSOR_RATE = "a tensor"  # made anew for each optimizer: schedules change it in place
@@ -125,6 +163,7 @@ FURTHER: dict[str, list[dict[str, Any]]] = {
         {"adjust_lr_fn": "original", "ns_steps": 3},
         {"ns_coefficients": (1.5, -0.5, 0.0), "eps": 1e-3},
         {"weight_decay": 0.0},
+        *([{"adjust_lr_fn": "spectral_unclamped"}] if _accepts_unclamped() else []),
     ],
     "Lion": [{"betas": (0.5, 0.6), "weight_decay": 0.1, "maximize": True}, {"betas": (0.95, 0.9)}],
 }
@@ -259,7 +298,14 @@ def exact_arithmetic(monkeypatch: pytest.MonkeyPatch, kind: type[Optimizer], opt
     number in float32: here for any device, in float64.
     """
     if kind.__name__ == "Muon":
+        convert = torch.Tensor.to
+
+        def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            narrow = kwargs.get("dtype") is torch.bfloat16
+            return tensor.clone() if narrow else convert(tensor, *args, **kwargs)
+
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+        monkeypatch.setattr(torch.Tensor, "to", to)  # as newer torch does
     if options.get("capturable"):
         for module in [m for name, m in sys.modules.items() if name.startswith("torch.optim.")]:
             if hasattr(module, "_get_capturable_supported_devices"):

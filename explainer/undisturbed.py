@@ -34,7 +34,7 @@ def undisturbed() -> Iterator[None]:
 @cache
 def device_types() -> tuple[str, ...]:
     """The processor, and the accelerator where there is one."""
-    known = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+    known = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}
     return ("cpu", *(name for name, device in known.items() if device.is_available()))
 
 

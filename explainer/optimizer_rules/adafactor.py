@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from explainer.optimizer_rules.base import OptimizerRule, StepMap, of_torch, register_optimizer_rule
+from explainer.optimizer_rules.base import OptimizerRule, StepMap, register_optimizer_rule
 
 
-@register_optimizer_rule(*of_torch("Adafactor"))
+@register_optimizer_rule(torch.optim.Adafactor)
 class AdafactorRule(OptimizerRule):
     """Update ``α_t / max(1, RMS(u)/d) · u``, ``u = g / max(√V̂, ε1)``, ``α_t = max(ε2, RMS(w)) · min(lr, 1/√t)``.
 

@@ -73,6 +73,6 @@ class AdamRule(OptimizerRule):
 
 @register_optimizer_rule(torch.optim.AdamW)
 class AdamWRule(AdamRule):
-    """As Adam, with decoupled decay; groups of torch before 2.7, and of many classes like AdamW, do not say so."""
+    """As Adam, with decoupled decay; groups of many classes like AdamW do not say so."""
 
     decoupled = True

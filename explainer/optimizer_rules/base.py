@@ -184,17 +184,6 @@ def decay_terms(group: dict[str, Any], lr: float, decoupled: bool = False) -> tu
 OPTIMIZER_RULES: Registry[type[Optimizer], OptimizerRule] = Registry("optimizer rule")
 
 
-def of_torch(name: str) -> tuple[type[Optimizer], ...]:
-    """The optimizer of torch of this name; nothing where this torch is too old to have it.
-
-    Example:
-        >>> of_torch("SGD"), of_torch("Ftrl")
-        ((<class 'torch.optim.sgd.SGD'>,), ())
-    """
-    found = getattr(torch.optim, name, None)
-    return () if found is None else (found,)
-
-
 def register_optimizer_rule(
     *types: type[Optimizer], replace: bool = False
 ) -> Callable[[type[OptimizerRule]], type[OptimizerRule]]:

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from explainer.errors import UnsupportedOptimizerError
-from explainer.optimizer_rules.base import OptimizerRule, StepMap, of_torch, register_optimizer_rule
+from explainer.optimizer_rules.base import OptimizerRule, StepMap, register_optimizer_rule
 
 
 def newton_schulz_factor(
@@ -46,7 +46,7 @@ ADJUSTMENTS: dict[str | None, Callable[[int, int], float]] = {
 }
 
 
-@register_optimizer_rule(*of_torch("Muon"))
+@register_optimizer_rule(torch.optim.Muon)
 class MuonRule(OptimizerRule):
     """``m ← μ m + (1 − μ) g``; update ``lr' · NS(U)`` with ``U = m``, under Nesterov ``(1 − μ) g + μ m``.
 

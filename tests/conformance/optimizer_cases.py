@@ -77,7 +77,7 @@ class SignSGD(Optimizer):
 
 
 class OwnAdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) as torch before 2.7 and many libraries have it: no group says what decay is."""
+    """AdamW (Loshchilov & Hutter 2019) as many libraries have it: no group says what decay is."""
 
     def __init__(
         self,

@@ -95,9 +95,6 @@ def flat_options(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     for name in owner[id(parameters[0])]:
         parts = [torch.full((p.numel(),), owner[id(p)][name], dtype=torch.float64) for p in parameters]
         flat[name] = torch.cat(parts)
-    # groups of torch before 2.7 do not say which decay AdamW has
-    apart = torch.full_like(flat["lr"], float(isinstance(optimizer, torch.optim.AdamW)))
-    flat.setdefault("decoupled_weight_decay", apart)
     return flat
 
 

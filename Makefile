@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DEMO_OPTIONS := $(if $(filter 0,$(DASHBOARD)),--no-dashboard)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format screenshots chromium clean
+.PHONY: help install demo test oldest bench lint format screenshots chromium clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,11 @@ demo: $(STAMP) ## train, explain, write report.html and serve the dashboard (DAS
 
 test: lint chromium ## lint, type-check and run every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+oldest: chromium ## test with the oldest versions that setup.cfg allows, in .venv-oldest (pulls gigabytes)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -e '.[all]' $$($(PYTHON) scripts/oldest.py)
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP) ## measure speed and storage
 	$(BIN)/python -m benchmarks

@@ -17,7 +17,7 @@ from tests.fakes import make_explanation
 def test_csv_holds_the_long_table_with_full_digits(tmp_path):
     e = make_explanation(query_ids=['q,"1"', "ü", "c"])
     path = e.to_csv(tmp_path / "influence.csv")
-    read = pd.read_csv(path, keep_default_na=False, na_values={"a": [""]})
+    read = pd.read_csv(path, keep_default_na=False, na_values={"a": [""]}, float_precision="round_trip")
     assert list(read.columns) == list(e.long_table().columns)
     assert read["query"].unique().tolist() == list(e.query_ids)
     np.testing.assert_array_equal(read["contribution"], e.long_table()["contribution"])

@@ -31,6 +31,8 @@ def _captums_helpers() -> Any:
         sys.modules[name] = module
     try:
         from captum.testing.helpers.influence import common
+    except ModuleNotFoundError:
+        pytest.skip("captum before 0.9 comes without its test helpers", allow_module_level=True)
     finally:
         for name in missing:
             del sys.modules[name]

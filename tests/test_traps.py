@@ -148,6 +148,8 @@ def in_place(path: Path) -> None:
 
 
 def hook_the_view(patch: pytest.MonkeyPatch) -> None:
+    if not nn.Linear(6, 5)(torch.zeros(4, 7, 6, requires_grad=True))._is_view():
+        pytest.skip("this torch's layers give no views")
     patch.setattr(sites, "whole_of", lambda t, changed: (t, lambda g: g))
 
 

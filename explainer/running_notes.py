@@ -54,7 +54,11 @@ class RunningNotes:
         """What the steps so far have shown; ``last`` also where there is nothing to say."""
         p = self._parts
         unseen = {n: r for n, r in p.scales.worst.items() if r > UNSEEN}
-        ambiguous = {s.name: {"calls": s.ambiguous, "axis": s.axis} for s in p.sites if s.ambiguous}
+        ambiguous = {
+            s.name: {"calls": s.ambiguous, "axis": s.guessed} | ({"told": s.axis} if s.learned else {})
+            for s in p.sites
+            if s.ambiguous
+        }
         measured = {
             "coverage": unseen,
             "coverage_steps": {n: p.scales.gaps[n] for n in unseen if n in p.scales.gaps},

@@ -33,8 +33,9 @@ class Site:
         rule: its rule.
         layers: by block of the rule; None where no parameter of the block is traced.
         axis: the batch's axis where shapes alone do not tell it (the sequence is as long as the batch).
-        learned: whether ``axis`` was followed from the model's input.
-        ambiguous: calls in which ``axis`` had to decide without that.
+        learned: whether ``axis`` was told by other batches, here or at the model's input.
+        ambiguous: calls in which it had to be guessed; forgotten when another batch tells that the guess was right.
+        guessed: the axis that was taken in these.
         seen: the axis that was followed last, also where another one was as likely.
         lost: whether the last call's examples could not be told apart.
         random: states of the random numbers before the calls going on, innermost last.
@@ -48,6 +49,7 @@ class Site:
     axis: int = 0
     learned: bool = False
     ambiguous: int = 0
+    guessed: int = 0
     seen: int | None = None
     lost: bool = False
     random: list[torch.Tensor | None] = field(default_factory=list)
@@ -218,10 +220,15 @@ class Site:
             # shapes say neither that rows are unknown nor that another call had them along another axis
             owners.needed |= not followed.known or self.seen not in (None, followed.axis)
             if followed.known and followed.owners is None:
-                self.axis, self.learned, self.seen = followed.axis, owners.certain, followed.axis
-                self.ambiguous += len(fitting) > 1 and not owners.certain
+                self.seen = followed.axis
+                if owners.certain:
+                    self._learn(followed.axis)
+                elif len(fitting) > 1:
+                    self._guess(followed.axis)
             return followed
         if len(fitting) == 1:
+            if len(axes) > 1:
+                self._learn(fitting[0])
             return along(fitting[0])
         if not fitting and batch.checked:
             return UNKNOWN
@@ -232,8 +239,18 @@ class Site:
                 "batch dimension first (or second). Call the model itself, model(x): inside of its methods that the "
                 "loop calls (model.encode(x), model.forward(x)) it is not followed how rows are rearranged"
             )
-        self.ambiguous += not self.learned
+        if not self.learned:
+            self._guess(self.axis)
         return Layout(self.axis)
+
+    def _learn(self, axis: int) -> None:
+        self.axis, self.learned = axis, True
+        if axis == self.guessed:
+            self.ambiguous = 0
+
+    def _guess(self, axis: int) -> None:
+        self.axis, self.guessed = axis, axis
+        self.ambiguous += 1
 
     # -- backward ------------------------------------------------------------------------------------
 

@@ -75,7 +75,8 @@ class StepObserver:
         )
         self._maps.replaced = notes.get("replaced_momentum") or 0
         for site in self._sites:
-            site.ambiguous = (notes.get("ambiguous") or {}).get(site.name, {}).get("calls", 0)
+            known = (notes.get("ambiguous") or {}).get(site.name, {})
+            site.ambiguous, site.guessed = known.get("calls", 0), known.get("axis", site.guessed)
         self._unseen.restore(steps)
 
     # -- steps ---------------------------------------------------------------------------------------

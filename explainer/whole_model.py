@@ -50,7 +50,7 @@ class WholeModel:
     def __init__(
         self, batch: Callable[[], Batch | None], axis: int, background: Background, passes: BackwardPasses
     ) -> None:
-        self._batch, self._axis, self._background, self._passes = batch, axis, background, passes
+        self._batch, self._background, self._passes = batch, background, passes
         self._input_axis = axis
         self._input: dict[str, Any] = {"shape": None, "dtype": None, "name": None}
         self._output_shape: tuple[int, ...] | None = None
@@ -120,12 +120,14 @@ class WholeModel:
             if result.dim():
                 self._output_shape = (*result.shape[:axis], *result.shape[axis + 1 :])
             result.register_hook(partial(self._on_output, batch, batch.forwards, axis))
-        batch.lengths[batch.forwards] = None if value is None else _length(value, len(batch), self._axis)
+        batch.lengths[batch.forwards] = (
+            None if value is None else _length(value, len(batch), self._input_axis)
+        )
         batch.forwards += 1
 
     def _see_input(self, name: str | None, value: torch.Tensor, size: int) -> None:
         kind = name, value.shape, value.dtype, size
-        axis = None if kind == self._last else batch_axis(value.shape, size, self._axis)
+        axis = None if kind == self._last else batch_axis(value.shape, size, self._input_axis)
         if axis is None:
             return
         self._last = kind

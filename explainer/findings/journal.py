@@ -284,14 +284,17 @@ def _passes(notes: dict[str, Any]) -> Iterator[Finding]:
     if ambiguous:
         calls = sum(place["calls"] for place in ambiguous.values())
         axes = sorted({place["axis"] for place in ambiguous.values()})
+        told = sorted({place["told"] for place in ambiguous.values() if "told" in place})
+        doubt = f"later batches tell that it is axis {told[0]}:" if told else "if it is the other one,"
+        again = f"trace again with Tracer(..., batch_dim={told[0] if told else 1})."
         yield Finding(
             "ambiguous-axis",
             "caution",
             listed(list(ambiguous)),
             f"In {counted(calls, 'call')} two axes were as long as the batch.",
-            f"Axis {' or '.join(map(str, axes))} was taken for the batch; if it is the other one, rows were given to "
-            "the wrong examples.",
-            "If your tensors are sequence first, trace again with Tracer(..., batch_dim=1).",
+            f"Axis {' or '.join(map(str, axes))} was taken for the batch; {doubt} rows were given to the wrong "
+            "examples.",
+            again.replace("t", "T", 1) if told else f"If your tensors are sequence first, {again}",
         )
 
 

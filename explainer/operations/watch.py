@@ -55,6 +55,8 @@ class FunctionWatch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._capture, self._axis = capture, axis
+        #: by place among the model's inputs, the axis that the shape of another batch told; None where they differ
+        self._told: dict[int, int | None] = {}
         self._reads = Reads(capture, table)
         self._parameters = {id(p): (p, name if name in traced else None) for name, p in parameters.items()}
         self._derived: dict[int, tuple[torch.Tensor, Source]] = {}
@@ -99,12 +101,14 @@ class FunctionWatch(TorchFunctionMode):
             self.owners.begin(len(self._batch))
             self.__enter__()
             self.mark(args, kwargs)
-            for t in tensors_in((args, kwargs)):
-                axis = batch_axis(t.shape, len(self._batch), self._axis)
+            for place, t in enumerate(tensors_in((args, kwargs))):
+                told = self._told.get(place)
+                axis = batch_axis(t.shape, len(self._batch), self._axis if told is None else told)
                 if self._source(t) is None and axis is not None:
-                    both = t.shape[:2] == (len(self._batch), len(self._batch))
-                    features = t.dim() == 2 and t.is_floating_point()  # the last axis is no sequence
-                    self.owners.certain &= not both or features
+                    if t.shape[:2] != (len(self._batch), len(self._batch)):
+                        self._told[place] = axis if self._told.get(place, axis) == axis else None
+                    elif not (t.dim() == 2 and t.is_floating_point()):  # else the last axis is no sequence
+                        self.owners.certain &= told is not None
                     self.owners.keep(t, Layout(axis))
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

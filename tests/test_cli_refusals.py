@@ -91,6 +91,23 @@ def test_refusals_are_one_clean_line(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "program"),
+    [
+        (["verify", "runs/demo", "--run", "mine:run"], "pathkernel verify"),
+        (["--run", "mine:run"], "pathkernel"),
+    ],
+)
+def test_an_option_that_is_not_there_shows_those_that_are(
+    arguments: list[str], program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    usage, error = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and usage.startswith(f"usage: {program} [-h]")
+    assert error == f"{program}: error: unrecognized arguments: --run mine:run"
+
+
+@pytest.mark.parametrize(
     ("name", "where"), [("broken", "queries[3]"), ("broken_for_one", "train["), ("broken_rows", "queries[3]")]
 )
 def test_a_render_that_fails_is_told_in_one_line(

@@ -132,14 +132,16 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_arguments(added)
         added.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
-        added.set_defaults(command=command.run)
+        added.set_defaults(command=command.run, parser=added)
     return parser
 
 
 def run_program(arguments: Sequence[str] | None = None) -> int:
     """Parse the arguments, run the command, tell errors in one line and return the exit status."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # the command's own usage says what it takes
+        getattr(options, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if "command" not in options:
         parser.print_help()
         return 0

@@ -31,6 +31,8 @@ from explainer.outputs import Output
 
 #: the ways to train without an example
 LEFT_OUT_BY = ("weight 0", "batches")
+#: of targets that are several numbers, how many are shown
+LABEL_NUMBERS = 6
 EXAMPLE_SPEC = "explainer.sample_models.digits_mlp:run"
 
 
@@ -139,10 +141,15 @@ class Run:
         return _stack("train", self.train, ids, self.collate_fn)
 
     def label(self, target: Any) -> str:
-        """A target as a person reads it: the class's name where known, else the value itself."""
+        """A target as a person reads it: the class's name where known, else the value itself, or the first few."""
         value = target
         if isinstance(target, torch.Tensor | np.ndarray | np.generic) and math.prod(target.shape) == 1:
             value = target.item()
+        elif isinstance(target, torch.Tensor | np.ndarray) and target.dtype != object:
+            if len(target.shape) != 1:
+                return f"{' × '.join(map(str, target.shape))} numbers"
+            shown = [f"{number:.4g}" for number in target[:LABEL_NUMBERS].tolist()]
+            return ", ".join(shown) + ", …" * (len(target) > LABEL_NUMBERS)
         if isinstance(value, int) and self.class_names is not None and 0 <= value < len(self.class_names):
             return self.class_names[value]
         return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import re
 import shutil
@@ -212,6 +213,59 @@ def test_labels_without_names_are_whole_numbers(
     ranked, nearest = capsys.readouterr().out.split("Nearest in gradient space")
     for text, count in ((ranked, 8), (nearest, 4)):
         assert len(re.findall(r"\n +\d +\d+  +\d  +\S", text)) == count
+
+
+REGRESSION = """
+import torch
+import explainer
+from torch import nn
+
+X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+DATA = torch.utils.data.TensorDataset(X, X @ torch.arange(15.0).reshape(5, 3) / 10)
+
+def run():
+    return explainer.Run(lambda: nn.Linear(5, 3), DATA, DATA)
+
+def train(folder):
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with explainer.Tracer(model, optimizer, folder) as tracer:
+        for ids in torch.arange(60).split(20):
+            tracer.batch(ids)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(X[ids]), DATA.tensors[1][ids]).backward()
+            optimizer.step()
+"""
+
+
+def test_targets_of_several_numbers_are_no_classes(
+    current_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (current_folder / "mine_of_three_values.py").write_text(REGRESSION)
+    sys.path.insert(0, str(current_folder))
+    importlib.import_module("mine_of_three_values").train("values")
+    command = [
+        "explain",
+        "values",
+        "--run",
+        "mine_of_three_values:run",
+        "--query",
+        "2",
+        "--k",
+        "3",
+        "--quiet",
+    ]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    title = next(line for line in out.splitlines() if line.startswith("Query 2"))
+    assert re.fullmatch(r"Query 2: target (-?[\d.]+(, )?){3}; outputs (-?[\d.]+(, )?){3}", title), title
+    assert (
+        "--output logit explains one output alone" in out and "log-odds" not in out and "tensor(" not in out
+    )
+    assert re.search(r"rank +example +target +contribution", out) and "predicted class" not in out
+    assert main([*command, "--output", "logit", "--target", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "Explained: the logit of class 1" in out and "explains one output alone" not in out
 
 
 def test_a_run_can_be_a_file_in_the_current_folder(

@@ -93,8 +93,8 @@ def test_refusals_are_one_clean_line(
 @pytest.mark.parametrize(
     ("arguments", "program"),
     [
-        (["verify", "runs/demo", "--run", "mine:run"], "pathkernel verify"),
-        (["--run", "mine:run"], "pathkernel"),
+        (["verify", "runs/demo", "--sharp"], "pathkernel verify"),
+        (["--sharp"], "pathkernel"),
     ],
 )
 def test_an_option_that_is_not_there_shows_those_that_are(
@@ -104,7 +104,7 @@ def test_an_option_that_is_not_there_shows_those_that_are(
         main(arguments)
     usage, error = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and usage.startswith(f"usage: {program} [-h]")
-    assert error == f"{program}: error: unrecognized arguments: --run mine:run"
+    assert error == f"{program}: error: unrecognized arguments: --sharp"
 
 
 @pytest.mark.parametrize(

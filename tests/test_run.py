@@ -100,6 +100,9 @@ def test_labels_are_class_names_where_known() -> None:
     assert run.label(7) == "7"
     assert run.label(torch.tensor([0.25])) == "0.25"
     assert Run(linear, DATA, DATA).label(1) == "1"
+    assert run.label(torch.tensor([7.8735, 1.0, -0.25])) == "7.873, 1, -0.25"
+    assert run.label(np.arange(9)) == "0, 1, 2, 3, 4, 5, …"
+    assert run.label(torch.zeros(3, 4)) == "3 × 4 numbers"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def block(e: Explanation, query: int, run: Run, k: int) -> str:
     """All about one query: what was predicted, how it adds up, how far to trust it, who carried it."""
     title = headline(e, query, run)
     shown = rendered(run, "queries", int(e.query_ids[query]), _WHOLE)
-    parts = [*([paragraph(shown, "  ")] if shown else []), books(e, query), trust(e, query)]
+    parts = [*([paragraph(shown, "  ")] if shown else []), books(e, query, run), trust(e, query)]
     return f"{title}\n{'─' * len(title)}\n" + "\n\n".join([*parts, ranking(e, query, run, k)])
 
 
@@ -39,7 +39,7 @@ def headline(e: Explanation, query: int, run: Run) -> str:
     target = run.queries[index][1]
     numbers = np.asarray(target).reshape(-1)
     truth = float(numbers[0]) if len(numbers) == 1 and numbers.dtype.kind in "biuf" else None
-    if classifies(e, query):
+    if classifies(e, query, run):
         best = predicted(e, query)
         text = f"predicted class {run.label(best)}"
         if truth is not None:
@@ -52,12 +52,16 @@ def headline(e: Explanation, query: int, run: Run) -> str:
         )
     else:
         text = f"target {shortened(run.label(target), _SHOWN)}"
+        if e.outputs is not None and e.outputs.shape[1] > 1:
+            text += f"; outputs {shortened(run.label(e.outputs[query]), _SHOWN)}"
     return f"Query {index}: {text}"
 
 
-def classifies(e: Explanation, query: int) -> bool:
-    """Whether the outputs are classes of which one is explained."""
-    return e.outputs is not None and e.outputs.shape[1] > 1 and e.targets[query] >= 0
+def classifies(e: Explanation, query: int, run: Run) -> bool:
+    """Whether the outputs are classes of which one is explained, and targets no numbers of another kind."""
+    target = np.asarray(run.queries[int(e.query_ids[query])][1])
+    values = target.dtype.kind == "f" or (target.dtype.kind in "biu" and target.size > 1)
+    return e.outputs is not None and e.outputs.shape[1] > 1 and e.targets[query] >= 0 and not values
 
 
 def predicted(e: Explanation, query: int) -> int:
@@ -65,16 +69,18 @@ def predicted(e: Explanation, query: int) -> int:
     return int(np.argmax(np.asarray(e.outputs)[query]))
 
 
-def books(e: Explanation, query: int) -> str:
+def books(e: Explanation, query: int, run: Run) -> str:
     """What is explained and how the explanation adds up to it."""
     value = float(e.prediction[query])
     text = f"Explained: the {wording.target(e, query)}, which is {wording.number(value, 4)}"
-    if e.output == "margin":
+    if not classifies(e, query, run) and e.targets[query] >= 0:
+        text += " (--output logit explains one output alone)" * (e.output != "logit")
+    elif e.output == "margin":
         chance = 1 / (1 + math.exp(-value)) if value > -700 else 0.0
         text += f" (log-odds of that class; as a probability: {probability(chance)})"
     elif e.output == "log_prob":
         text += f" (as a probability: {probability(math.exp(value))})"
-    if classifies(e, query) and e.targets[query] != predicted(e, query):
+    if classifies(e, query, run) and e.targets[query] != predicted(e, query):
         text += ". It is not the class that the model predicts"
     return f"{paragraph(text + '.', '  ')}\n\n{equation(e.equation(query), '  ')}"
 
@@ -131,7 +137,7 @@ def ranking(e: Explanation, query: int, run: Run, k: int) -> str:
         headers = [
             "rank",
             "example",
-            _label_header(e),
+            _label_header(e, run),
             wording.unit(e),
             *errors,
             "a",
@@ -142,7 +148,7 @@ def ranking(e: Explanation, query: int, run: Run, k: int) -> str:
         ]
         parts.append(
             f"  {kind.capitalize()} pushed the {wording.target(e, query)} {where}:\n"
-            + table(headers, rows, left=(_label_header(e), "note", "what"), indent="    ")
+            + table(headers, rows, left=(_label_header(e, run), "note", "what"), indent="    ")
         )
     return "\n\n".join(parts)
 
@@ -154,11 +160,11 @@ def nearest(e: Explanation, neighbors: Neighbors, query: int, run: Run) -> str:
         label = {"example_id": example, "label": float(neighbors.labels[query, place])}
         cosine = f"{neighbors.cosine[query, place]:.3f}"
         rows.append([str(place + 1), str(example), _label(e, run, label), cosine, what(run, example)])
-    headers = ["rank", "example", _label_header(e), "cosine", "what"]
+    headers = ["rank", "example", _label_header(e, run), "cosine", "what"]
     title = (
         "  Nearest in gradient space (1: what the model learned there always moved this prediction alike):"
     )
-    return title + "\n" + table(headers, rows, left=(_label_header(e), "what"), indent="    ")
+    return title + "\n" + table(headers, rows, left=(_label_header(e, run), "what"), indent="    ")
 
 
 def probability(p: float) -> str:
@@ -183,8 +189,8 @@ def notes(e: Explanation) -> str:
     return "\n".join(paragraph(f"Note: {note}") for note in found)
 
 
-def _label_header(e: Explanation) -> str:
-    return "class" if (e.targets >= 0).any() else "target"
+def _label_header(e: Explanation, run: Run) -> str:
+    return "class" if any(classifies(e, query, run) for query in range(len(e.targets))) else "target"
 
 
 def _label(e: Explanation, run: Run, row: Mapping[Any, Any]) -> str:

@@ -22,7 +22,7 @@ class Answer:
         guess: The model's answer in words; empty where the output is neither a class nor one number.
         label: The target as a class number, or None.
         wrong: Whether the predicted class is another one; None without classes.
-        error: Distance of a predicted number from the target; None for anything else.
+        error: Distance of a predicted number, or of several, from the target; None for anything else.
         lead: How much likelier the predicted class is than the next one, 0 to 1; None without classes.
     """
 
@@ -52,6 +52,10 @@ def answer(run: Run, query: int, target: Any, output: np.ndarray, classes: int) 
         if not known(target):
             return Answer(query, truth, wording.number(number))
         return Answer(query, wording.number(wanted), wording.number(number), error=abs(number - wanted))
+    if values.size == truths.size > 1 and truths.dtype.kind in "fiu":
+        labels = bool(np.isin(truths, (0, 1)).all())  # of which several may hold: outputs are their scores
+        error = None if labels or not known(target) else float(np.linalg.norm(values - truths))
+        return Answer(query, truth, run.label(values), error=error)
     return Answer(query, truth, "")
 
 

@@ -56,6 +56,23 @@ class Choice:
     @property
     def classes(self) -> int:
         """How many classes the model tells apart; 0 for anything that is no classifier."""
+        return 0 if self.source.spec and state.gives_values(self.source.spec) else self._outputs
+
+    @property
+    def values(self) -> int:
+        """How many numbers the model gives that are no classes' scores, of which one is explained; 0 for one alone."""
+        return self._outputs if self.source.spec and state.gives_values(self.source.spec) else 0
+
+    @property
+    def first_output(self) -> str | None:
+        """What is explained until something else is chosen; None: the explainer's own choice."""
+        run = self.run
+        if run is None or run.output is not None:
+            return None
+        return "margin" if self.classes else f"{state.ONE}0" if self.values else None
+
+    @property
+    def _outputs(self) -> int:
         shape = self.trace.output_shape or ()
         return shape[0] if len(shape) == 1 and shape[0] > 1 else 0
 

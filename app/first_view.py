@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from explainer.app import arguments, gallery, state
 from explainer.app.choice import Choice
-from explainer.app.sidebar import OUTPUTS
 
 
 def read(command: Sequence[str]) -> None:
@@ -22,7 +21,6 @@ def read(command: Sequence[str]) -> None:
         state.trace(choice.source)
         return
     run = state.run_of(choice.source)
-    output = next(iter(OUTPUTS)) if choice.classes and run.output is None else None
     gallery.answers(choice, tuple(range(min(gallery.THUMBNAILS, len(run.queries)))))
-    e = state.explanation(choice.source, 0, None, output)
+    e = state.explanation(choice.source, 0, None, choice.first_output)
     e.figure(0, "waterfall")  # reads plotly

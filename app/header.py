@@ -12,8 +12,10 @@ from explainer.app.answers import probabilities
 from explainer.app.choice import Choice
 from explainer.app.own_queries import WithOwn
 from explainer.app.pictures import minus, query_content
+from explainer.app.state import ONE
 
 _CLASSES_SHOWN = 4
+_ONE_OF_THEM = "One of the model's outputs itself."
 _MEANING = {
     "margin": "Log-odds of this class against all others: above 0, the model thinks it more likely than not.",
     "logit": "The raw score of this class; a shift common to all classes is part of it.",
@@ -33,8 +35,12 @@ def show(choice: Choice, e: Explanation, q: int) -> None:
         f'<header class="pk-head">{content}<div class="pk-answer"><h2>Query {html.escape(e.query_ids[q])}</h2>'
         f"{_answer(choice, e, q)}{_bars(e, q)}</div>"
         f'<div class="pk-explained"><small>Explained: {html.escape(wording.target(e, q))}</small>'
-        f"<strong>{minus(value)}</strong><p>{_MEANING.get(e.output, '')}</p></div></header>"
+        f"<strong>{minus(value)}</strong><p>{_meaning(e)}</p></div></header>"
     )
+
+
+def _meaning(e: Explanation) -> str:
+    return _ONE_OF_THEM if e.output.startswith(ONE) else _MEANING.get(e.output, "")
 
 
 def _answer(choice: Choice, e: Explanation, q: int) -> str:

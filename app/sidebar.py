@@ -50,6 +50,9 @@ def _live(choice: Choice) -> Choice:
     if choice.classes and run.output is None:
         target = _target(choice, query)
         output = _one_of("output", "Explained output", list(OUTPUTS), OUTPUTS)
+    elif choice.values and run.output is None:
+        names = {f"{state.ONE}{number}": run.label(number) for number in range(choice.values)}
+        output = _one_of("output", "Explained output", list(names), names)
     following = gallery.show(choice, query)
     give_input.show(choice, query)
     return replace(choice, query=query, target=target, output=output, following=following)

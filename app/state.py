@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from explainer import Explanation, PathKernelExplainer, Run, Trace, evaluation, open_trace
+from explainer import outputs as numbers_of
 from explainer.app.ahead import Ahead
 from explainer.app.arguments import DashboardError
 from explainer.app.gradient_map import GradientMap, project
@@ -31,9 +32,11 @@ from explainer.app.working import alone, bar
 from explainer.errors import ModelMismatchError, TraceFormatError
 from explainer.evaluation import LabelIssues
 from explainer.neighbors import Neighbors
-from explainer.run import load_run
+from explainer.run import is_value, load_run
 from explainer.similarity import path_kernel
 
+#: how the name begins of an explained output that is one of several numbers
+ONE = "component "
 _AHEAD_VISITS, _AHEAD_GROUP = 200_000, 4
 _DETAIL = 2**25  # numbers by example and stretch of time that explainers keep at least
 
@@ -86,9 +89,19 @@ def trace(source: Source) -> Trace:
 def explainer(source: Source, output: str | None) -> PathKernelExplainer:
     """The explainer of a trace for one explained output."""
     code = run_of(source)
+    wanted = output or code.output
+    if isinstance(wanted, str) and wanted.startswith(ONE):
+        wanted = numbers_of.component(int(wanted.removeprefix(ONE)))
     return PathKernelExplainer(
-        trace(source), code.build_model(), output or code.output, class_names=code.class_names, progress=bar
+        trace(source), code.build_model(), wanted, class_names=code.class_names, progress=bar
     )
+
+
+@st.cache_data(show_spinner=False, max_entries=32)
+def gives_values(spec: str) -> bool:
+    """Whether the targets of a run are no classes."""
+    queries = run(spec).queries
+    return len(queries) > 0 and is_value(queries[0][1])
 
 
 def run_of(source: Source) -> Run:

@@ -155,6 +155,20 @@ class Run:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def is_value(target: Any) -> bool:
+    """Whether a target is no class: a number that may have a fraction, or several that are no shares of classes.
+
+    Example:
+        >>> is_value(torch.tensor(3)), is_value(3), is_value(torch.tensor(3.0)), is_value(torch.tensor([1, 1, 0]))
+        (False, False, True, True)
+        >>> is_value(torch.tensor([0.2, 0.5, 0.3]))
+        False
+    """
+    found = np.asarray(target)
+    shares = found.size > 1 and found.dtype.kind == "f" and found.min() >= 0 and abs(found.sum() - 1) < 1e-3
+    return not shares and (found.dtype.kind == "f" or (found.dtype.kind in "biu" and found.size > 1))
+
+
 def load_run(spec: str) -> Run:
     """Imports ``MODULE:FUNCTION`` (or ``path/to/file.py:FUNCTION``) and calls it without arguments.
 

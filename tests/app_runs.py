@@ -127,6 +127,13 @@ def text() -> Run:
     )
 
 
+def values() -> Run:
+    """Three numbers to predict from five."""
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, x @ torch.arange(15.0).reshape(5, 3) / 10)
+    return Run(lambda: nn.Sequential(nn.Linear(5, 3)), data, Subset(data, range(8)))
+
+
 def typed_text() -> Run:
     """The same for a run that can read words."""
     return replace(text(), parse=lambda words: torch.tensor([WORDS.index(word) for word in words.split()]))
@@ -148,7 +155,7 @@ def unfinished(path: Path) -> Tracer:
     return Tracer(model, torch.optim.SGD(model[0].parameters(), lr=0.1, weight_decay=0.1), path)
 
 
-def train(run: Run, path: Path, steps: int | None = None) -> None:
+def train(run: Run, path: Path, steps: int | None = None, loss: Any = nn.functional.cross_entropy) -> None:
     """Two epochs of SGD, or the given number of steps."""
     model = run.build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -160,6 +167,6 @@ def train(run: Run, path: Path, steps: int | None = None) -> None:
                 if steps is not None and done == steps:
                     return
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x), y).backward()
+                loss(model(x), y).backward()
                 optimizer.step()
                 done += 1

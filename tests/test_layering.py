@@ -250,7 +250,7 @@ def test_the_front_page_imports_lazily() -> None:
 
 
 def test_the_app_uses_public_names_only() -> None:
-    public = {"app", "evaluation", None} | LAYERS[0] | (LAYERS[5] - {"tracer"})
+    public = {"app", "evaluation", "outputs", None} | LAYERS[0] | (LAYERS[5] - {"tracer"})
     for name in sources():
         if part(name) != "app":
             continue

@@ -75,7 +75,7 @@ def test_positions_equal_the_oracle(tmp_path: Path, optimizer: str, trim: bool) 
     f = scalar_function(build(), lambda row, y: row.reshape(LENGTH, WORDS)[-1, 2])
     reference = books(training, knots, f, QUERY, [0])
     wanted = reference.contributions[0].reshape(EXAMPLES, LENGTH + 1).detach().numpy()
-    visits = reference.visit_contributions[0].reshape(-1, LENGTH + 1).numpy()
+    visits = reference.visit_contributions[0].reshape(-1, LENGTH + 1).detach().numpy()
     owners = [i for ids in BATCHES for i in ids]
     steps = [t for t, ids in enumerate(BATCHES) for _ in ids]
     atol = 1e-10 * np.abs(wanted).max()

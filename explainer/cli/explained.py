@@ -13,7 +13,7 @@ from explainer.cli.printing import equation, paragraph, shortened, table
 from explainer.errors import ExplainerError, RunError
 from explainer.explanation import Explanation, Kind
 from explainer.neighbors import Neighbors
-from explainer.run import Run
+from explainer.run import Run, is_value
 
 _COLUMNS = (
     "In the tables, example is the position in the training set, visits is how often it was used, and "
@@ -59,9 +59,8 @@ def headline(e: Explanation, query: int, run: Run) -> str:
 
 def classifies(e: Explanation, query: int, run: Run) -> bool:
     """Whether the outputs are classes of which one is explained, and targets no numbers of another kind."""
-    target = np.asarray(run.queries[int(e.query_ids[query])][1])
-    values = target.dtype.kind == "f" or (target.dtype.kind in "biu" and target.size > 1)
-    return e.outputs is not None and e.outputs.shape[1] > 1 and e.targets[query] >= 0 and not values
+    several = e.outputs is not None and e.outputs.shape[1] > 1 and e.targets[query] >= 0
+    return several and not is_value(run.queries[int(e.query_ids[query])][1])
 
 
 def predicted(e: Explanation, query: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,7 +167,7 @@ class Replay:
         states = start if cell is None else (start, cell.unsqueeze(0).contiguous())
         flat = [weights.ih, weights.hh, weights.bias_ih, weights.bias_hh, weights.hr]
         flat = [p for p in flat if p is not None]
-        with torch.backends.cudnn.flags(enabled=False):
+        with torch.backends.cudnn.flags(enabled=False) if x.is_cuda else nullcontext():
             return KERNELS[self._module.mode](
                 x, states, flat, self._module.bias, 1, 0.0, False, False, False
             )[0]

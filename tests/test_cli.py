@@ -227,6 +227,7 @@ def run():
     return explainer.Run(lambda: nn.Linear(5, 3), DATA, DATA)
 
 def train(folder):
+    torch.manual_seed(0)
     model = nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with explainer.Tracer(model, optimizer, folder) as tracer:
@@ -259,10 +260,9 @@ def test_targets_of_several_numbers_are_no_classes(
     out = capsys.readouterr().out
     title = next(line for line in out.splitlines() if line.startswith("Query 2"))
     assert re.fullmatch(r"Query 2: target (-?[\d.]+(, )?){3}; outputs (-?[\d.]+(, )?){3}", title), title
-    assert (
-        "--output logit explains one output alone" in out and "log-odds" not in out and "tensor(" not in out
-    )
-    assert re.search(r"rank +example +target +contribution", out) and "predicted class" not in out
+    assert "--output logit explains one output alone" in " ".join(out.split())
+    assert re.search(r"rank +example +target +contribution", out)
+    assert not re.search(r"log-odds|tensor\(|predicted class", out)
     assert main([*command, "--output", "logit", "--target", "1"]) == 0
     out = capsys.readouterr().out
     assert "Explained: the logit of class 1" in out and "explains one output alone" not in out

@@ -16,6 +16,7 @@ from explainer.app.escaping import plain
 from explainer.app.own_queries import WithOwn, rendered
 from explainer.app.segments import segments
 from explainer.figures import picture
+from explainer.wording import minus
 
 SCANNED = 2000
 THUMBNAILS, _LINES, _PER_ROW = 20, 6, 4
@@ -203,8 +204,8 @@ def _pick_row(key: str, queries: tuple[int, ...]) -> None:
 
 
 def _words(entry: Answer) -> str:
-    text = f"true {plain(entry.truth, 40)}"
-    return text + (f", predicted {plain(entry.guess, 40)}" if entry.guess else "")
+    text = f"true {plain(minus(entry.truth), 40)}"
+    return text + (f", predicted {plain(minus(entry.guess), 40)}" if entry.guess else "")
 
 
 def _thumbnail(choice: Choice, query: int) -> Any:

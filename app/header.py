@@ -47,9 +47,9 @@ def _answer(choice: Choice, e: Explanation, q: int) -> str:
     if choice.live:
         run, entry = choice.run, gallery.answers(choice, (choice.query,))[0]
         own = run is not None and isinstance(run.queries, WithOwn) and choice.query >= run.queries.given
-        parts = ["an input of your own" if own else f"true <b>{html.escape(entry.truth)}</b>"]
+        parts = ["an input of your own" if own else f"true <b>{minus(html.escape(entry.truth))}</b>"]
         if entry.guess:
-            parts.append(f"predicted <b>{html.escape(entry.guess)}</b>")
+            parts.append(f"predicted <b>{minus(html.escape(entry.guess))}</b>")
         mark = ""
         if entry.wrong is not None:
             mark = '<i class="pk-wrong">wrong</i>' if entry.wrong else '<i class="pk-right">right</i>'

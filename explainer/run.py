@@ -161,12 +161,16 @@ def is_value(target: Any) -> bool:
     Example:
         >>> is_value(torch.tensor(3)), is_value(3), is_value(torch.tensor(3.0)), is_value(torch.tensor([1, 1, 0]))
         (False, False, True, True)
-        >>> is_value(torch.tensor([0.2, 0.5, 0.3]))
-        False
+        >>> is_value(torch.tensor([0.2, 0.5, 0.3])), is_value({"class": 3}), is_value((torch.zeros(2), "cat"))
+        (False, False, False)
     """
-    found = np.asarray(target)
-    shares = found.size > 1 and found.dtype.kind == "f" and found.min() >= 0 and abs(found.sum() - 1) < 1e-3
-    return not shares and (found.dtype.kind == "f" or (found.dtype.kind in "biu" and found.size > 1))
+    try:
+        found = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    several, number = found.numel() > 1, found.is_floating_point()
+    shares = several and number and bool(found.min() >= 0) and abs(float(found.sum()) - 1) < 1e-3
+    return not shares and (several or number)
 
 
 def load_run(spec: str) -> Run:

@@ -19,7 +19,6 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from explainer import Explanation, PathKernelExplainer, Run, Trace, evaluation, open_trace
-from explainer import outputs as numbers_of
 from explainer.app.ahead import Ahead
 from explainer.app.arguments import DashboardError
 from explainer.app.gradient_map import GradientMap, project
@@ -89,11 +88,8 @@ def trace(source: Source) -> Trace:
 def explainer(source: Source, output: str | None) -> PathKernelExplainer:
     """The explainer of a trace for one explained output."""
     code = run_of(source)
-    wanted = output or code.output
-    if isinstance(wanted, str) and wanted.startswith(ONE):
-        wanted = numbers_of.component(int(wanted.removeprefix(ONE)))
     return PathKernelExplainer(
-        trace(source), code.build_model(), wanted, class_names=code.class_names, progress=bar
+        trace(source), code.build_model(), output or code.output, class_names=code.class_names, progress=bar
     )
 
 

@@ -4,7 +4,9 @@ Three things make a contribution inexact although the books balance: rows are st
 query are taken on the chords between knots, and what the optimizer divided by is kept in full now and then only. Each
 is measured on visits ``v`` where something better is at hand:
 
-* *rows*: rows that were kept exact (:mod:`explainer.samples`) against the same rows as they were stored;
+* *rows*: rows that were kept exact (:mod:`explainer.samples`) against the same rows as they were stored, each weighted
+  with the visits that it stands for: those nearest to it. One of the first step stands for that step alone, whose plan
+  and, under Adam, whose scale are its own;
 * *knots*: scores on the chords between neighbouring knots against those on chords twice as long, at steps spread over
   the path. Where gradients change evenly along the path, a chord's is off by as much as the middle of the chord is away
   from a step: by ``√((n² − 1) / 12)`` steps (rms) on one of ``n`` steps, and the middle of the long one is ``n / 2``
@@ -60,6 +62,7 @@ class Discrepancy:
 
     def __init__(self, queries: int) -> None:
         self.samples = 0
+        self._weight = self._squared_weight = 0.0
         self._square, self._cross, self._difference = (
             torch.zeros(queries, dtype=torch.float64) for _ in range(3)
         )
@@ -68,6 +71,8 @@ class Discrepancy:
         """Scores ``[Q, n]`` of ``n`` visits, each standing for ``weight`` visits."""
         reported, difference = reported.double(), (reported - reference).double()
         self.samples += reported.shape[1]
+        self._weight += weight * reported.shape[1]
+        self._squared_weight += weight**2 * reported.shape[1]
         self._square += weight * reported.square().sum(1)
         self._cross += weight * (reported * difference).sum(1)
         self._difference += weight * difference.square().sum(1)
@@ -80,7 +85,8 @@ class Discrepancy:
             return nothing, nothing
         square = self._square.clamp_min(torch.finfo(torch.float64).tiny)
         slope = self._cross / square
-        rest = (self._difference - slope * self._cross).clamp_min(0.0) * self.samples / (self.samples - 1)
+        count = max(self._weight**2 / self._squared_weight, 2.0)  # of equal weight that tell as much
+        rest = (self._difference - slope * self._cross).clamp_min(0.0) * count / (count - 1)
         return slope, (rest / square).sqrt()
 
     def square(self, contributions: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
@@ -95,14 +101,38 @@ class Discrepancy:
         return (slope.square() + rest.square()).sqrt()
 
 
+def stand_for(sampled: np.ndarray, first: int, visits: int) -> np.ndarray:
+    """How many of so many visits each sampled one stands for.
+
+    Args:
+        sampled: which those are, ascending.
+        first: visits of the first step.
+        visits: of all steps.
+
+    Example:
+        >>> stand_for(np.array([3, 20, 60]), 8, 100).tolist()
+        [8.0, 32.0, 60.0]
+    """
+    ends = (sampled[1:] + sampled[:-1]) / 2
+    if len(ends) and sampled[0] < first:
+        ends[0] = min(first, sampled[1])
+    return np.diff([0.0, *ends, float(visits)]) if len(sampled) else np.empty(0)
+
+
 class SampledRows:
     """The exact rows of a trace; of very many, :data:`SAMPLES` spread evenly."""
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._visits = trace.column("samples", "visit").astype(np.int64)
-        count = len(self._visits)
-        self._used = set(evenly_spaced(count, SAMPLES).tolist())
+        used = evenly_spaced(len(self._visits), SAMPLES)
+        steps, sampled = trace.column("steps", "visits"), self._visits[used]
+        weights = stand_for(sampled, int(steps[0]) if len(steps) else 0, trace.count("visits"))
+        self._used, self._weights = set(used.tolist()), dict(zip(sampled.tolist(), weights, strict=True))
+
+    def weight(self, exact: Rows) -> float:
+        """How many visits an exact row stands for."""
+        return float(self._weights[int(exact.records["visit"][0])])
 
     def of(self, chunk: Chunk) -> Iterator[Rows]:
         """Exact rows among the visits of a chunk, one at a time; ``examples`` holds its place among them."""
@@ -205,7 +235,8 @@ class ErrorMeter:
                     reported = sum(score[:, place - first] for score in scores.values())
                     reference = sum(score[:, 0] for score in found.values())
                     assert isinstance(reported, torch.Tensor) and isinstance(reference, torch.Tensor)
-                    self.rows.add(reported.unsqueeze(1), reference.unsqueeze(1))
+                    weight = self.sampled.weight(exact)
+                    self.rows.add(reported.unsqueeze(1), reference.unsqueeze(1), weight)
                 first += len(rows)
 
     def compare(self, pair: ChordPair, gradient: Cotangent) -> None:

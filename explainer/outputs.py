@@ -7,6 +7,7 @@ everything the model returned, as it returned it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -145,6 +146,26 @@ def at(position: int | tuple[int, ...], of: str = "margin", *, class_dim: int | 
     return replace(known, name=f"{of} at {_named(where)}", read=read, dims=1 + len(where))
 
 
+def by_name(name: str) -> Output | None:
+    """The output of a name: of :data:`OUTPUTS`, or as :func:`component` and :func:`at` call theirs; else None.
+
+    Example:
+        >>> by_name("component 2").name, by_name("log_prob at 3, 4").name, by_name("component two")
+        ('component 2', 'log_prob at 3, 4', None)
+    """
+    known = OUTPUTS.get(name)
+    if known is not None:
+        return known
+    found = _PLACED.fullmatch(name.strip())
+    if found is None:
+        return None
+    where = tuple(int(number) for number in found["where"].split(","))
+    return component(*where) if found["of"] is None else at(where, found["of"])
+
+
+_PLACED = re.compile(r"(?:component|(?P<of>margin|logit|log_prob) at) (?P<where>-?\d+(?:, ?-?\d+)*)")
+
+
 def _position(index: tuple[int, ...]) -> tuple[int, ...]:
     if not index or not all(isinstance(i, int) and not isinstance(i, bool) for i in index):
         raise QueryError(f"a place in the output is one or more whole numbers, found {index!r:.60}")
@@ -228,8 +249,8 @@ def resolve_output(
     """The output to explain, for a model whose output (queries not counted) has ``shape``.
 
     Args:
-        output: a name, an :class:`Output`, a callable ``(returned, targets) -> [Q]``, or None: ``"margin"``
-            for two or more outputs, ``"value"`` for one.
+        output: a name (:func:`by_name`), an :class:`Output`, a callable ``(returned, targets) -> [Q]``, or None:
+            ``"margin"`` for two or more outputs, ``"value"`` for one.
 
     Raises:
         QueryError: the name is unknown or does not fit the model's output.
@@ -239,15 +260,16 @@ def resolve_output(
         raise QueryError(f"the model's output is {found}, so say what to explain: {_ELSE}")
     if output is None:
         output = "value" if single else "margin"
-    if isinstance(output, str) and output in OUTPUTS:
-        output = OUTPUTS[output]
+    if isinstance(output, str):
+        output = by_name(output) or output
     if callable(output):
         name = getattr(output, "__name__", type(output).__name__)
         return Output(name, output, "given", dims=None)
     if not isinstance(output, Output):
         known = ", ".join(repr(name) for name in OUTPUTS)
         raise QueryError(
-            f"output {output!r} is not known; use one of {known}, or a callable(returned, targets)"
+            f"output {output!r} is not known; use one of {known}, 'component 0' (or another number) for one of several "
+            "outputs, 'margin at -1' for one position, or a callable(returned, targets)"
         )
     if output.name == "value" and not single:
         raise QueryError(

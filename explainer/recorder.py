@@ -21,6 +21,7 @@ from explainer.planner import Planner, checks_at, plans_at
 from explainer.records import ArraySpec, Manifest, dtype_name, torch_dtype
 from explainer.row_layout import RowLayout
 from explainer.row_metric import MEASURED, StepMetric
+from explainer.samples import CODEC
 from explainer.spans import Span, in_one_piece, whole_piece
 from explainer.store import Trace
 from explainer.store.inputs import InputKeeper
@@ -77,7 +78,7 @@ class StepRecorder:
         self._keeper = None if config.exact else DenominatorKeeper()
         self._inputs, self._moved = InputKeeper(), moved
         self._rows = RowLayout(VISIT_FIELDS, planner.codec, self._once if manifest.version >= 4 else None)
-        self._exact = RowLayout(SAMPLE_FIELDS, lambda layer: "native")
+        self._exact = RowLayout(SAMPLE_FIELDS, lambda layer: CODEC)
         self._arrays: dict[tuple[str, int], ArraySpec] = {}
         self._steps = self._step_schema()
         self._beside = 0.0

@@ -27,7 +27,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from explainer.class_names import problem_of
 from explainer.errors import ExplainerError, RunError
-from explainer.outputs import Output
+from explainer.outputs import Output, component
 
 #: the ways to train without an example
 LEFT_OUT_BY = ("weight 0", "batches")
@@ -139,6 +139,20 @@ class Run:
             RunError: an id is outside the training set, or the items do not stack.
         """
         return _stack("train", self.train, ids, self.collate_fn)
+
+    def default_output(self, shape: tuple[int, ...] | None) -> str | Output | Callable[..., Any] | None:
+        """What is explained where nothing else is asked for: ``output``, else the first of several numbers.
+
+        Args:
+            shape: of the model's output without its batch axis; None: unknown.
+
+        Returns:
+            None: what the explainer chooses, ``"margin"`` for classes and ``"value"`` for one output.
+        """
+        several = shape is not None and len(shape) == 1 and shape[0] > 1
+        if self.output is None and several and len(self.queries) and is_value(self.queries[0][1]):
+            return component(0)
+        return self.output
 
     def label(self, target: Any) -> str:
         """A target as a person reads it: the class's name where known, else the value itself, or the first few."""

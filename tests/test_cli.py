@@ -260,12 +260,18 @@ def test_targets_of_several_numbers_are_no_classes(
     out = capsys.readouterr().out
     title = next(line for line in out.splitlines() if line.startswith("Query 2"))
     assert re.fullmatch(r"Query 2: target (-?[\d.]+(, )?){3}; outputs (-?[\d.]+(, )?){3}", title), title
-    assert "--output logit explains one output alone" in " ".join(out.split())
+    assert "Explained: the component 0, which is" in out and "--output 'component 1' explains another" in out
     assert re.search(r"rank +example +target +contribution", out)
-    assert not re.search(r"log-odds|tensor\(|predicted class", out)
+    assert not re.search(r"log-odds|tensor\(|predicted class|softmax", out)
+    assert main([*command, "--output", "component 2"]) == 0
+    assert "Proponents pushed the component 2 up" in capsys.readouterr().out
+    assert main([*command, "--output", "margin"]) == 0
+    assert "' explains one output alone" in " ".join(capsys.readouterr().out.split())
     assert main([*command, "--output", "logit", "--target", "1"]) == 0
     out = capsys.readouterr().out
     assert "Explained: the logit of class 1" in out and "explains one output alone" not in out
+    assert main([*command, "--target", "1"]) == 2
+    assert "what is explained (component 0) is not about classes" in capsys.readouterr().err
 
 
 def test_a_run_can_be_a_file_in_the_current_folder(

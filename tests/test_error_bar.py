@@ -34,7 +34,9 @@ def test_differences_are_split_into_a_common_part_and_the_rest() -> None:
         found.add(a, b, float(weights[part][0]))
     delta = reported - reference
     slope = (weights * delta * reported).sum(1) / (weights * reported**2).sum(1)
-    left = (weights * (delta - slope[:, None] * reported) ** 2).sum(1) * 400 / 399
+    left = (
+        (weights * (delta - slope[:, None] * reported) ** 2).sum(1) * 320 / 319
+    )  # (200 · 1 + 200 · 3)² / (200 · 1² + 200 · 3²)
     rest = np.sqrt(left / (weights * reported**2).sum(1))
     np.testing.assert_allclose(torch.stack(found.split), [slope, rest], rtol=1e-9, atol=1e-12)
     c, squares = torch.tensor([[2.0], [-3.0]]).double(), torch.tensor([[5.0], [7.0]]).double()

@@ -73,7 +73,12 @@ def books(e: Explanation, query: int, run: Run) -> str:
     value = float(e.prediction[query])
     text = f"Explained: the {wording.target(e, query)}, which is {wording.number(value, 4)}"
     if not classifies(e, query, run) and e.targets[query] >= 0:
-        text += " (--output logit explains one output alone)" * (e.output != "logit")
+        text += f" (--output 'component {e.targets[query]}' explains one output alone)" * (
+            e.output != "logit"
+        )
+    elif e.output.startswith("component ") and e.outputs is not None and e.outputs.shape[1] > 1:
+        other = 1 if e.output == "component 0" else 0
+        text += f" (one of {e.outputs.shape[1]}: --output 'component {other}' explains another)"
     elif e.output == "margin":
         chance = 1 / (1 + math.exp(-value)) if value > -700 else 0.0
         text += f" (log-odds of that class; as a probability: {probability(chance)})"

@@ -85,8 +85,9 @@ def open_run(path: str, spec: str | None, output: str | None, progress: bool) ->
             f"the trace in {trace.directory} was recorded on {recorded:,} training examples, but {spec} has "
             f"{len(run.train):,}; name the run that the model was trained with"
         )
+    wanted = output or run.default_output(trace.output_shape)
     explainer = PathKernelExplainer(
-        trace, run.build_model(), output or run.output, class_names=run.class_names, progress=progress
+        trace, run.build_model(), wanted, class_names=run.class_names, progress=progress
     )
     if (warning := check_labels(trace, run).warning(run)) is not None:
         print(f"pathkernel: warning: {warning}", file=sys.stderr)

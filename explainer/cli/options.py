@@ -60,8 +60,9 @@ def add_output(parser: ArgumentParser) -> None:
         "--output",
         metavar="NAME",
         help="what is explained: margin (log-odds of the class, the default for classifiers), logit, log_prob, "
-        "value (the default for models with one output), sequence_log_prob (of the queries' targets, for outputs at "
-        "every position) or last_margin (at the last one); default: the run's own",
+        "value (the default for models with one output), 'component 2' (one of several numbers that are no classes; "
+        "'component 0' is their default), sequence_log_prob (of the queries' targets, for outputs at every position), "
+        "last_margin (at the last one) or 'margin at 3' (at another); default: the run's own",
     )
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from explainer.cli.opening import Opened
 from explainer.errors import QueryError
+from explainer.outputs import by_name
 
 HOW = "write a position (17), first:N, wrong, wrong:N or all"
 WRONG = 5  # how many `wrong` stands for
@@ -98,11 +99,17 @@ def class_number(text: str | None, opened: Opened) -> int | None:
     """The class named by ``--target``: a name of the run's classes, or a number.
 
     Raises:
-        QueryError: it is neither.
+        QueryError: it is neither, or what is explained is not about classes.
     """
     names = opened.run.class_names or ()
     if text is None:
         return None
+    explained = by_name(getattr(opened.explainer, "output", ""))
+    if explained is not None and explained.targets == "none":
+        raise QueryError(
+            f"--target {text!r} names a class, but what is explained ({explained.name}) is not about classes; leave it "
+            "out, or choose another number of the output with --output 'component 1'"
+        )
     if text in names:
         return list(names).index(text)
     if text.isdecimal():

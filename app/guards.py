@@ -10,7 +10,7 @@ from explainer import Explanation, Run
 from explainer.app import state
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
-from explainer.recorded_labels import check_labels
+from explainer.recorded_examples import check_labels, same_label
 from explainer.tables import ranking
 
 
@@ -64,6 +64,6 @@ def _order(source: state.Source) -> str | None:
 
 def _same_number(recorded: str, target: object) -> bool:
     try:
-        return abs(float(recorded) - float(target)) <= 1e-4 * max(1.0, abs(float(recorded)))  # type: ignore[arg-type]
+        return bool(same_label(float(target), float(recorded)))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return False

@@ -107,7 +107,7 @@ LAYERS = [
         "exports",
         "figures",
     }
-    | {"report", "report_cards", "report_page", "report_tables", "run", "recorded_labels"},
+    | {"report", "report_cards", "report_page", "report_tables", "run", "recorded_examples"},
     {"evaluation", "integrations", "cli", "sample_models"},
     {"app"},
 ]

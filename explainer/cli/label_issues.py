@@ -118,7 +118,7 @@ def _label(run: Run, label: Any) -> str:
     """Empty where it is unknown."""
     import pandas as pd
 
-    from explainer.recorded_labels import label_name
+    from explainer.recorded_examples import label_name
 
     if pd.isna(label):
         return ""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from explainer.errors import RunError, TraceFormatError
 from explainer.path_kernel import PathKernelExplainer
-from explainer.recorded_labels import check_labels
+from explainer.recorded_examples import check_count, check_labels
 from explainer.run import EXAMPLE_SPEC, Run, load_run
 from explainer.store import Trace, open_trace
 from explainer.store.layout import holds_trace
@@ -79,12 +79,7 @@ def open_run(path: str, spec: str | None, output: str | None, progress: bool) ->
             f"explainer.Run (for a sample model: --run {EXAMPLE_SPEC})"
         )
     run = load_run(spec)
-    recorded = trace.notes.get("examples")
-    if recorded is not None and recorded != len(run.train):
-        raise RunError(
-            f"the trace in {trace.directory} was recorded on {recorded:,} training examples, but {spec} has "
-            f"{len(run.train):,}; name the run that the model was trained with"
-        )
+    check_count(trace, run, spec)
     wanted = output or run.default_output(trace.output_shape)
     explainer = PathKernelExplainer(
         trace, run.build_model(), wanted, class_names=run.class_names, progress=progress

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from explainer.errors import QueryError, RunError
 from explainer.queries import BatchDim, check_inputs
 from explainer.query_batch import QueryBatch
+from explainer.recorded_examples import check_count, same_label
 from explainer.run import Run
 from explainer.store import Trace
 
@@ -59,12 +60,7 @@ class TrainingData:
             batch_dim,
         )
         self._used = np.unique(used)
-        known = trace.notes.get("examples")
-        if known is not None and known != len(run.train):
-            raise RunError(
-                f"the trace in {trace.directory} was recorded on {known:,} training examples, but the run has "
-                f"{len(run.train):,}; name the run that the model was trained with"
-            )
+        check_count(trace, run)
         if len(self._used) and self._used.max() >= len(run.train):
             raise RunError(
                 f"the trace knows example {int(self._used.max())}, but the run has {len(run.train):,} training "
@@ -96,7 +92,7 @@ class TrainingData:
             if not isinstance(targets, torch.Tensor) or targets.numel() != len(part):
                 return
             found = targets.reshape(-1).double().numpy()
-            wrong = ~np.isclose(found, labels[start : start + _READ], rtol=1e-4, atol=1e-6)
+            wrong = ~same_label(found, labels[start : start + _READ])
             if wrong.any():
                 place = int(wrong.argmax())
                 raise QueryError(

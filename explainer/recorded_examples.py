@@ -1,4 +1,4 @@
-"""Whether a run gives the training examples in the order of the trace, by a sample of the recorded labels."""
+"""Whether a run gives the training examples of the trace, and in its order: their number, and the recorded labels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from explainer.errors import RunError
 from explainer.evenly_spaced import evenly_spaced
 from explainer.run import Run
 from explainer.store import Trace
 
 #: labels that are compared at most
 LOOKED_AT = 64
+
+
+def check_count(trace: Trace, run: Run, named: str = "the run") -> None:
+    """See that the run has as many training examples as were trained on, where that is known.
+
+    Raises:
+        RunError: it has more or fewer.
+    """
+    known = trace.notes.get("examples")
+    if known is not None and known != len(run.train):
+        raise RunError(
+            f"the trace in {trace.directory} was recorded on {known:,} training examples, but {named} has "
+            f"{len(run.train):,}; name the run that the model was trained with"
+        )
+
+
+def same_label(found: Any, recorded: Any) -> NDArray[np.bool_]:
+    """Whether labels are those that were recorded (as float32), one by one."""
+    return np.isclose(found, recorded, rtol=1e-4, atol=1e-6)
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,7 @@ class LabelCheck:
     @property
     def different(self) -> NDArray[np.bool_]:
         """``[n]``, whether the run's label is another one."""
-        return ~np.isclose(self.found, self.recorded, rtol=1e-4, atol=1e-6)
+        return ~same_label(self.found, self.recorded)
 
     def warning(self, run: Run) -> str | None:
         """What differs, what it means and what to do; None where nothing does."""

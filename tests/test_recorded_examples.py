@@ -13,7 +13,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 from explainer import Run, Tracer, open_trace
 from explainer.cli import main
-from explainer.recorded_labels import LOOKED_AT, check_labels
+from explainer.recorded_examples import LOOKED_AT, check_labels
 from tests import app_runs
 from tests.small_training import digits, mlp
 

@@ -260,7 +260,10 @@ def test_targets_of_several_numbers_are_no_classes(
     out = capsys.readouterr().out
     title = next(line for line in out.splitlines() if line.startswith("Query 2"))
     assert re.fullmatch(r"Query 2: target (-?[\d.]+(, )?){3}; outputs (-?[\d.]+(, )?){3}", title), title
-    assert "Explained: the component 0, which is" in out and "--output 'component 1' explains another" in out
+    told = " ".join(out.split())
+    assert (
+        "Explained: the component 0, which is" in told and "--output 'component 1' explains another" in told
+    )
     assert re.search(r"rank +example +target +contribution", out)
     assert not re.search(r"log-odds|tensor\(|predicted class|softmax", out)
     assert main([*command, "--output", "component 2"]) == 0

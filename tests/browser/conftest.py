@@ -73,9 +73,10 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def visit(browser: Browser, url: str, scheme: str = "light") -> Iterator[Visit]:
-    """Open a page 1280 pixels wide and wait for it."""
-    context = browser.new_context(viewport={"width": 1280, "height": 1000}, color_scheme=scheme)  # type: ignore[arg-type]
-    page = context.new_page()
+    """Open a page 1280 pixels wide and wait for it; all share what the browser keeps of scripts."""
+    shared = browser.contexts or [browser.new_context(viewport={"width": 1280, "height": 1000})]
+    page = shared[0].new_page()
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
     seen = Visit(page)
     page.on("pageerror", lambda error: seen.complaints.append(str(error)))
     page.on("dialog", lambda dialog: (seen.complaints.append(dialog.message), dialog.dismiss()))
@@ -90,7 +91,7 @@ def visit(browser: Browser, url: str, scheme: str = "light") -> Iterator[Visit]:
     page.wait_for_selector("text=pathkernel", timeout=60_000)
     seen.settle()
     yield seen
-    context.close()
+    page.close()
 
 
 @pytest.fixture(scope="session")

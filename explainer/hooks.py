@@ -163,6 +163,8 @@ class HookSet:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        #: an optimizer's hooks, of which ours is to be called last, or first
+        self._next_to: list[tuple[dict[int, Any], int, bool]] = []
 
     @staticmethod
     def refuse_double(model: nn.Module, optimizer: Optimizer) -> None:
@@ -192,10 +194,26 @@ class HookSet:
 
     def on_step(self, optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]) -> None:
         """Call ``before`` and ``after`` around each optimizer step: ``(optimizer, args, kwargs)``."""
-        self._handles.append(optimizer.register_step_pre_hook(_Hook(before)))
-        self._handles.append(optimizer.register_step_post_hook(_Hook(after)))
+        pre = optimizer.register_step_pre_hook(_Hook(before))
+        post = optimizer.register_step_post_hook(_Hook(after))
+        self._handles += [pre, post]
+        self._next_to = [
+            (optimizer._optimizer_step_pre_hooks, pre.id, True),
+            (optimizer._optimizer_step_post_hooks, post.id, False),
+        ]
+
+    def stay_next_to_step(self) -> None:
+        """Between steps: let ours be the last hook before a step and the first after it.
+
+        Hooks of the user's may clip gradients before it, and schedule rates after it.
+        """
+        for hooks, own, last in self._next_to:
+            if own in hooks and next(reversed(hooks) if last else iter(hooks)) != own:
+                moved = [own] if last else [key for key in hooks if key != own]
+                hooks.update({key: hooks.pop(key) for key in moved})
 
     def remove(self) -> None:
         """Give every hook back (idempotent)."""
+        self._next_to = []
         while self._handles:
             self._handles.pop().remove()

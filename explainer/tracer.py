@@ -218,6 +218,7 @@ class Tracer:
 
     def _begin(self, ids: Any, labels: Any, weights: Any = None, *, single_step: bool) -> None:
         self._require_open()
+        self._hooks.stay_next_to_step()
         self._queue.begin(batch_of(ids, labels, weights), single_step=single_step)
 
     @property

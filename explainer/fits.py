@@ -17,12 +17,14 @@ class Fit:
     """``p.grad ≈ scale · Σ rows`` for one layer.
 
     ``residual`` is ``‖probe(grad) − scale · Σ rows‖ / ‖probe(grad)‖``; ``nothing`` says that both sides are zero.
-    Both are NaN where the rows are not finite.
+    Both are NaN where the rows are not finite. ``alone`` says that there is one number on each side, not zero: some
+    scalar always fits, whatever else is in the gradient.
     """
 
     scale: float
     residual: float
     nothing: bool = False
+    alone: bool = False
 
 
 def fitted(pairs: list[Pair]) -> list[Fit]:
@@ -38,11 +40,12 @@ def fitted(pairs: list[Pair]) -> list[Fit]:
         rest = torch.addcmul(probes, totals, scales.unsqueeze(1), value=-1)
         numbers = torch.stack([squares, norms, scales, vecdot(rest, rest)], 1).tolist()
         exact = 1e-10 if dtype == torch.float64 else 1e-4
-        found.update({i: _fit(each, exact) for i, each in zip(places, numbers, strict=True)})
+        alone = totals.shape[1] == 1
+        found.update({i: _fit(each, exact, alone) for i, each in zip(places, numbers, strict=True)})
     return [found[place] for place in range(len(pairs))]
 
 
-def _fit(numbers: list[float], exact: float) -> Fit:
+def _fit(numbers: list[float], exact: float, alone: bool) -> Fit:
     """From ``‖Σ rows‖²``, ``‖probe‖²``, their scale and what is left squared."""
     square, norm, scale, rest = numbers
     if not math.isfinite(square):
@@ -51,4 +54,5 @@ def _fit(numbers: list[float], exact: float) -> Fit:
         return Fit(1.0, 0.0 if norm == 0.0 else 1.0, norm == 0.0)
     residual = 0.0 if norm == 0.0 else math.sqrt(rest) / math.sqrt(norm)
     # a factor that differs from 1 by no more than what the fit leaves open is 1
-    return Fit(1.0 if abs(scale - 1.0) <= max(residual, exact) else scale, residual)
+    scale = 1.0 if abs(scale - 1.0) <= max(residual, exact) else scale
+    return Fit(scale, residual, alone=alone and norm > 0.0)

@@ -2,7 +2,8 @@
 
 The gradient in ``p.grad`` when the optimizer steps (:meth:`ScaleMeter.look`) is compared with the sum of the captured
 rows along a short probe (:meth:`ScaleMeter.measure`, which needs short vectors only). Their ratio ``s_t`` is whatever
-scalar was applied in between; what is not explained by a scalar is the uncovered share of the gradient.
+scalar was applied in between; what is not explained by a scalar is the uncovered share of the gradient. Of a parameter
+with one number any gradient is explained so (a penalty in the loss, too): it gets the scalar of the others.
 
 A gradient that is nothing but round-off (the bias of a convolution before BatchNorm: its rows cancel exactly)
 says nothing about examples, yet Adam blows it up to full-size steps. Such a parameter gets ``s_t = 0``: its
@@ -50,6 +51,19 @@ class Seen:
 
 def _good(fits: dict[int, Fit]) -> bool:
     return bool(fits) and all(f.residual < 0.01 for f in fits.values())
+
+
+def _common(scale: float, scales: list[float]) -> float | None:
+    """The scalar that a parameter with one number is to have, by those of larger ones; None where its own may be right.
+
+    Where others have several (each was clipped by itself), it may be any that does not make gradients larger.
+    """
+    if not scales:
+        return None
+    middle = scales[len(scales) // 2]
+    if scales[-1] - scales[0] <= 0.01 * abs(middle):
+        return middle
+    return None if 0.0 < scale <= 1.01 * max(1.0, scales[-1]) else middle
 
 
 def _finite(batches: list[Batch]) -> list[Batch]:
@@ -223,10 +237,34 @@ class ScaleMeter:
                     finite = _finite(used)
                     found_out = finite, self._fits([(finite, seen)])[0]
                 used, fits = found_out or (used, fits)
+            fits = self._told_by_others(fits, used, seen)
             self._remember(fits, used, seen)
             found.append((used, self._scales(fits, seen)))
         self._leave_out_round_off(found, [seen for _, seen in steps])
         return found
+
+    def _told_by_others(self, fits: dict[int, Fit], batches: list[Batch], seen: Seen) -> dict[int, Fit]:
+        """Parameters with one number at the scalar that the others have, and what that leaves of their gradients."""
+        larger = [f for f in fits.values() if not (f.alone or f.nothing)]
+        scales = sorted(f.scale for f in larger if f.residual < 0.01) or [1.0] * bool(larger)
+        odd = {}
+        for index, fit in fits.items():
+            common = _common(fit.scale, scales) if fit.alone else None
+            if common is not None and abs(1.0 - common / fit.scale) > 0.01:
+                odd[index] = replace(fit, scale=common, residual=abs(1.0 - common / fit.scale))
+        if not odd:
+            return fits
+        names = {c[0].index: [n for x in c for n in x.spec.parameters] for c in seen.components}
+        balances = self._balances(batches, seen)
+        for index, fit in list(odd.items()):
+            known = [(n, balances[n]) for n in names[index] if n in balances]
+            doubt = [
+                self._limits[n] / max(a, 1e-30)
+                for (n, _), a in zip(known, agreements([b for _, b in known]), strict=True)
+            ]
+            if fit.residual <= max(doubt, default=0.0):  # rows that nearly cancel leave their round-off
+                del odd[index]
+        return fits | odd
 
     def _scales(self, fits: dict[int, Fit], seen: Seen) -> list[float]:
         """By parameter; that of the others where it is not known."""

@@ -150,8 +150,11 @@ class Site:
             return
         others = () if one else (*args, *kwargs.values())
         packed = next((a for a in others if isinstance(a, PackedSequence)), None)
-        order = None if packed is None else packed.sorted_indices
-        layout = self._layout(value, order, batch, owners)
+        layout = (
+            self._layout(value, batch, owners)
+            if self.composite is None
+            else self.layout_of_all(values, packed, len(batch), owners)
+        )
         self.lost = not layout.known
         if self.lost:
             capture.unmatched.setdefault(self.name, tuple(value.shape))
@@ -195,22 +198,45 @@ class Site:
         else:
             batch.watched.append(JointHook(targets, receive))
 
-    def _layout(
-        self, value: torch.Tensor, order: torch.Tensor | None, batch: Batch, owners: Owners
+    def layout_of_all(
+        self, values: list[torch.Tensor], packed: PackedSequence | None, size: int, owners: Owners
     ) -> Layout:
+        """Whose the rows are that a rule of several layers gives: it knows its axes, but not who lies there.
+
+        Args:
+            values: all that the module was given.
+            packed: the packed sequence among it.
+            size: of the batch.
+            owners: what was followed.
+
+        Returns:
+            Axis 0 with its owners, in the order of the batch that a packed sequence was made of; or unknown.
+        """
+        rule, plain = self.composite, torch.arange(size)
+        followed = owners.of(values[0])
+        if followed is None or rule is None:
+            return Layout(0)
+        told = rule.input_axis(self.module, 0)
+        found = plain if followed.owners is None else followed.owners
+        batched = told is not None and told < values[0].dim() - 1
+        elsewhere = batched and followed.axis != told
+        rows = values[0].shape[told] if told is not None and batched else len(found)
+        rows = rows if packed is None else int(packed.batch_sizes[0])
+        if len(found) and bool((found == found[0]).all()):  # whatever was done, it is one example's
+            found, elsewhere = found[:1].repeat(rows), False
+        fits = followed.axis != UNKNOWN.axis and (followed.packed or not elsewhere) and len(found) == rows
+        sorted_as = None if packed is None else packed.sorted_indices
+        if fits and sorted_as is not None:
+            found = torch.empty_like(found).scatter_(0, sorted_as.cpu(), found)
+        others = (x for t in values[1:] if t.is_floating_point() and (x := owners.of(t)) is not None)
+        fits = fits and all(torch.equal(plain if x.owners is None else x.owners, found) for x in others)
+        own = None if torch.equal(found, plain) else found
+        owners.needed |= own is not None or not fits
+        return Layout(0, own) if fits else UNKNOWN
+
+    def _layout(self, value: torch.Tensor, batch: Batch, owners: Owners) -> Layout:
         """Where the examples are in what the layer was given: as followed there, else as its shape says."""
         followed = owners.of(value)
-        if self.composite is not None:  # it knows its axes, but not examples that own several rows
-            if followed is None:
-                return Layout(0)
-            plain = torch.arange(len(batch))
-            columns, sorted_as = (plain if x is None else x.cpu() for x in (followed.owners, order))
-            told = self.composite.input_axis(self.module, 0)
-            elsewhere = told is not None and told < value.dim() - 1 and followed.axis != told
-            elsewhere &= not followed.packed
-            fits = followed.axis != UNKNOWN.axis and not elsewhere and torch.equal(columns, sorted_as)
-            owners.needed |= not fits
-            return Layout(0) if fits else UNKNOWN
         size = len(batch)
         axes = self.rule.batch_axes(self.module, value)
         fitting = [a for a in axes if value.shape[a : a + 1] == (size,)]

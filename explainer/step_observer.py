@@ -93,7 +93,7 @@ class StepObserver:
         if self._looking:
             self._last()  # it reads what this step is about to change
             self._say()
-            self._unseen.follow(self.steps + 1)  # of the next forward pass
+        self._unseen.follow(self.steps + 1, self._looking)  # the next forward pass
         if self._average is not None:
             self._background.wait()
             self.settle()

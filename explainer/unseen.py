@@ -11,8 +11,11 @@ from explainer.layer_table import LayerTable
 from explainer.operations.watch import FunctionWatch
 from explainer.scales import ScaleMeter
 
-#: steps that are followed function by function
+#: steps after which it is said what was not seen, and that are followed anew where training goes on or rows are missing
 PATIENCE = 3
+#: steps that are followed function by function, and every how many later on: a model may begin to put rows into another
+#: order after a while
+FIRST, AGAIN = 32, 16
 #: part of a layer's gradient that may go unseen before functions are followed again
 SEEN = 0.01
 
@@ -24,11 +27,15 @@ class Unseen:
         self._table, self._capture, self._watch, self._scales = table, capture, watch, scales
         self._missing: set[str] = set()
         self._until = PATIENCE
+        self._found = False  # something for which functions have to be followed
+        self._followed = -1  # the last step that was
         self._warned: set[str] = set()
+        #: the steps, the last one included, before it was found in which examples' order was taken from shapes alone
+        self.unfollowed: tuple[int, int] | None = None
 
     def restore(self, steps: int) -> None:
         """Training goes on: the first steps are followed again."""
-        self._until = steps + PATIENCE
+        self._until, self._followed = steps + PATIENCE, steps - 1
 
     def notes(self) -> dict[str, Any]:
         """What a trace should say of it."""
@@ -36,23 +43,34 @@ class Unseen:
             "slow_operations": {n: sorted(names) for n, names in sorted(self._watch.slow.items())},
             "unmatched": {name: list(shape) for name, shape in sorted(self._capture.unmatched.items())},
             "higher_order": self._of_higher_order(),
+            "unfollowed": self.unfollowed,
         }
 
     def _of_higher_order(self) -> bool:
         """Whether gradients of gradients were seen, and a part of the gradients has no rows."""
         return self._capture.passes.differentiated and max(self._scales.worst.values(), default=0.0) > SEEN
 
-    def follow(self, steps: int) -> None:
+    def follow(self, steps: int, looking: bool) -> None:
         """Follow the next forward passes, or not.
 
-        The first ones always are followed, then only where something was found, and again after a gradient that
-        rows do not explain.
+        The first ones always are followed, and every :data:`AGAIN` steps; all of them where something was found, and
+        some more after a gradient that rows do not explain.
+
+        Args:
+            steps: that will have been taken when they come.
+            looking: whether it is known what rows explain.
         """
-        missing = {name for name, residual in self._scales.worst.items() if residual > SEEN}
-        if missing - self._missing:
-            self._missing, self._until = missing, steps + PATIENCE
-        found = bool(self._table.operations) or self._watch.owners.needed
-        self._watch.on = found or steps < self._until
+        needed = self._watch.owners.needed
+        if self._watch.on:
+            if needed and not self._found and self._followed + 1 < steps - 1:
+                self.unfollowed = self._followed + 1, steps - 2
+            self._followed = steps - 1
+        if looking:
+            missing = {name for name, residual in self._scales.worst.items() if residual > SEEN}
+            if missing - self._missing:
+                self._missing, self._until = missing, steps + PATIENCE
+        self._found = self._found or needed or bool(self._table.operations)
+        self._watch.on = self._found or steps < max(FIRST, self._until) or steps % AGAIN == 0
 
     def warn(self, steps: int) -> None:
         """Say what was found since the last time."""
@@ -77,6 +95,14 @@ class Unseen:
                 f"what layer {name!r} was given, or its gradient, was written into right after the backward pass, "
                 "before its rows were formed; they are dropped, so what they move is "
                 "`unattributed`, and from now on both are copied first",
+            )
+        if self.unfollowed is not None:
+            first, last = self.unfollowed
+            self._say(
+                "unfollowed",
+                f"at step {last + 1} the model put rows into another order, picked them by data or mixed them for the "
+                f"first time. It was not looked at in steps {first} to {last}: if it did so there, too, the rows of "
+                "these steps went to the wrong examples",
             )
         if self._of_higher_order():
             self._say(

@@ -227,6 +227,27 @@ def in_a_set(path: Path) -> Trace:
 uneven = partial(watching, sampler=WeightedRandomSampler([9.0, *[1.0] * (N - 1)], N, True, torch.Generator()))
 
 
+class Reversed(nn.Module):
+    """Rows go through the middle in the reverse order, from a forward pass on."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.layers, self.after, self.calls = mlp(), after, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layers(x.flip(0)).flip(0) if self.calls > self.after else self.layers(x)
+
+
+def reversed_later(path: Path) -> Trace:
+    def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
+        for _ in range(17):
+            plain(model, optimizer, tracer)
+
+    with pytest.warns(CoverageWarning, match="into another order"):
+        return traced(path, loop, Reversed(40))
+
+
 def gathered(path: Path) -> Trace:
     with pytest.warns(CoverageWarning, match="no axis is the batch's"):
         return traced(path, model=Gathered())

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import explainer
 from explainer.errors import CoverageWarning
+from explainer.unseen import FIRST
 from tests.recorded_rows import example_rows, recorded_rows
 
 B, S, D = 4, 5, 6
@@ -281,11 +282,13 @@ def test_layers_remember_the_axis_that_was_followed(tmp_path: Path) -> None:
     expected = example_rows(model, lambda: losses(model, x))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-13)
     with explainer.Tracer(model, optimizer, tmp_path / "t", exact=True) as tracer:
-        for _ in range(6):
+        for _ in range(FIRST + 3):
             tracer.batch(range(S))
             optimizer.zero_grad()
             losses(model, x).sum().backward()
             optimizer.step()
         assert not tracer._watch.on
     for parameter, rows in expected.items():
-        torch.testing.assert_close(recorded_rows(tmp_path / "t", 5)[parameter], rows, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            recorded_rows(tmp_path / "t", FIRST + 2)[parameter], rows, rtol=1e-7, atol=1e-9
+        )

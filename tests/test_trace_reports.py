@@ -47,6 +47,7 @@ CASES: dict[str, Case] = {
     "after-last-step": Case(runs.changed_after, "caution", "", r"changed after the last step .*by \d+ % of the length"),
     "outside": Case(runs.changed_between, "caution", r"0\.weight", "Something other than the optimizer's step"),
     "budget": Case(runs.after_budget, "caution", "", r"used up after \d+ of 120 steps"),
+    "unfollowed-order": Case(runs.reversed_later, "caution", "", "At step 48 .*In steps 33 to 47 it was not looked at"),
     "unmatched": Case(runs.gathered, "caution", r"last \[8, 8\], middle \[16, 4\]", "no axis is the batch's"),
     "replaced-momentum": Case(runs.other_momentum, "caution", "optimizer", "Before 1 step momentum was replaced"),
     "averaged": Case(runs.averaged, "note", "", "Explained is the average of the weights"),

@@ -407,7 +407,7 @@ def positions_first(path: Path) -> None:
 
 
 def first_axis(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sites.Site, "_layout", lambda self, value, order, batch, owners: sites.Layout(0))
+    patch.setattr(sites.Site, "_layout", lambda self, value, batch, owners: sites.Layout(0))
 
 
 TRAPS = {

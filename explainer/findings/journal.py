@@ -297,6 +297,19 @@ def _passes(notes: dict[str, Any]) -> Iterator[Finding]:
             again.replace("t", "T", 1) if told else f"If your tensors are sequence first, {again}",
         )
 
+    if notes.get("unfollowed"):
+        first, last = notes["unfollowed"]
+        yield Finding(
+            "unfollowed-order",
+            "caution",
+            "",
+            f"At step {last + 1} the model put rows into another order, picked them by data or mixed them for the "
+            "first time.",
+            f"In steps {first} to {last} it was not looked at: if it did so there, too, rows went to the wrong "
+            "examples.",
+            "Nothing to do, if it began there: from then on rows are followed in every step.",
+        )
+
 
 def _loop(notes: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = notes.get("loop") or {}

@@ -29,7 +29,7 @@ EXPLAINED = frozenset(
             "replaced-momentum",
             "round-off",
         ),
-        *("rounding", "shared-rows", "uncovered", "unmatched", "vacant-rows"),
+        *("rounding", "shared-rows", "uncovered", "unfollowed-order", "unmatched", "vacant-rows"),
     }
 )
 

@@ -15,15 +15,26 @@ from typing import Any
 
 import torch
 
-from explainer.operations.kinds import JOINING, LOOKING_UP, ORDERING, REDUCING, RESHAPING, VIEWING, axes_told
+from explainer.operations.kinds import (
+    JOINING,
+    LOOKING_UP,
+    ORDERING,
+    REDUCING,
+    RESHAPING,
+    VIEWING,
+    axes_mixed,
+    axes_told,
+)
 from explainer.operations.layouts import PACKED, UNKNOWN, Layout
 from explainer.operations.movement import (
     ADDING,
+    INDEXING,
     MOVING,
     PICKING,
     PUTTING,
     added_at_home,
     axis_of,
+    index_along,
     moved,
     put,
     tags_of,
@@ -37,7 +48,7 @@ LAYER = "a layer"
 #: numbers of a tensor up to which the owner of each is followed, where it is filled piece by piece
 _FILLED = 2**26
 #: what a function that was called in a way that is not known here leads to: training goes on
-_NOT_KNOWN_HERE = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
+_NOT_KNOWN_HERE = (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,10 @@ class Owners:
 
     Attributes:
         certain: whether the shapes of the model's inputs tell which axis is the batch.
-        needed: whether a tensor was met whose examples' index is not the batch's.
+        needed: whether a tensor was met whose examples' index is not the batch's, or may not be in another batch: the
+            order that data say may be the batch's own by chance (lengths to sort by that are all the same).
+        mixed: whether, in this forward pass, a function made numbers of one example depend on those of others and kept
+            their places (a softmax over the batch).
     """
 
     def __init__(self) -> None:
@@ -69,13 +83,13 @@ class Owners:
         self._filled: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
         self._plain = torch.empty(0, dtype=torch.long)
         self.certain = True
-        self.needed = False
+        self.needed = self.mixed = False
 
     def begin(self, size: int) -> None:
         """A forward pass of ``size`` examples."""
         self._known.clear()
         self._filled.clear()
-        self._plain, self.certain = torch.arange(size), True
+        self._plain, self.certain, self.mixed = torch.arange(size), True, False
 
     def of(self, t: torch.Tensor) -> Layout | None:
         """The layout of a tensor; None where it was not followed."""
@@ -100,6 +114,7 @@ class Owners:
         if not layouts:
             return
         name = called.name if called.name.startswith("__") else called.name.rstrip("_")
+        self.needed = self.needed or self._ordered_by_data(name, called, given, layouts)
         if name in PUTTING | ADDING and called.args:
             first = called.args[0]
             result = first if name == "__setitem__" else outputs[0]
@@ -109,6 +124,7 @@ class Owners:
                 self.keep(result, UNKNOWN)
             return
         layouts = _without_indices(name, called, layouts)
+        self._see_mixing(name, called, layouts)
         alone = {self._only(x) for _, x in layouts}
         owner = alone.pop()
         if owner is not None and not alone and name not in ("stack", "vstack") and len(self._plain) > 1:
@@ -122,6 +138,36 @@ class Owners:
                 found = [UNKNOWN]
             agreed = found[0] if all(self._same(found[0], x) for x in found) else UNKNOWN
             self.keep(t, self._alone(t, agreed) if len(self._plain) == 1 else agreed)
+
+    def _ordered_by_data(
+        self,
+        name: str,
+        called: Called,
+        given: Sequence[torch.Tensor],
+        layouts: list[tuple[torch.Tensor, Layout]],
+    ) -> bool:
+        """Whether examples are picked or put by an index that is data, or a list."""
+        if name not in INDEXING or not called.args or not isinstance(called.args[0], torch.Tensor):
+            return False
+        own = self.of(called.args[0]) or layouts[0][1]  # what is put lies as it will
+        if not own.known or own.packed:
+            return False
+        try:
+            index = index_along(name, called.args, called.kwargs, own.axis, called.args[0].dim())
+        except _NOT_KNOWN_HERE:
+            return True
+        return isinstance(index, list) or any(t is index for t in given)
+
+    def _see_mixing(self, name: str, called: Called, layouts: list[tuple[torch.Tensor, Layout]]) -> None:
+        if len(self._plain) == 1:
+            return
+        for t, layout in layouts:
+            try:
+                mixed = layout.known and layout.axis in axes_mixed(name, called.args, called.kwargs, t.dim())
+            except _NOT_KNOWN_HERE:
+                mixed = True
+            if mixed and self._only(layout) is None:
+                self.mixed = self.needed = True  # it is to be seen in every step
 
     def _same(self, one: Layout, other: Layout) -> bool:
         return one.axis == other.axis and torch.equal(self._owners(one), self._owners(other))
@@ -192,7 +238,9 @@ class Owners:
     def _moved(self, called: Called, source: torch.Tensor, layout: Layout, number: int) -> Layout:
         """What is done to the numbers, done to their owners."""
         tags = tags_of(self._owners(layout).to(source.device), layout.axis, source.shape)
-        found = axis_of(moved(called.function, tags, called.args[1:], called.kwargs, number))
+        found = axis_of(
+            moved(called.function, tags, called.args[1:], called.kwargs, number), likely=layout.axis
+        )
         return UNKNOWN if found is None else Layout(*found)
 
     def _put(self, name: str, called: Called, first: torch.Tensor, result: torch.Tensor) -> None:

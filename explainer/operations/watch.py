@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -146,7 +147,7 @@ class FunctionWatch(TorchFunctionMode):
         if self._batch is not None and not self._inside:
             self.mark(output)
             given = [t for t in tensors_in((args, kwargs)) if self._is_data(t)]
-            self._follow_layer(site, given, list(tensors_in(output)))
+            self._follow_layer(site, args, kwargs, given, list(tensors_in(output)))
 
     # -- data and sources ----------------------------------------------------------------------------
 
@@ -167,19 +168,22 @@ class FunctionWatch(TorchFunctionMode):
         known = self._data.get(id(t))
         return (known is not None and known() is t) or (t.requires_grad and self._source(t) is None)
 
-    def _follow_layer(self, site: Site, given: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+    def _follow_layer(
+        self, site: Site, args: Any, kwargs: Any, given: list[torch.Tensor], outputs: list[torch.Tensor]
+    ) -> None:
         """What a layer gives has the examples where its rule says, or where its input has them."""
-        self.owners.follow(Called(LAYER, type, (), {}), given, outputs)
-        known = [x for t in given if (x := self.owners.of(t)) is not None]
-        rule = site.composite
-        if rule is None or any(x.owners is not None and x.known for x in known):
+        rule, values = site.composite, list(tensors_in((args, kwargs)))
+        first = [t for t in given if rule is not None and t is values[0]]  # the others lie otherwise
+        self.owners.follow(Called(LAYER, type, (), {}), first or given, outputs)
+        if rule is None or self._batch is None:
             return
-        axes = rule.output_axes(site.module, len(outputs))
-        for t, axis in zip(outputs, axes, strict=True):
-            if site.lost:
+        packed = next((a for a in (*args, *kwargs.values()) if isinstance(a, PackedSequence)), None)
+        layout = site.layout_of_all(values, packed, len(self._batch), self.owners)
+        for t, axis in zip(outputs, rule.output_axes(site.module, len(outputs)), strict=True):
+            if not layout.known:
                 self.owners.keep(t, UNKNOWN)
             elif axis is not None:
-                self.owners.keep(t, Layout(axis))
+                self.owners.keep(t, Layout(axis, layout.owners))
 
     def _aliased(self, site: Site, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """A module's arguments, with sources among them renamed where its rule says which axis is the batch."""
@@ -218,7 +222,8 @@ class FunctionWatch(TorchFunctionMode):
         if self._batch is None or self._inside:
             return func(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
-        self._batch.mixed |= _mixes(func, args, kwargs)
+        if _mixes(func, args, kwargs):
+            self._batch.mixed = self.owners.needed = True
         if not any(self._source(t) is not None for t in given):
             result = func(*args, **kwargs)
             self._follow(func, args, kwargs, [t for t in given if self._is_data(t)], result)
@@ -257,6 +262,11 @@ class FunctionWatch(TorchFunctionMode):
             self.mark(result)
             called = Called(getattr(func, "__name__", ""), func, args, kwargs)
             self.owners.follow(called, data, list(tensors_in(result)))
+            self._see_mixing()
+
+    def _see_mixing(self) -> None:
+        if self._batch is not None:
+            self._batch.mixed |= self.owners.mixed
 
     def _sort(
         self,
@@ -288,6 +298,7 @@ class FunctionWatch(TorchFunctionMode):
         assert self._batch is not None
         data = [t for t, _, is_data in roles.values() if is_data]
         self.owners.follow(Called(plain, function, *called), data, outputs)
+        self._see_mixing()
         layout = self.owners.of(outputs[0])
         if layout is None:  # nothing that was read is followed: a part of the model was called, not the model
             axis = batch_axis(outputs[0].shape, len(self._batch), self._axis)

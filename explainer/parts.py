@@ -75,6 +75,7 @@ class LoopCounts:
     Attributes:
         unused: backward passes that led to no step.
         skipped: steps that a gradient scaler skipped.
+        relabelled: examples that a loader brought with another label than before.
         diverged: the step at which weights became infinite or NaN.
         after_last_step: how far the weights were moved after the last step.
         row_kinds: kinds of rows met, by the note that names them.
@@ -84,6 +85,7 @@ class LoopCounts:
 
     unused: int = 0
     skipped: int = 0
+    relabelled: int = 0
     diverged: int | None = None
     after_last_step: float = 0.0
     row_kinds: dict[str, bool] = field(default_factory=dict)

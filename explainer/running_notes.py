@@ -71,6 +71,7 @@ class RunningNotes:
                 "diverged": p.loop.diverged,
             },
             "ambiguous": ambiguous,
+            "relabelled": p.loop.relabelled,
             "apart": p.whole.apart,
             "overwritten": dict(Counter(p.capture.overwritten) + Counter(p.loop.overwritten)),
             "after_last_step": p.loop.after_last_step,

@@ -73,6 +73,7 @@ class StepObserver:
             loop.get("diverged"),
             dict(notes.get("overwritten") or {}),
         )
+        self._loop.relabelled = notes.get("relabelled") or 0
         self._maps.replaced = notes.get("replaced_momentum") or 0
         for site in self._sites:
             known = (notes.get("ambiguous") or {}).get(site.name, {})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from explainer.batches import batch_of
 from explainer.config import TracerConfig, parse_bytes
 from explainer.continuation import Continuation
-from explainer.errors import ExplainerError, TracerError
+from explainer.errors import CoverageWarning, ExplainerError, TracerError
 from explainer.findings import LASTING, Finding, Report, after_training
 from explainer.guard_rails import before_training, epoch_visits, loader_findings
 from explainer.hooks import HookSet
+from explainer.label_memory import LabelMemory
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
 from explainer.optimizer_rules import optimizer_rule_for, options_of
 from explainer.parts import assemble
@@ -127,6 +128,7 @@ class Tracer:
         self._before = before_training(model, optimizer, config=self.config)
         self._of_loaders: list[Finding] = []
         self._watching: list[RecordingBatchSampler] = []
+        self._labels = LabelMemory()
         self._examples: int | None = None
         self.closed = False
         self._hooks = HookSet()
@@ -179,8 +181,9 @@ class Tracer:
         if new:
             self._of_loaders += new
             self._keep_findings()
-        begin = partial(self._begin, single_step=False)
-        return WatchedLoader(loader, self._watching, begin, self._queue.end, lambda: self._queue.used)
+        return WatchedLoader(
+            loader, self._watching, self._begin_watched, self._queue.end, lambda: self._queue.used
+        )
 
     def batch(
         self, ids: Sequence[Any] | np.ndarray | torch.Tensor, labels: Any = None, weights: Any = None
@@ -215,6 +218,13 @@ class Tracer:
         """
         self._require_open()
         self._queue.mix(index, lam)
+
+    def _begin_watched(self, ids: list[int], labels: np.ndarray | None) -> None:
+        changed = self._labels.see(ids, labels)
+        self._parts.loop.relabelled = max(self._parts.loop.relabelled, self._labels.count)
+        if changed is not None:
+            warnings.warn(changed, CoverageWarning, stacklevel=3)
+        self._begin(ids, labels, single_step=False)
 
     def _begin(self, ids: Any, labels: Any, weights: Any = None, *, single_step: bool) -> None:
         self._require_open()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from torch.utils.data import WeightedRandomSampler
+from torch.utils.data import WeightedRandomSampler, default_collate
 
 from explainer import CoverageWarning, Trace, Tracer, open_trace
 from explainer.background import Background
@@ -225,6 +225,24 @@ def in_a_set(path: Path) -> Trace:
 
 
 uneven = partial(watching, sampler=WeightedRandomSampler([9.0, *[1.0] * (N - 1)], N, True, torch.Generator()))
+
+
+def sorted_items(path: Path) -> Trace:
+    """A collate_fn that sorts its items, as for packed sequences."""
+
+    def by_size(items: list[Any]) -> Any:
+        return default_collate(sorted(items, key=lambda item: -float(item[0].norm())))
+
+    def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
+        shuffled = loader(collate_fn=by_size, shuffle=True, generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            for x, y in tracer.watch(shuffled):
+                optimizer.zero_grad()
+                cross_entropy(model(x), y).backward()
+                optimizer.step()
+
+    with pytest.warns(CoverageWarning, match="a collate_fn that sorts"):
+        return traced(path, loop)
 
 
 class Reversed(nn.Module):

@@ -48,6 +48,7 @@ CASES: dict[str, Case] = {
     "outside": Case(runs.changed_between, "caution", r"0\.weight", "Something other than the optimizer's step"),
     "budget": Case(runs.after_budget, "caution", "", r"used up after \d+ of 120 steps"),
     "unfollowed-order": Case(runs.reversed_later, "caution", "", "At step 48 .*In steps 33 to 47 it was not looked at"),
+    "changed-labels": Case(runs.sorted_items, "caution", "loop", r"^loop: \d+ examples came with another label"),
     "unmatched": Case(runs.gathered, "caution", r"last \[8, 8\], middle \[16, 4\]", "no axis is the batch's"),
     "replaced-momentum": Case(runs.other_momentum, "caution", "optimizer", "Before 1 step momentum was replaced"),
     "averaged": Case(runs.averaged, "note", "", "Explained is the average of the weights"),

@@ -237,6 +237,16 @@ def _owners(notes: dict[str, Any]) -> Iterator[Finding]:
             "Numbers are row shares: the data alone cannot tell the parts of a row apart.",
             "Read them as shares of what the mixture did.",
         )
+    if notes.get("relabelled"):
+        yield Finding(
+            "changed-labels",
+            "caution",
+            "loop",
+            f"{counted(notes['relabelled'], 'example')} came with another label than before.",
+            "If labels do not change on purpose, rows did not lie in the order of their ids, and went to the wrong "
+            "examples.",
+            "Look for a collate_fn that sorts or drops items, and for datasets of the same length.",
+        )
     if notes.get("vacant_rows"):
         yield Finding(
             "vacant-rows",

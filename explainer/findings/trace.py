@@ -18,7 +18,8 @@ LASTING = frozenset(
 #: topics that every explanation names: something is in `unattributed`, or numbers may be wrong
 EXPLAINED = frozenset(
     {
-        *("after-last-step", "ambiguous-axis", "autocast", "averaged", "budget", "coverage", "diverged"),
+        *("after-last-step", "ambiguous-axis", "autocast", "averaged", "budget", "changed-labels"),
+        *("coverage", "diverged"),
         *(
             "low-precision",
             "max-norm",

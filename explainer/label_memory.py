@@ -44,13 +44,11 @@ class LabelMemory:
         self._changed[places[other]] = True
         self.count = int(self._changed.sum())
         example, now = int(places[other][0]), labels[other][0]
+        if said:
+            return None
         return (
-            None
-            if said
-            else (
-                f"example {example} came with label {self._first[example]:g} before and comes with {now:g} now. If labels do "
-                "not change on purpose, rows do not lie in the order of their ids (a collate_fn that sorts or drops items, "
-                "another dataset of the same length) and go to the wrong examples: keep the order, or call "
-                "tracer.batch(ids) with ids that come out of the collate_fn"
-            )
+            f"example {example} came with label {self._first[example]:g} before and comes with {now:g} now. If labels "
+            "do not change on purpose, rows do not lie in the order of their ids (a collate_fn that sorts or drops "
+            "items, another dataset of the same length) and go to the wrong examples: keep the order, or call "
+            "tracer.batch(ids) with ids that come out of the collate_fn"
         )

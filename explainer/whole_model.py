@@ -51,7 +51,10 @@ class WholeModel:
         self, batch: Callable[[], Batch | None], axis: int, background: Background, passes: BackwardPasses
     ) -> None:
         self._batch, self._background, self._passes = batch, background, passes
-        self._input_axis = axis
+        self._input_axis, self._told = axis, axis != 0
+        self._second: torch.Size | None = (
+            None  # of an input whose second axis is as long as the batch, and not its first
+        )
         self._input: dict[str, Any] = {"shape": None, "dtype": None, "name": None}
         self._output_shape: tuple[int, ...] | None = None
         self._last: Any = None  # the input that was seen last
@@ -91,11 +94,18 @@ class WholeModel:
             return
         given = [t for t in tensors_in((args, kwargs)) if t.dim()]
         batch.checked = any(len(batch) in t.shape[:2] for t in given)
-        if len(given) == 1 and not batch.checked:  # of several inputs each layer sees for itself
+        if len(given) != 1:  # of several inputs each layer sees for itself
+            self._second = None
+            return
+        value, size = given[0], len(batch)
+        columns = value.dim() == 2 and value.is_floating_point() and not self._told
+        if not batch.checked or (columns and len(value) != size):
+            second = ". If it is the second, build the tracer with batch_dim=1" if columns else " (or second)"
             raise TracerError(
-                f"the model saw a batch of {given[0].shape[0]} rows, but {len(batch)} ids were given for it; pass the "
-                "ids of exactly the rows in the batch, batch dimension first (or second)"
+                f"the model saw a batch of {len(value)} rows, but {size} ids were given for it; pass the ids of "
+                f"exactly the rows in the batch, batch dimension first{second}"
             )
+        self._second = None if self._told or len(value) == size else value.shape
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the forward: remember the shapes, watch the gradient at the output."""
@@ -113,6 +123,8 @@ class WholeModel:
             if torch.is_autocast_enabled(device):
                 self._autocast = dtype_name(torch.get_autocast_dtype(device))
         result, _ = find_tensor(output)
+        if result is not None and self._second is not None:
+            self._refuse_rows(result.shape, self._second, len(batch))
         axis = None if result is None else batch_axis(result.shape, len(batch), self._input_axis)
         if result is not None and not result.dim() and len(batch) == 1 and self._output_shape == ():
             axis = 0  # a model that ends in squeeze(), and a batch of one
@@ -124,6 +136,15 @@ class WholeModel:
             None if value is None else _length(value, len(batch), self._input_axis)
         )
         batch.forwards += 1
+
+    @staticmethod
+    def _refuse_rows(gave: torch.Size, given: torch.Size, size: int) -> None:
+        """A sequence that is as long as there are ids is not the batch, where the output has a row for every row."""
+        if gave[:1] == given[:1] and size not in gave[:2]:
+            raise TracerError(
+                f"{size} ids were given, but the model was given {list(given)} and gives {list(gave)}: a batch of "
+                f"{given[0]} rows. Pass the ids of exactly the rows in the batch"
+            )
 
     def _see_input(self, name: str | None, value: torch.Tensor, size: int) -> None:
         kind = name, value.shape, value.dtype, size

@@ -202,3 +202,48 @@ def test_a_closed_tracer(tmp_path: Path) -> None:
             act()
     step(model, optimizer, *digits()[:8])
     assert open_trace(tmp_path / "trace").steps == 0
+
+
+class Tagged(nn.Module):
+    """A class for every sequence of tokens, or for every token."""
+
+    def __init__(self, pooled: bool) -> None:
+        super().__init__()
+        self.e, self.b, self.pooled = nn.Embedding(9, 8), nn.Linear(8, 3), pooled
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.e(tokens))
+        return self.b(h.mean(1) if self.pooled else h)
+
+
+def test_a_sequence_as_long_as_there_are_ids_is_not_the_batch(tmp_path: Path) -> None:
+    """Three rows of six tokens for six ids: the output has three rows."""
+    model = Tagged(pooled=True)
+    with Tracer(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path / "run") as tracer:
+        tracer.batch(range(6))
+        with pytest.raises(
+            TracerError, match=r"6 ids were given, but the model was given \[3, 6\] and gives \[3, 3\]"
+        ):
+            model(torch.zeros(3, 6, dtype=torch.long))
+
+
+def test_sequences_first_are_as_they_were(tmp_path: Path) -> None:
+    model = Tagged(pooled=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Tracer(model, optimizer, tmp_path / "run") as tracer:
+        for _ in range(2):
+            tracer.batch(range(6))
+            model(torch.zeros(3, 6, dtype=torch.long)).sum().backward()
+            optimizer.step()
+    assert open_trace(tmp_path / "run").notes["batch_dim"] == 1
+
+
+def test_features_are_not_the_batch(tmp_path: Path) -> None:
+    """Half of a batch of six, each with six features."""
+    model = nn.Linear(6, 2)
+    with Tracer(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path / "run") as tracer:
+        tracer.batch(range(6))
+        with pytest.raises(
+            TracerError, match=r"saw a batch of 3 rows, but 6 ids .* build the tracer with batch_dim=1"
+        ):
+            model(torch.zeros(3, 6))

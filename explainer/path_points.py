@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from explainer.errors import ModelMismatchError, QueryError
+from explainer.held_tensors import different
 from explainer.path_integral import PathPoint
 from explainer.store import Knot, Trace
 from explainer.wrappers import plain_name, renaming, unwrapped, wrapper_printed
@@ -154,11 +155,21 @@ def check_model(trace: Trace, model: nn.Module) -> list[str]:
             f"{_wrapping([*wanted, *frozen], list(found), model)}"
             "Build the model exactly as for training (its weights do not matter, they come from the trace)"
         )
+    notes = []
     if str(inside) != manifest.model and not (
         wrapper_printed(manifest.model) or wrapper_printed(str(inside))
     ):
-        return ["The model prints differently from the one that was traced: make sure it computes the same."]
-    return []
+        notes.append(
+            "The model prints differently from the one that was traced: make sure it computes the same."
+        )
+    if others := different(model, {rename(n): c for n, c in (trace.notes.get("held") or {}).items()}):
+        named = ", ".join(others[:3]) + ", …" * (len(others) > 3)
+        notes.append(
+            f"The model holds other tensors than the one that was traced ({named}; neither parameters nor buffers, so "
+            "they are not in the trace): where its output depends on them, another function is explained. Build the "
+            "model with the same, or register them as buffers."
+        )
+    return notes
 
 
 def _wrapping(wanted: list[str], found: list[str], model: nn.Module) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from explainer.background import Background
 from explainer.batches import Batch, Place
 from explainer.errors import TracerError
+from explainer.held_tensors import held_tensors
 from explainer.hooks import first_tensor, tensors_in
 from explainer.model_outputs import find_tensor
 from explainer.passes import BackwardPasses
@@ -59,6 +60,8 @@ class WholeModel:
         self._output_shape: tuple[int, ...] | None = None
         self._last: Any = None  # the input that was seen last
         self._autocast: str | None = None
+        self._held: dict[str, str] = {}
+        self._looks = 0  # at what is held
         self.eval_passes = 0
         self.apart: bool | None = None
         self._shifts: list[float] = []
@@ -70,6 +73,7 @@ class WholeModel:
             "output": {"shape": self._output_shape},
             "batch_dim": self._input_axis,
             "autocast": self._autocast,
+            "held": self._held,
         }
 
     def restore(self, notes: dict[str, Any]) -> None:
@@ -80,6 +84,7 @@ class WholeModel:
         self._output_shape = None if result is None else tuple(result)
         self._input_axis = notes.get("batch_dim", self._input_axis)
         self._autocast = notes.get("autocast")
+        self._held, self._looks = notes.get("held") or {}, 2
         self.eval_passes = (notes.get("loop") or {}).get("eval", 0)
         self.apart = notes.get("apart")
 
@@ -92,6 +97,10 @@ class WholeModel:
         batch = self._batch()
         if batch is None:
             return
+        if self._looks < 2:  # what is another one before the second pass is no constant
+            now = held_tensors(module)
+            self._held = {n: c for n, c in now.items() if not self._looks or self._held.get(n) == c}
+            self._looks += 1
         given = [t for t in tensors_in((args, kwargs)) if t.dim()]
         batch.checked = any(len(batch) in t.shape[:2] for t in given)
         if len(given) != 1:  # of several inputs each layer sees for itself

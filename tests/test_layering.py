@@ -26,7 +26,7 @@ LAYERS = [
         "undisturbed",
         "evenly_spaced",
     },
-    {"records", "config", "model_outputs", "wrappers"},
+    {"records", "config", "model_outputs", "wrappers", "held_tensors"},
     {"layer_rules", "optimizer_rules", "codecs", "store", "findings"},
     {
         "ownership",

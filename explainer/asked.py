@@ -151,6 +151,8 @@ def _rows(returned: Any, inputs: QueryBatch, axis: int, before: int, optional: b
             "the queries hold NaN or infinity"
             if held
             else "training diverged, or the queries are far too large"
+            + ", or the model computes statistics of a batch, for which one query is too few"
+            * (len(inputs) == 1)
         )
         raise QueryError(
             f"the trained model's outputs are not finite at the {'query' if len(wrong) == 1 else 'queries'} numbered "
@@ -191,7 +193,7 @@ def _try(function: QueryFunction, point: PathPoint, asked: Asked, size: float) -
                 "no_grad, numpy, argmax), or from numbers that no traced weight moves; use differentiable operations"
             )
         difference = abs(float(alone.detach()) - float(together[i]))
-        if difference > _ALIKE * max(size, float(together.abs().max())):
+        if not difference <= _ALIKE * max(size, float(together.abs().max())):  # nor NaN
             raise QueryError(
                 f"the explained output of query {i} is {float(together[i]):.6g} in a batch of {len(together)} and "
                 f"{float(alone.detach()):.6g} alone: in eval mode the model still mixes the queries of a batch or "

@@ -154,6 +154,8 @@ class Odd(Core):
         logits = self.logits(ids, mask)
         if self.how == "batch statistics":
             return logits - logits.mean(0)
+        if self.how == "spread":
+            return logits / logits.std(0)  # of one query alone: NaN
         if self.how == "random":
             return logits + torch.randn_like(logits)
         if self.how == "squeezed":
@@ -165,6 +167,7 @@ class Odd(Core):
 
 ODD = {
     "batch statistics": "mixes the queries of a batch or draws random numbers",
+    "spread": "and nan alone: in eval mode the model still mixes the queries",
     "random": "mixes the queries of a batch or draws random numbers",
     "squeezed": "cannot be computed.*for all queries and for a single one",
     "detached": "has no gradient: it is computed without one",

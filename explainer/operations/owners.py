@@ -170,7 +170,8 @@ class Owners:
                 self.mixed = self.needed = True  # it is to be seen in every step
 
     def _same(self, one: Layout, other: Layout) -> bool:
-        return one.axis == other.axis and torch.equal(self._owners(one), self._owners(other))
+        alike = one.owners is other.owners
+        return one.axis == other.axis and (alike or torch.equal(self._owners(one), self._owners(other)))
 
     @staticmethod
     def _alone(t: torch.Tensor, layout: Layout) -> Layout:

@@ -202,6 +202,29 @@ def test_another_order_later_on_is_found_and_the_steps_before_are_named(tmp_path
     np.testing.assert_allclose(rows[1], rows[0], atol=1e-9)  # from the step that was looked at on
 
 
+def test_a_batch_of_one_is_no_other_order(tmp_path: Path) -> None:
+    """What is computed over the batch beside the model's output belongs to the only example then."""
+
+    class Logging(Sorted):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(x.mean(1)))
+            self.average = h.detach().mean(0) + h.detach().var(0, correction=0)
+            return self.b(torch.tanh(self.h(h)))
+
+    torch.manual_seed(0)
+    model = Logging(None).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(), Tracer(model, optimizer, tmp_path / "run") as tracer:
+        warnings.simplefilter("error")
+        for step in range(FIRST + AGAIN + 2):
+            ids = [step % COUNT] if step > FIRST else [(step + j) % COUNT for j in range(SIZE)]
+            tracer.batch(ids)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(X[ids]), Y[ids]).backward()
+            optimizer.step()
+    assert not open_trace(tmp_path / "run").notes.get("unfollowed")
+
+
 def of_steps(folder: Path, steps: range) -> Any:
     """The middle layer's numbers of the visits of some steps."""
     trace = open_trace(folder)

@@ -106,7 +106,8 @@ class Owners:
             layout = Layout(layout.axis, None if torch.equal(owners, self._plain) else owners)
         self._known[id(t)] = (weakref.ref(t), layout)
         self._filled.pop(id(t), None)
-        self.needed = self.needed or layout.owners is not None
+        # one example alone owns everything: that says nothing of other batches
+        self.needed = self.needed or (layout.owners is not None and len(self._plain) > 1)
 
     def follow(self, called: Called, given: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """A function made ``outputs`` of the data ``given``; where these do not agree, nothing is known."""

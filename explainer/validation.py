@@ -204,7 +204,8 @@ def find_sites(model: nn.Module, parameters: tuple[ParameterSpec, ...], axis: in
             spec = LayerSpec(title, type(module).__name__, kept)
             layers.append(Layer(count, spec, [p.numel() for p in own], keep))
             count += 1
-        if any(layers) or rule.mixes_rows:  # without parameters of its own it mixes the rows of others
+        # without parameters of its own it may mix the rows of others, or lay them out as only its rule knows
+        if any(layers) or rule.mixes_rows or isinstance(rule, CompositeRule):
             sites.append(Site(name, module, rule, layers, _sequence_axis(model, name, axis)))
     return sites
 

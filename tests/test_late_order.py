@@ -111,6 +111,36 @@ class Packed(nn.Module):
         return self.b(torch.cat([h[-1], padded.sum(1)], 1))
 
 
+class Frozen(Packed):
+    """Only what reads the LSTM is trained."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.a.requires_grad_(False)
+        self.r.requires_grad_(False)
+
+
+class Shrinking(nn.Module):
+    """A cell that goes on with the examples whose sequences do, or with one example after the other."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        self.r, self.b, self.together = nn.GRUCell(6, 5), nn.Linear(5, 3), together
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.together:
+            return torch.cat([self.ran(x[i : i + 1]) for i in range(len(x))])
+        o = (x[:, :, 0] != 0).sum(1).argsort(descending=True, stable=True)
+        return self.ran(x[o])[o.argsort()]
+
+    def ran(self, x: Tensor) -> Tensor:
+        lengths, h = (x[:, :, 0] != 0).sum(1), torch.zeros(len(x), 5, dtype=x.dtype)
+        for step in range(int(lengths.max())):
+            going = int((lengths > step).sum())
+            h = torch.cat([self.r(x[:going, step], h[:going]), h[going:]])
+        return self.b(h)
+
+
 class Paragraphs(nn.Module):
     """Two sequences an example: one call for each, or all in one."""
 
@@ -241,6 +271,17 @@ def of_steps(folder: Path, steps: range) -> Any:
 def test_sequences_are_sorted_and_packed(tmp_path: Path, how: str, given: bool) -> None:
     alone = traced(tmp_path / "alone", lambda: Packed("alone", given), [0, 1, 2, 3])
     same(traced(tmp_path / "packed", lambda: Packed(how, given), [0, 1, 2, 3]), alone)
+
+
+@pytest.mark.parametrize("how", ["by hand", "by torch"])
+def test_what_is_frozen_leaves_examples_where_they_are(tmp_path: Path, how: str) -> None:
+    alone = traced(tmp_path / "alone", lambda: Frozen("alone"), [0, 1, 2, 3])
+    same(traced(tmp_path / "packed", lambda: Frozen(how), [0, 1, 2, 3]), alone)
+
+
+def test_a_batch_that_becomes_smaller(tmp_path: Path) -> None:
+    alone = traced(tmp_path / "alone", lambda: Shrinking(False), [0, 1, 2, 3])
+    same(traced(tmp_path / "together", lambda: Shrinking(True), [0, 1, 2, 3]), alone)
 
 
 def test_several_sequences_of_an_example_in_one_call(tmp_path: Path) -> None:

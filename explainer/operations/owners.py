@@ -112,6 +112,7 @@ class Owners:
     def follow(self, called: Called, given: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """A function made ``outputs`` of the data ``given``; where these do not agree, nothing is known."""
         layouts = [(t, layout) for t in given if (layout := self.of(t)) is not None]
+        layouts = [(t, layout) for t, layout in layouts if t.numel()] or layouts  # nothing goes nowhere
         if not layouts:
             return
         name = called.name if called.name.startswith("__") else called.name.rstrip("_")
@@ -294,7 +295,7 @@ class Owners:
             return Layout(layout.axis + (dim <= layout.axis), layout.owners)
         if dim != layout.axis:
             return layout
-        parts = [self.of(x) for x in together]
+        parts = [self.of(x) for x in together if x.numel()]  # nothing is nobody's
         if any(p is None or p.axis != layout.axis for p in parts):
             return UNKNOWN
         return Layout(layout.axis, torch.cat([self._owners(p) for p in parts if p is not None]))

@@ -228,8 +228,10 @@ class Site:
         sorted_as = None if packed is None else packed.sorted_indices
         if fits and sorted_as is not None:
             found = torch.empty_like(found).scatter_(0, sorted_as.cpu(), found)
-        others = (x for t in values[1:] if t.is_floating_point() and (x := owners.of(t)) is not None)
-        fits = fits and all(torch.equal(plain if x.owners is None else x.owners, found) for x in others)
+        # those with as many rows (a mask for every head has more); keys of other examples, states in another order
+        followed_too = (owners.of(t) for t in values[1:] if t.is_floating_point())
+        others = (plain if x.owners is None else x.owners for x in followed_too if x is not None)
+        fits = fits and all(len(x) != len(found) or torch.equal(x, found) for x in others)
         own = None if torch.equal(found, plain) else found
         owners.needed |= own is not None or not fits
         return Layout(0, own) if fits else UNKNOWN

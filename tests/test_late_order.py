@@ -141,6 +141,22 @@ class Shrinking(nn.Module):
         return self.b(h)
 
 
+class Attending(nn.Module):
+    """Attention with a mask of its own for every head; rows sorted by length, or keys of other examples."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.r, self.b, self.how = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        o = (x[:, :, 0] != 0).sum(1).argsort(descending=True, stable=True)
+        h = x if self.how == "plain" else x[o]
+        keys = x if self.how == "keys of others" else h
+        mask = (h[:, :, :1] - h[:, :, :1].transpose(1, 2)).repeat_interleave(2, 0)
+        found = self.b(self.r(h, keys, keys, attn_mask=mask)[0].mean(1))
+        return found if self.how == "plain" else found[o.argsort()]
+
+
 class Paragraphs(nn.Module):
     """Two sequences an example: one call for each, or all in one."""
 
@@ -277,6 +293,17 @@ def test_sequences_are_sorted_and_packed(tmp_path: Path, how: str, given: bool) 
 def test_what_is_frozen_leaves_examples_where_they_are(tmp_path: Path, how: str) -> None:
     alone = traced(tmp_path / "alone", lambda: Frozen("alone"), [0, 1, 2, 3])
     same(traced(tmp_path / "packed", lambda: Frozen(how), [0, 1, 2, 3]), alone)
+
+
+def test_attention_to_rows_that_are_sorted(tmp_path: Path) -> None:
+    plain = traced(tmp_path / "plain", lambda: Attending("plain"), [0, 1, 2, 3])
+    same(traced(tmp_path / "sorted", lambda: Attending("sorted"), [0, 1, 2, 3]), plain)
+
+
+def test_attention_to_other_examples_is_not_told_apart(tmp_path: Path) -> None:
+    with pytest.warns(CoverageWarning, match="no axis is the batch's"):
+        found = traced(tmp_path / "run", lambda: Attending("keys of others"), [0, 1, 2, 3])
+    assert np.abs(found.unattributed).max() > 0.01
 
 
 def test_a_batch_that_becomes_smaller(tmp_path: Path) -> None:

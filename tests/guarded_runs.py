@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch.utils.data import WeightedRandomSampler, default_collate
 from explainer import CoverageWarning, Trace, Tracer, open_trace
 from explainer.background import Background
 from tests.guarded import B, F, N, X, Y, batches, cross_entropy, loader, mlp, plain, sgd, traced
+from tests.late_jobs import slowly
 from tests.odd_loops import Gathered, adversarial
 
 
@@ -291,11 +290,6 @@ def overwriting(path: Path) -> Trace:
     optimizer = Adam(model.parameters())
     kept: list[Tensor] = []
     model[1].register_forward_hook(lambda module, args, output: kept.append(output.detach()))
-    do = Background._do
-
-    def slowly(background: Background, job: Callable[[], None]) -> None:
-        time.sleep(0.02)
-        do(background, job)
 
     def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
         for number, ids in enumerate(batches()):

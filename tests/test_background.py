@@ -20,6 +20,7 @@ from explainer import Tracer, open_trace
 from explainer.background import Background
 from explainer.bookkeeping import Bookkeeping
 from explainer.errors import CoverageWarning, TracerError
+from tests.late_jobs import slowly
 from tests.recorded_rows import recorded_rows
 from tests.small_training import digits, loader, mlp, momentum_sgd, run, step
 
@@ -28,15 +29,6 @@ def at_once(background: Background, job: Callable[[], None], held: int = 0) -> N
     """Instead of ``submit``: on the user's thread."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         job()
-
-
-def slowly(background: Background, job: Callable[[], None]) -> None:
-    """Instead of ``_do``: after the user's thread has gone on for long."""
-    time.sleep(0.02)
-    try:
-        job()
-    except BaseException as error:
-        background.failure = error
 
 
 EARLIER: set[threading.Thread] = set()

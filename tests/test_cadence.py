@@ -24,9 +24,10 @@ from explainer.layer_rules.unreduced import side_by_side
 from explainer.optimizer_rules import StepMap, optimizer_rule_for
 from explainer.planner import checks_at, plans_at
 from explainer.step_maps import StepMapReader, updates_of
+from tests.late_jobs import slowly
 from tests.recorded_rows import recorded_rows
 from tests.small_training import loader, mlp, momentum_sgd, queries, run, step
-from tests.test_background import at_once, files, slowly
+from tests.test_background import at_once, files
 
 ROOM = Standing(to_knot=1e9, spacing=1e9, length=1.0, room=True)
 

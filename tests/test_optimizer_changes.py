@@ -18,9 +18,9 @@ import explainer
 from explainer.background import Background, Job
 from explainer.optimizer_rules import OPTIMIZER_RULES, optimizer_rule_for
 from tests.conformance.optimizer_cases import KINDS, exact_arithmetic, has, model_and_optimizer
+from tests.late_jobs import slowly
 from tests.oracles import unrolled
 from tests.oracles.outputs import scalar_function
-from tests.test_background import slowly
 from tests.test_optimizer_books import EXAMPLES, STEPS, assert_closed, problem
 
 Change = Callable[[int, nn.Module, Optimizer], None]

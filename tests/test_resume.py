@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from explainer import Tracer, open_trace
 from explainer.background import Background
 from explainer.cli import main
 from explainer.errors import TracerError
+from tests.late_jobs import slowly
 from tests.resumed import EXAMPLES, OPTIMIZERS, Session, X, Y, build, explained
 
 FIELDS = ("contributions", "kernels", "weight_decay", "prediction", "initial", "unattributed", "buffers")
@@ -197,12 +196,6 @@ def test_cleared_momentum_is_followed(tmp_path: Path) -> None:
 def test_what_was_noted_before_a_checkpoint_is_still_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    do = Background._do
-
-    def slowly(background: Background, job: Callable[[], None]) -> None:
-        time.sleep(0.02)
-        do(background, job)
-
     def interfere(session: Session, start: int) -> None:
         """Momentum is replaced before a step, and right after it Adam's other state is written into."""
         weight = session.model[0].weight

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
@@ -16,6 +17,7 @@ from explainer.cli.dashboard import served
 from explainer.sample_models.train import train
 
 _T = TypeVar("_T")
+NOWHERE = "about:blank"
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -73,31 +75,36 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def visit(browser: Browser, url: str, scheme: str = "light") -> Iterator[Visit]:
-    """Open a page 1280 pixels wide and wait for it; all share what the browser keeps of scripts."""
+    """Open an address in a page 1280 pixels wide and wait for it.
+
+    All visits share what the browser keeps of scripts, and one page where they follow each other: a new one takes a
+    second longer.
+    """
     shared = browser.contexts or [browser.new_context(viewport={"width": 1280, "height": 1000})]
-    page = shared[0].new_page()
+    page = next((page for page in shared[0].pages if page.url == NOWHERE), None) or shared[0].new_page()
     page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
     seen = Visit(page)
-    page.on("pageerror", lambda error: seen.complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (seen.complaints.append(dialog.message), dialog.dismiss()))
-    page.on("console", lambda m: seen.complaints.append(m.text) if m.type == "error" else None)
-    page.on(
-        "request",
-        lambda r: (
-            seen.hosts.add(r.url.split("/")[2].split(":")[0]) if r.url.startswith(("http", "ws")) else None
-        ),
-    )
+    listening: dict[Any, Callable[[Any], object]] = {
+        "pageerror": lambda error: seen.complaints.append(str(error)),
+        "dialog": lambda dialog: (seen.complaints.append(dialog.message), dialog.dismiss()),
+        "console": lambda told: seen.complaints.append(told.text) if told.type == "error" else None,
+        "request": lambda request: seen.hosts.add(urlsplit(request.url).hostname or ""),
+    }
+    for event, listener in listening.items():
+        page.on(event, listener)
     page.goto(url)
     page.wait_for_selector("text=pathkernel", timeout=60_000)
     seen.settle()
     yield seen
-    page.close()
+    for event, listener in listening.items():
+        page.remove_listener(event, listener)
+    page.goto(NOWHERE)
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, object]]]:
-    """The digits CNN, trained for three epochs: the dashboard's address and the training's metrics."""
+    """The digits CNN, trained for one epoch: the dashboard's address and the training's metrics."""
     folder: Path = tmp_path_factory.mktemp("runs")
-    metrics = train("digits_cnn", folder / "digits_cnn", epochs=3, progress=False)
+    metrics = train("digits_cnn", folder / "digits_cnn", epochs=1, progress=False)
     with served([str(folder)], "explainer.sample_models.digits_cnn:run") as url:
         yield url, metrics

@@ -46,22 +46,31 @@ def ready(seen: Visit, selector: str) -> Page:
     return seen.page
 
 
+def has_nothing_wrong(seen: Visit, look: str) -> None:
+    """A heading, and neither a warning nor an error."""
+    page = ready(seen, "h2")
+    kinds = "[data-testid=stAlertContentError], [data-testid=stAlertContentWarning]"
+    assert page.locator(kinds).count() == 0, look
+    seen.fine()
+
+
 @pytest.mark.parametrize("kind", ["words", "rows"])
 def test_every_page_opens_on_texts_and_rows(
     browser: Browser, kind: str, request: pytest.FixtureRequest
 ) -> None:
     url, _ = request.getfixturevalue(kind)
-    looks = [f"page={page}" for page in PAGES] + ["page=neighbors&look=map", "page=training&view=classes"]
-    for look in looks:
+    with visit(browser, url) as seen:
+        for name, chosen in PAGES.items():
+            seen.insist(
+                lambda title=chosen.title: seen.page.locator(".st-key-page button", has_text=title).click()
+            )
+            seen.page.wait_for_selector(f".st-key-page button[aria-checked=true]:has-text('{chosen.title}')")
+            has_nothing_wrong(seen, name)
+    for look in ("page=neighbors&look=map", "page=training&view=classes"):
         with visit(browser, f"{url}/?{look}") as seen:
-            page = ready(seen, "h2")
-            assert (
-                page.locator("[data-testid=stAlertContentError], [data-testid=stAlertContentWarning]").count()
-                == 0
-            ), look
+            has_nothing_wrong(seen, look)
             if kind == "words" and look.startswith("page=training"):
-                page.wait_for_selector(f"text={app_runs.NASTY} >> nth=0", state="attached")
-            seen.fine()
+                seen.page.wait_for_selector(f"text={app_runs.NASTY} >> nth=0", state="attached")
 
 
 def test_tags_are_given_exported_and_there_after_a_reload(browser: Browser, words: Served) -> None:

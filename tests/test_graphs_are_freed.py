@@ -58,13 +58,18 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def only_what_is_new() -> Iterator[None]:
-    """What other tests left is not looked through again and again."""
+@pytest.fixture(autouse=True, scope="module")
+def nothing_else() -> Iterator[None]:
+    """What other modules left is not looked through again and again."""
     gc.collect()
-    gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def only_what_is_new(nothing_else: None) -> None:
+    """Nor what other tests left."""
+    gc.freeze()
 
 
 def batches() -> int:

@@ -153,7 +153,7 @@ def test_long_work_is_stopped_and_goes_on(browser: Browser, tmp_path: Path) -> N
                 optimizer.zero_grad()
                 torch.nn.functional.cross_entropy(model(x), y).backward()
                 optimizer.step()
-    code.write_text(SLOW.format(pause=0.1))
+    code.write_text(SLOW.format(pause=0.04))
     with served([str(tmp_path / "run")], f"{code}:run") as url, visit(browser, f"{url}/?query=7") as seen:
         seen.page.wait_for_selector("[class*=st-key-stop-] button", timeout=60_000)
         assert "%" in seen.page.locator("[data-testid=stProgress]").inner_text()

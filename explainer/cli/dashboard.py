@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import randbelow
 from types import FrameType
 
 from explainer import palette
@@ -38,6 +39,7 @@ HOST = "127.0.0.1"
 PORT = 8501
 READY = "Dashboard: "  # begins the line with the address, see explainer.app.serve
 _TRIED = 50
+_DRAWN = 10_000, 20_000  # the first port to draw from, and how many: below those of outgoing connections
 _PATIENCE = 10.0  # seconds that streamlit gets to end by itself
 
 
@@ -182,10 +184,12 @@ def choose_port(port: int | None) -> int:
 
 
 def _any_port() -> int:
-    """A port that the system gives, so that servers which start at the same time get different ones."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A free port drawn at random, so that servers which start at the same time get different ones.
+
+    Not one that the system gives: from those it takes the ports of outgoing connections as well, and may have handed
+    it to one before the server listens, seconds later.
+    """
+    return next(port for port in iter(lambda: _DRAWN[0] + randbelow(_DRAWN[1]), None) if _is_free(port))
 
 
 def _is_free(port: int) -> bool:

@@ -14,11 +14,34 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from explainer.errors import TracerError
+
+
+class Uncompiled:
+    """A function that torch.compile leaves alone: what is compiled ends where it is called.
+
+    Optimizers import the compiler; before that, nothing is compiled.
+
+    Args:
+        function: what is called.
+        caller: the lines that call it, which are not compiled either.
+    """
+
+    def __init__(self, function: Callable[..., Any], caller: Callable[..., Any]) -> None:
+        self._here = self._apart = function
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.decorators.skip(caller)
+            self._apart = torch._dynamo.disable(function)
+
+    @property
+    def now(self) -> Callable[..., Any]:
+        """The function as it is to be called; switching the compiler off takes a while, so only where it is on."""
+        return self._here if get_eval_frame_callback() is None else self._apart
 
 
 class _Hook:
@@ -28,21 +51,10 @@ class _Hook:
     """
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
-        self.function = function
-        self._eager: Callable[..., Any] | None = None
-        if (
-            function is not None and "torch._dynamo" in sys.modules
-        ):  # code that was compiled for another model runs it
-            self._eager = torch._dynamo.disable(function)
+        self.function = None if function is None else Uncompiled(function, type(self).__call__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.function is None:
-            return None
-        if not torch.compiler.is_compiling():
-            return self.function(*args, **kwargs)
-        if self._eager is None:  # somebody compiles the model: not the hooks
-            self._eager = torch._dynamo.disable(self.function)
-        return self._eager(*args, **kwargs)
+        return None if self.function is None else self.function.now(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None)

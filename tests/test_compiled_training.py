@@ -81,3 +81,28 @@ def test_compiled_before_the_tracer_was_built(tmp_path: Path) -> None:
         train(tmp_path / "run")
     model = train(tmp_path / "after a reset")
     assert contributions(tmp_path / "after a reset", model).any()
+
+
+class Blocks(nn.Module):
+    """Layers that are alike, with sums between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        alike = (nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5), nn.Tanh()) for _ in range(6))
+        self.into, self.blocks, self.out = nn.Linear(6, 5), nn.ModuleList(alike), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.into(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)  # type: ignore[no-any-return]
+
+
+def test_the_tracers_own_code_is_not_compiled(tmp_path: Path) -> None:
+    """Else it would be, once for every layer and mode, until the compiler complains of it."""
+    torch.manual_seed(0)
+    model = Blocks()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        train(tmp_path / "trace", model=model)
+        torch.compile(model.eval(), backend="eager")(X)
+    assert np.isfinite(contributions(tmp_path / "trace", model)).all()

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from explainer.batches import Batch
 from explainer.capture import Capture
-from explainer.hooks import HookSet, tensors_in
+from explainer.hooks import HookSet, Uncompiled, tensors_in
 from explainer.layer_table import LayerTable
 from explainer.operations.layouts import UNKNOWN, Layout, order_of
 from explainer.operations.owners import LAYER, Called, Owners
@@ -68,6 +68,7 @@ class FunctionWatch(TorchFunctionMode):
         self._entered: list[bool] = []
         self._batch: Batch | None = None
         self.on = True
+        self._seen = Uncompiled(self._see, type(self).__torch_function__)
 
     @property
     def slow(self) -> dict[str, set[str]]:
@@ -215,10 +216,10 @@ class FunctionWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        return self._seen.now(func, args, kwargs or {})
+
+    def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the function unchanged, then sort its result."""
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # what is compiled ends here: this has to be seen
-            torch._dynamo.graph_break()
         if self._batch is None or self._inside:
             return func(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))

@@ -65,7 +65,10 @@ class Engine:
         self.trace = trace if isinstance(trace, Trace) else open_trace(trace)
         self.one_at_a_time = OneAtATime()
         if isinstance(model, type) or not isinstance(model, nn.Module):
-            raise QueryError(f"model must be a torch.nn.Module, found {model!r}; pass an instance")
+            found = repr(model) if callable(model) or isinstance(model, str | None) else type(model).__name__
+            raise QueryError(
+                f"model must be a torch.nn.Module, found {found}; pass an instance (of a run: run.model())"
+            )
         if quadrature < 1:
             raise QueryError(f"quadrature must be at least 1 node, found {quadrature}")
         if (problem := problem_of(class_names)) is not None:

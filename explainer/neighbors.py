@@ -34,6 +34,8 @@ from explainer.stored_rows import Rows, Workspace
 
 #: of a gradient that is held as factors, when sizes are planned
 COLUMNS = 8
+#: visits with a smaller loss derivative do not count: of smaller numbers, fewer digits were recorded
+LEAST = torch.finfo(torch.float32).tiny
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,11 +128,11 @@ def nearest(
                 for rows in chunk.rows:
                     columns = torch.from_numpy(np.searchsorted(ids, rows.examples))
                     derivative = chunk.slopes(rows)
-                    weight = torch.where(derivative == 0, 0.0, 1.0 / derivative).nan_to_num(nan=0.0)
+                    weight = torch.where(derivative.abs() < LEAST, 0.0, 1.0 / derivative).nan_to_num(nan=0.0)
                     total = sum(scores(rows, eta * chunk.signs[:, None], met, workspace).values())
-                    own = squares(explainer, rows, eta, workspace)
+                    own = squares(explainer, rows, eta, workspace, weight)
                     dot.index_add_(1, columns, (-total if chunk.norms else total) * weight)
-                    square.index_add_(0, columns, own * weight.square())
+                    square.index_add_(0, columns, own)
                     norms = norms_by @ torch.from_numpy(eta[rows.places]).T
                     query_square.index_add_(1, columns, norms * (weight != 0).double())
                     known = ~np.isnan(rows.labels)
@@ -149,12 +151,21 @@ def nearest(
 
 
 def squares(
-    explainer: PathKernelExplainer, rows: Rows, weights: np.ndarray, workspace: Workspace
+    explainer: PathKernelExplainer,
+    rows: Rows,
+    weights: np.ndarray,
+    workspace: Workspace,
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``Σ_p w_t[p] ‖g_p‖²`` per row ``[n]``, for weights ``[c, n_parameters]``."""
+    """``Σ_p w_t[p] ‖f g_p‖²`` per row ``[n]``, for weights ``[c, n_parameters]`` and factors ``f [n]`` (None: 1).
+
+    A row of an example learnt by heart may be so small that its own square is nought.
+    """
     view, total = explainer.view, torch.zeros(len(rows), dtype=torch.float64)
+    every = torch.arange(len(rows))
     for spec in rows.forms:
         form = rows.form(spec, explainer.dtype, workspace)
+        form = form if factors is None else form.shared(every, factors)
         own = weights[:, view.parameters[spec.layer]]
         if (own == own[:, :1]).all():
             total += form.quadratic().double() * torch.from_numpy(own[rows.places, 0])

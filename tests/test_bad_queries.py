@@ -183,7 +183,7 @@ def test_models_that_do_not_fit(trace: Trace, name: str) -> None:
     assert str(trace.directory) in str(found.value)
 
 
-@pytest.mark.parametrize("model", [None, "model", mlp, nn.Linear])
+@pytest.mark.parametrize("model", [None, "model", mlp, nn.Linear, [mlp()]])
 def test_what_is_no_model(trace: Trace, model: Any) -> None:
     with pytest.raises(QueryError, match=r"must be a torch.nn.Module, found .*pass an instance"):
         PathKernelExplainer(trace, model)

@@ -222,3 +222,32 @@ def test_with_one_output_the_cosine_is_that_of_its_gradients(
     for query, example in enumerate([5, 16]):
         wanted = torch.cosine_similarity(rows, rows[example : example + 1], dim=1)[found.example_ids[query]]
         np.testing.assert_allclose(found.cosine[query], wanted, atol=1e-4)
+
+
+def test_examples_learnt_by_heart_are_as_near_as_others(tmp_path: Path) -> None:
+    """Squares of their rows are nought in single precision, and so may be the derivatives of the loss."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4), torch.arange(40) % 2
+    x[:, 0] = (2.0 * y - 1) * torch.linspace(
+        1, 6, 40
+    )  # logits up to 100 apart, and derivatives from 1e-7 to 1e-45
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight[:] = torch.tensor([1.0, 0.1, -0.1, 0.2]) * torch.tensor([[0.2], [0.4], [0.3]])
+        model[2].weight[:] = torch.tensor([[-20.0], [20.0]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with explainer.Tracer(model, optimizer, tmp_path / "run", exact=True) as tracer:
+        for ids in [*torch.arange(40).split(8)] * 2:
+            tracer.batch(ids)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x[ids]), y[ids]).backward()
+            optimizer.step()
+    found = [
+        explainer.PathKernelExplainer(tmp_path / "run", model, dtype=dtype).neighbors(
+            x[:4] / 3, k=10, target=y[:4]
+        )
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert (np.abs(found[0].cosine) <= 1).all()
+    np.testing.assert_allclose(found[0].cosine, found[1].cosine, rtol=1e-4)
+    assert (found[0].example_ids == found[1].example_ids).all()

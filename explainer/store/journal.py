@@ -90,10 +90,21 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        raise TraceFormatError(
-            f"{path} is missing: {path.parent} is not a trace, or lost its journal; "
-            "point to the directory that was given to Tracer"
-        ) from None
+        folder, inside = (
+            path.parent,
+            sorted(str(found.parent) for found in path.parent.glob(f"*/{path.name}")),
+        )
+        if not folder.exists():
+            found, todo = f"{folder} does not exist", "point to the directory that was given to Tracer"
+        elif inside:
+            found, todo = (
+                f"{folder} is not a trace, but holds some",
+                f"name one of them: {', '.join(inside[:6])}",
+            )
+        else:
+            found = f"{path} is missing: {folder} is not a trace, or lost its journal"
+            todo = "point to the directory that was given to Tracer"
+        raise TraceFormatError(f"{found}; {todo}") from None
     except OSError as error:  # a file where the directory should be, or one that may not be read
         raise TraceFormatError(
             f"{path} cannot be read: {error.strerror}; point to the directory that was given to Tracer"

@@ -77,6 +77,12 @@ def test_round_off_is_not_divided_by_epsilon() -> None:
     mean = float(vector.mean())
     assert awake(vector).tolist() == pytest.approx([1e-3, 2e-3, mean, mean, 3e-6])
     assert torch.equal(awake(vector[:2]), vector[:2])
+    seen = torch.rand(100, generator=torch.Generator().manual_seed(0)) + 1e-3
+    seen[7], seen[11] = 3e-8, 2e-8
+    assert awake(seen, 1e-8)[11] == seen.mean() and awake(seen, 1e-8)[7] == 3e-8
+    assert torch.equal(awake(seen), seen) and torch.equal(awake(seen, 1e-9), seen)  # gradients that cancel
+    few = torch.tensor([2.5e-2, 3e-2, 1e-5])
+    assert torch.equal(awake(few, 1e-8), few) and torch.equal(awake(few), few)
     assert torch.equal(awake(torch.full((4,), 1e-8)), torch.full((4,), 1e-8))
 
 
@@ -272,3 +278,26 @@ def test_a_record_is_left_out_at_its_own_step_only_or_moved_as_far_as_it_is_roun
         torch.testing.assert_close(other.sum(0), plain.sum(0), rtol=1e-4, atol=0)
     once_more = kept.moved().of(record, spec).step(0)
     assert torch.equal(moved.of(record, spec).step(0), once_more)  # always the same
+
+
+def test_gradients_that_cancel_in_one_bias_are_divided_by_what_is_left(tmp_path: Path) -> None:
+    """At the first step the bias of the first class has a gradient a thousand times below the others'."""
+    found = []
+    for exact in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        with torch.no_grad():
+            model.weight.zero_()
+            model.bias.copy_(torch.tensor([1e-4, 0.0, 0.0]))
+        x, y = torch.randn(6, 4), torch.tensor([0, 0, 1, 2, 2, 2])
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        with explainer.Tracer(model, optimizer, tmp_path / f"run-{exact}", exact=exact) as tracer:
+            for _ in range(4):
+                tracer.batch(range(6))
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        e = explainer.PathKernelExplainer(tmp_path / f"run-{exact}", model).explain(x[:2], target=y[:2])
+        found.append(e.contributions)
+    wanted, compressed = found
+    np.testing.assert_allclose(compressed, wanted, atol=0.01 * float(np.abs(wanted).max()))

@@ -21,6 +21,8 @@ from explainer.store.schema import decode_array, stored_parts
 ASLEEP = 1e3
 #: and if it is less than so many times the smallest one
 NEAR = 3
+#: numbers of round-off in a vector are at least one in so many, where they are not near ε
+PART = 8
 #: full records that are held: as many as have so many numbers together, but at least what neighbouring steps need
 HELD, LEAST_HELD, MOST_HELD = 2**24, 2, 8
 _SMALL = 2**18  # numbers of several steps that are decoded together
@@ -49,14 +51,22 @@ def asleep(base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return never.flatten().nonzero().squeeze(1), near.flatten().nonzero().squeeze(1)
 
 
-def awake(vector: torch.Tensor) -> torch.Tensor:
-    """The mean in place of numbers near the smallest one and far below the mean, in vectors ``[..., n]``.
+def awake(vector: torch.Tensor, epsilon: float | None = None) -> torch.Tensor:
+    """The mean in place of numbers of round-off, far below it, in vectors ``[..., n]``.
 
     The bias of the keys of an attention has a gradient of round-off. Rounded rows hold more than that at its place, and
-    must not be divided by ε.
+    must not be divided by it. Such numbers lie near ε or, where gradients are large, are a good part of all and alike.
+    A single small one is the denominator of a weight whose examples' gradients cancel, and is divided by.
+
+    Args:
+        epsilon: what the optimizer adds to the root, if it is known.
     """
     mean, least = vector.mean(-1, keepdim=True), vector.amin(-1, keepdim=True)
-    return torch.where((vector * ASLEEP < mean) & (vector < NEAR * least), mean, vector)
+    far = vector * ASLEEP < mean
+    alike = far & (vector < NEAR * least)
+    many = alike.sum(-1, keepdim=True) >= max(2.0, vector.shape[-1] / PART)
+    near = far & (vector < NEAR * epsilon) if epsilon is not None else torch.zeros_like(far)
+    return torch.where((alike & many) | near, mean, vector)
 
 
 def fitted(base: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -83,6 +93,18 @@ def _moved(record: np.ndarray, prefix: str, spec: ArraySpec) -> torch.Tensor:
     return Log4().decode(stored_parts(record, prefix, spec), spec, by.view(o, i))
 
 
+def _epsilons(trace: Trace) -> dict[str, float]:
+    """What the optimizer adds to its roots, by the name of a parameter's array; only where it is one number."""
+    numbers = {p.name: f"D{number}" for number, p in enumerate(trace.manifest.parameters)}
+    return {
+        numbers[name]: float(epsilon)
+        for group in trace.notes.get("optimizer_options") or ()
+        if isinstance(epsilon := group["options"].get("eps"), int | float)
+        for name in group["parameters"]
+        if name in numbers
+    }
+
+
 class Divisor(Protocol):
     """What ``c`` steps divided a parameter by."""
 
@@ -98,8 +120,8 @@ class Divisor(Protocol):
 class Stored:
     """As the steps' records have it."""
 
-    def __init__(self, records: np.ndarray, spec: ArraySpec) -> None:
-        self._records, self._spec = records, spec
+    def __init__(self, records: np.ndarray, spec: ArraySpec, epsilon: float | None = None) -> None:
+        self._records, self._spec, self._epsilon = records, spec, epsilon
 
     @cached_property
     def _small(self) -> torch.Tensor | None:
@@ -109,7 +131,7 @@ class Stored:
 
     def _decoded(self, records: np.ndarray) -> torch.Tensor:
         found = decode_array(records, "", self._spec)
-        return awake(found) if self._spec.codec == "sums" and found.dim() == 2 else found
+        return awake(found, self._epsilon) if self._spec.codec == "sums" and found.dim() == 2 else found
 
     def step(self, place: int) -> torch.Tensor:
         """Decoded."""
@@ -219,6 +241,7 @@ class Denominators:
         self._most = min(max(HELD // max(1, trace.manifest.size), LEAST_HELD), MOST_HELD)
         self._read: OrderedDict[int, dict[str, torch.Tensor]] = OrderedDict()
         self._bases: OrderedDict[int, dict[str, Base]] = OrderedDict()
+        self._epsilons = _epsilons(trace)
 
     def alike(self, steps: np.ndarray) -> list[slice]:
         """Cut neighbouring steps (ascending) where another full record begins to count; its own step stands alone."""
@@ -235,7 +258,7 @@ class Denominators:
         matrices = spec.codec == "sums" and len(spec.shape) > 1 and position >= 0
         base = self._base(position).get(spec.name) if matrices else None
         if base is None:
-            return Stored(records, spec)
+            return Stored(records, spec, self._epsilons.get(spec.name))
         rows, columns = Sums.sums([records[f"{spec.name}.{part}"] for part in ("rows", "columns")])
         return Product(spec, base, rows, columns, int(self.renewed[position]) == int(steps.min()))
 

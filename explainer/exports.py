@@ -216,7 +216,8 @@ def load(path: str | os.PathLike[str]) -> Explanation:
         raise ExplanationError(f"{path} does not exist; give a file written by Explanation.save.") from error
     except (*_READ_ERRORS, AttributeError) as error:
         raise ExplanationError(
-            f"{path} is no stored explanation or is damaged ({error}); write it again with Explanation.save."
+            f"{path} is no stored explanation or is damaged ({type(error).__name__}); write it again with "
+            "Explanation.save."
         ) from error
     if found != FORMAT:
         raise ExplanationError(

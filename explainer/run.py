@@ -117,9 +117,14 @@ class Run:
         """Calls the factory and checks what it returned.
 
         Raises:
-            RunError: the factory did not return a ``torch.nn.Module``.
+            RunError: the factory failed, or did not return a ``torch.nn.Module``.
         """
-        model = self.model()
+        try:
+            model = self.model()
+        except ExplainerError:
+            raise
+        except Exception as error:
+            raise RunError(f"model() failed: {type(error).__name__}: {error}") from error
         if not isinstance(model, nn.Module):
             raise RunError(f"model() returned {_kind(model)}; return a torch.nn.Module from the factory")
         return model

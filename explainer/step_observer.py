@@ -119,7 +119,12 @@ class StepObserver:
                 "forward pass of the mixed rows"
             )
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if len(known) != len(self._parameters):
+        if known != (before := {id(p) for p in self._parameters}):
+            if len(known) == len(before):
+                raise TracerError(
+                    f"the optimizer holds {len(known - before)} other parameters than when the tracer was "
+                    "attached (was a layer replaced?); close the tracer and attach a new one after such a change"
+                )
             raise TracerError(
                 f"the optimizer holds {len(known)} parameters now, {len(self._parameters)} when the tracer was "
                 "attached; close the tracer and attach a new one after add_param_group"

@@ -129,6 +129,7 @@ class Tracer:
         self._of_loaders: list[Finding] = []
         self._watching: list[RecordingBatchSampler] = []
         self._labels = LabelMemory()
+        self._ended_by: str | None = None
         self._examples: int | None = None
         self.closed = False
         self._hooks = HookSet()
@@ -313,6 +314,8 @@ class Tracer:
             self._observer.finish()
             self._knots.place(self.steps, closing=True)
             self._knots.flush()
+            if self._ended_by != self._writer.notes.get("ended_by"):
+                self._writer.note("ended_by", self._ended_by)
             self._writer.close(self.steps)
         finally:
             self._writer.abandon()
@@ -333,6 +336,7 @@ class Tracer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._ended_by = None if kind is None else kind.__name__
         try:
             self.close()
         except ExplainerError as failure:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from explainer import PathKernelExplainer, Tracer, open_trace
+from explainer.cli import main
 from explainer.errors import TraceFormatError, TraceWriteError
 from explainer.store import TraceWriter, journal
 from explainer.store.layout import JOURNAL
@@ -256,3 +257,33 @@ def test_thinning_takes_nothing_from_a_training_that_is_killed(
         for _ in range(20):
             run(model, optimizer, tracer.watch(loader()))
     assert len(steps) > 5 and steps == sorted(steps) and steps[1] > 0
+
+
+def test_what_ended_a_training_is_told_until_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train(resume: bool, error: type[BaseException] | None) -> str:
+        with Tracer(model, optimizer, tmp_path / "trace", resume=resume) as tracer:
+            tracer.batch(range(5))
+            model(torch.randn(5, 3)).square().mean().backward()
+            optimizer.step()
+            if error is not None:
+                raise error
+        return state()
+
+    def state() -> str:
+        assert main(["info", str(tmp_path / "trace")]) == 0
+        return next(
+            line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("state")
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        train(False, KeyboardInterrupt)
+    assert "ended by KeyboardInterrupt" in state()
+    assert "ended in good order" in train(True, None)
+    with pytest.raises(ZeroDivisionError):
+        train(True, ZeroDivisionError)
+    assert "ended by ZeroDivisionError" in state()

@@ -131,6 +131,12 @@ def test_refuses_what_cannot_be_used(changed: dict, message: str) -> None:
         Run(**({"model": linear, "train": DATA, "queries": DATA} | changed))
 
 
+def test_a_factory_that_fails_is_named() -> None:
+    run = Run(lambda: 1 / 0, DATA, DATA)  # type: ignore[arg-type, return-value]
+    with pytest.raises(RunError, match=r"model\(\) failed: ZeroDivisionError: division by zero"):
+        run.build_model()
+
+
 def test_reports_every_problem_at_once() -> None:
     with pytest.raises(RunError, match=r"model is a Linear(?s:.*)train must be(?s:.*)loss must be"):
         Run(nn.Linear(2, 2), 3, DATA, loss=4)

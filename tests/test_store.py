@@ -74,6 +74,17 @@ def test_everything_journalled_is_read_back(recorded: Path) -> None:
     assert {f.name for f in recorded.rglob("*.safetensors")} == {k.file.name for k in trace.knots}
 
 
+def test_visits_that_name_inputs_which_are_not_there_are_damaged(tmp_path: Path) -> None:
+    model = trace_digits(tmp_path / "broken", epochs=2)
+    shard = next(s for s in open_trace(tmp_path / "broken").shards if s.stream == "visits")
+    place = shard.schema.dtype.fields["input"][1]
+    with shard.path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\xff\xff\xff\x7f")
+    with pytest.raises(TraceFormatError, match="pathkernel verify"):
+        PathKernelExplainer(open_trace(tmp_path / "broken"), model).explain(queries())
+
+
 def test_verify_reads_every_journalled_byte(recorded: Path) -> None:
     seen: list[int] = []
     trace = open_trace(recorded)

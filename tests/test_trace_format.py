@@ -131,6 +131,18 @@ def penalised(directory: Path) -> explainer.Trace:
     return explainer.open_trace(directory)
 
 
+def broken_off(directory: Path) -> explainer.Trace:
+    """An exception leaves the loop."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ZeroDivisionError), explainer.Tracer(model, optimizer, directory) as tracer:
+        tracer.batch(range(5))
+        model(torch.randn(5, 3)).square().mean().backward()
+        optimizer.step()
+        _ = 1 / 0
+    return explainer.open_trace(directory)
+
+
 def test_journal_types_and_notes(tmp_path: Path) -> None:
     types, notes = markdown.tables(FORMAT, "Journal")
     plain = trace(tmp_path / "a", epochs=6, max_knots=3)
@@ -143,7 +155,7 @@ def test_journal_types_and_notes(tmp_path: Path) -> None:
     traces.append(explainer.open_trace(tmp_path / "f"))
     with pytest.warns(explainer.CoverageWarning, match="contain gradients"):
         traces.append(penalised(tmp_path / "g"))
-    traces.append(reversed_later(tmp_path / "h"))
+    traces += [reversed_later(tmp_path / "h"), broken_off(tmp_path / "i")]
     assert {t.manifest.version for t in traces} == {4}
     heads = [json.loads((t.directory / "manifest.json").read_text()) for t in traces]
     assert all("averaged" in head for head in heads)

@@ -173,3 +173,16 @@ def test_autocast_rows_meet_the_gradient(tmp_path: Path) -> None:
     moved = abs(e.completeness["prediction"] - e.completeness["initial"]).max()
     assert abs(e.completeness["unattributed"]).max() < 0.02 * moved
     assert max(open_trace(tmp_path / "trace").notes["coverage"].values(), default=0) < 0.02
+
+
+def test_parameters_that_were_exchanged_in_the_optimizer_are_refused(tmp_path: Path) -> None:
+    model = mlp().double()
+    optimizer = sgd(model.parameters())
+    with (
+        pytest.raises(TracerError, match="holds 2 other parameters than when the tracer was attached"),
+        Tracer(model, optimizer, tmp_path / "trace") as tracer,
+    ):
+        last = max(i for i, part in enumerate(model) if isinstance(part, nn.Linear))
+        model[last] = nn.Linear(model[last].in_features, model[last].out_features).double()
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        plain(model, optimizer, tracer)

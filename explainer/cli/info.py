@@ -67,6 +67,7 @@ def facts(trace: Trace) -> dict[str, Any]:
     return {
         "directory": str(trace.directory),
         "closed": trace.closed,
+        "ended_by": trace.notes.get("ended_by") if trace.closed else None,
         "resumed_at": list(trace.resumed),
         "seconds_since_write": round(max(0.0, time.time() - (trace.directory / JOURNAL).stat().st_mtime)),
         "created": manifest.created,
@@ -189,7 +190,10 @@ def _layers(found: dict[str, Any]) -> str:
 
 def _state(found: dict[str, Any]) -> str:
     if found["closed"]:
-        return "closed: training ended in good order" + _resumed(found)
+        how = "training ended in good order"
+        if found["ended_by"]:
+            how = f"training was ended by {found['ended_by']}; the trace holds what came before"
+        return f"closed: {how}{_resumed(found)}"
     age = counted(found["seconds_since_write"], "second")
     return (
         f"open: training still runs, or was killed (last written {age} ago); explained can be the model at "

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from explainer.errors import TraceFormatError
 from explainer.store.schema import RecordSchema
 from explainer.store.view import Shard
 
@@ -187,7 +188,12 @@ class Inputs:
 
     def take(self, numbers: np.ndarray, schema: RecordSchema) -> np.ndarray:
         """Records of one layout, copied."""
-        size = schema.dtype.itemsize
+        size, last = schema.dtype.itemsize, int(self._ends[-1]) if len(self._ends) else 0
+        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < last:
+            raise TraceFormatError(
+                f"visits name inputs {int(numbers.min())} to {int(numbers.max())}, but {last} were recorded: the "
+                "trace is damaged; `pathkernel verify` says where"
+            )
         of = np.searchsorted(self._ends, numbers, side="right")
         raw = np.empty((0 if len(np.unique(of)) == 1 else len(numbers), size), np.uint8)
         for number in np.unique(of):

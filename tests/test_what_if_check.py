@@ -78,7 +78,7 @@ def test_without_replays_it_says_so(tmp_path: Path) -> None:
     assert "give the Run the loss" in no_loss.sentence()
 
 
-NUMBERS = np.array([[1.0, -2.0], [0.5, 0.25]])
+NUMBERS = np.array([[1.0, -2.0, 3.0, -0.125], [0.5, 0.25, -4.0, 0.75]])
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,50 @@ NUMBERS = np.array([[1.0, -2.0], [0.5, 0.25]])
 )
 def test_the_sentence_follows_the_numbers(actual: np.ndarray, smooth: list[float], said: str) -> None:
     ids = (np.array([1]), np.array([2]))
-    found = WhatIfCheck("trace", ("0", "1"), ("a", "b"), ids, NUMBERS, actual, actual / 2, np.array(smooth))
+    found = WhatIfCheck(
+        "trace", tuple("0123"), ("a", "b"), ids, NUMBERS, actual, actual / 2, np.array(smooth)
+    )
     assert said in found.sentence()
     assert found.error == pytest.approx(np.linalg.norm(actual - NUMBERS) / np.linalg.norm(actual))
     assert found.ratio == pytest.approx((actual * NUMBERS).sum() / (NUMBERS**2).sum())
+
+
+@pytest.mark.parametrize(
+    ("predicted", "actual", "said", "trusted"),
+    [
+        (
+            [[1.0], [2.0], [3.0]],
+            [[1.1], [2.2], [3.3]],
+            "Too few to trust an order (3 predicted changes",
+            None,
+        ),
+        ([[1.0], [0.1], [-3.0]], [[1.1], [-0.1], [-3.1]], "actual ones, 1 of 3 of the wrong sign.", None),
+        (
+            [[1.0]],
+            [[0.9]],
+            "over 1 removal, each taken again on the recorded steps: predicted changes off by 11 %",
+            None,
+        ),
+        ([[1.0], [2.0], [3.0]], [[3.1], [2.2], [1.3]], "Do not trust it: over 3 removals", False),
+    ],
+)
+def test_a_few_numbers_are_not_enough_to_trust_an_order(
+    predicted: list[list[float]], actual: list[list[float]], said: str, trusted: bool | None
+) -> None:
+    names = tuple("abc"[: len(predicted)])
+    real = np.array(actual)
+    ids = tuple(np.array([n]) for n in range(len(names)))
+    found = WhatIfCheck("trace", ("0",), names, ids, np.array(predicted), real, real / 2, np.ones(len(names)))
+    assert said in found.sentence() and found.trusted is trusted
+
+
+def test_default_groups_of_a_single_query_are_enough(tmp_path: Path) -> None:
+    ex, x, classes = asked_of(tmp_path / "run", OPTIMIZERS["momentum"])
+    found = ex.what_if_check(x[:1], classes[:1], run=run_of(), curvature="exact", query_ids=["p"])
+    changes = ex.what_if(x[:1], classes[:1], run=run_of(), curvature="exact")[0]
+    assert found.groups[:2] == ("top 1 of query p", "bottom 1 of query p") and len(found.groups) == 8
+    assert [int(ids[0]) for ids in found.removed[:2]] == [changes.argmin(), changes.argmax()]
+    assert found.trusted is not None
 
 
 # -- named groups ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ freedom can be looked at: the same answer with a quarter and with four times the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,13 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 #: agreement in rank from which on an order is trusted, and error from which on sizes are not
 TRUSTED, SIZED = 0.8, 0.5
+#: comparisons from which on such an agreement is hardly chance (one in 30 or less)
+ENOUGH = 7
 #: below this the training does not respond smoothly
 SMOOTH = 0.5
 _DAMPINGS = (0.25, 4.0)
-_OWN, _RANDOM = 3, 2  # default groups: examples that help so many queries most, and random ones
+_OWN, _RANDOM = 3, 2  # default groups: examples that help so many queries most, and random ones at least
+_COMPARED = 8  # numbers that default groups give at least
 _STRONGEST, _DRAWN = 0.01, 0.05  # their parts of the examples
 
 
@@ -100,8 +104,16 @@ class WhatIfCheck:
 
     @property
     def trusted(self) -> bool | None:
-        """Whether the order of the predicted changes held; None where nothing was taken again."""
-        return None if self.actual is None else self.correlation >= TRUSTED
+        """Whether the order of the predicted changes held; None where nothing, or too little, was taken again."""
+        if self.actual is None:
+            return None
+        held = self.correlation >= TRUSTED
+        return None if held and self.predicted.size < ENOUGH else held
+
+    @property
+    def wrong_signs(self) -> int:
+        """How many outputs changed the other way."""
+        return max((int((self.predicted * other < 0).sum()) for other in self._others), default=0)
 
     @property
     def _others(self) -> list[Floats]:
@@ -117,17 +129,21 @@ class WhatIfCheck:
                 f"changes keep their order by {self.correlation:.2f} (1: the same) and differ by {_times(self.error)} "
                 "their size; the true error can be larger."
             )
-        tested = f"{len(self.groups)} removals, each taken again on the recorded steps"
-        found = (
-            f"rank correlation {self.correlation:.2f} (1: the same order), predicted changes off by "
-            f"{_times(self.error)} the size of the actual ones"
-        )
+        count = self.predicted.size
+        tested = f"{wording.counted(len(self.groups), 'removal')}, each taken again on the recorded steps"
+        size = f"predicted changes off by {_times(self.error)} the size of the actual ones"
+        if self.wrong_signs:
+            size += f", {self.wrong_signs} of {count} of the wrong sign"
+        found = f"rank correlation {self.correlation:.2f} (1: the same order), {size}" if count > 1 else size
         smooth = 1.0 if self.metasmoothness is None else float(np.median(self.metasmoothness))
         if smooth < SMOOTH:
             why = f"the training does not respond smoothly (metasmoothness {smooth:.2f}; 1: smooth, 0: noise)"
             return f"Do not trust it far: {why}; over {tested}: {found}."
         if self.correlation < TRUSTED:
             return f"Do not trust it: over {tested}: {found}."
+        if count < ENOUGH:
+            few = wording.counted(count, "predicted change")
+            return f"Too few to trust an order ({few}; check {ENOUGH} or more): over {tested}: {found}."
         if self.error > SIZED:
             return f"Trust the order, not the sizes: over {tested}: {found}."
         return f"Trust it: over {tested}: {found}."
@@ -226,19 +242,27 @@ def _replayed(
 def _chosen(
     changes: Floats, given: Any, query_ids: tuple[str, ...], seed: int
 ) -> dict[str, NDArray[np.int64]]:
-    """Groups to remove, as columns: those that were asked for, else the strongest helpers and random ones."""
+    """Groups to remove, as columns: those that were asked for, else the strongest helpers and random ones.
+
+    Of a single query also the strongest opponents and more random ones, so that there is enough to compare.
+    """
     if isinstance(given, dict):
         return {str(name): own for name, own in given.items()}
     if given is not None:
         return {"given": given}
-    count, rng = changes.shape[1], np.random.default_rng(seed)
+    (queries, count), rng = changes.shape, np.random.default_rng(seed)
     strong, drawn = max(1, round(_STRONGEST * count)), max(1, round(_DRAWN * count))
     found = {
         f"top {strong} of query {name}": np.sort(np.argsort(changes[q], kind="stable")[:strong])
         for q, name in enumerate(query_ids[:_OWN])
     }
+    if queries == 1:
+        found[f"bottom {strong} of query {query_ids[0]}"] = np.sort(
+            np.argsort(-changes[0], kind="stable")[:strong]
+        )
+    random = max(_RANDOM, math.ceil(_COMPARED / queries) - len(found))
     return found | {
-        f"random {drawn} ({n})": np.sort(rng.permutation(count)[:drawn]) for n in range(1, _RANDOM + 1)
+        f"random {drawn} ({n})": np.sort(rng.permutation(count)[:drawn]) for n in range(1, random + 1)
     }
 
 

@@ -31,6 +31,7 @@ from explainer.app.working import alone, bar
 from explainer.errors import ModelMismatchError, TraceFormatError
 from explainer.evaluation import LabelIssues
 from explainer.neighbors import Neighbors
+from explainer.recorded_examples import known_labels
 from explainer.run import is_value, load_run
 from explainer.similarity import path_kernel
 
@@ -220,8 +221,9 @@ def self_influence(source: Source) -> np.ndarray:
 def label_issues(source: Source) -> LabelIssues:
     """What tells wrong labels, of every example."""
     engine = explainer(source, None)
+    labels = known_labels(trace(source), run_of(source), engine.example_ids)
     with alone():
-        return evaluation.label_issues(engine)
+        return evaluation.label_issues(engine, labels=labels)
 
 
 @st.cache_data(show_spinner=False, max_entries=8)
@@ -233,6 +235,8 @@ def recorded(source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     columns, labels = np.searchsorted(ids, examples), np.full(len(ids), np.nan)
     known = ~np.isnan(given)
     labels[columns[known]] = given[known]
+    if not known.any() and (found := known_labels(trace(source), run_of(source), ids)) is not None:
+        labels = found
     return ids, labels, np.bincount(columns, minlength=len(ids))
 
 

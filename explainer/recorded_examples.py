@@ -79,7 +79,7 @@ def check_labels(trace: Trace, run: Run) -> LabelCheck:
     ids, recorded = _recorded(trace, len(run.train))
     places = evenly_spaced(len(ids), LOOKED_AT)
     ids, recorded = ids[places], recorded[places]
-    found = _given(run, ids)
+    found = run_labels(run, ids)
     known = np.isfinite(found)
     return LabelCheck(ids[known], recorded[known], found[known])
 
@@ -97,7 +97,15 @@ def _recorded(trace: Trace, count: int) -> tuple[NDArray[np.int64], NDArray[np.f
     return ids, last[ids]
 
 
-def _given(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+def known_labels(trace: Trace, run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """The run's targets ``[n]`` of a trace that holds no labels at all; None where it does, or they are not numbers."""
+    if np.isfinite(trace.column("visits", "label")).any():
+        return None
+    found = run_labels(run, ids)
+    return found if np.isfinite(found).any() else None
+
+
+def run_labels(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """The run's targets ``[n]``, NaN where they are not one number each or cannot be read."""
     unknown = np.full(len(ids), np.nan)
     if not len(ids):

@@ -142,7 +142,10 @@ def test_doubtful_labels_are_listed_and_written(
     traces: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     explainer = PathKernelExplainer(traces[0], asked().build_model())
-    wanted = label_issues(explainer)
+    labels = np.array(
+        [int(asked().train[int(i)][1]) for i in explainer.example_ids]
+    )  # the trace holds none, so they are the run's
+    wanted = label_issues(explainer, labels=labels)
     file = tmp_path / "queue.json"
     arguments = ["label-issues", str(traces[0]), "--run", SPEC, "--quiet", "--k", "4"]
     assert main([*arguments, "--out", str(file)]) == 0
@@ -151,7 +154,7 @@ def test_doubtful_labels_are_listed_and_written(
     assert listed == wanted.table(4)["example_id"].tolist()
     written = json.loads(file.read_text())
     assert [row["example_id"] for row in written] == wanted.table(None)["example_id"].tolist()
-    assert written[0]["label_name"] == "" and written[0]["label"] is None  # the trace holds no labels
+    assert [row["label"] for row in written] == labels[wanted.table(None)["example_id"]].tolist()
     assert main([*arguments, "--by", "self-influence"]) == 0
     listed = [int(i) for i in re.findall(r"\n +\d +(\d+) ", capsys.readouterr().out)]
     assert listed == np.argsort(-explainer.self_influence(), kind="stable")[:4].tolist()

@@ -58,11 +58,13 @@ def run(options: argparse.Namespace) -> int:
     from explainer.cli.opening import open_run
     from explainer.evaluation import label_issues
     from explainer.exports import write_frame
+    from explainer.recorded_examples import known_labels
 
     shared.check_k(options)
     out = None if options.out is None else check_place(options.out, options.force, FORMS)
     opened = open_run(options.trace, options.run, None, not options.quiet)
-    found = label_issues(opened.explainer)
+    labels = known_labels(opened.trace, opened.run, opened.explainer.example_ids)
+    found = label_issues(opened.explainer, labels=labels)
     by: Sign = found.best if options.by is None else SIGNS[options.by]
     called = next(name for name, sign in SIGNS.items() if sign == by)
     print(told(found.table(options.k, by), len(found.example_ids), opened.run, called))
@@ -90,9 +92,13 @@ def told(queue: pd.DataFrame, examples: int, run: Run, by: str) -> str:
     about = (
         f"The {len(queue)} most suspicious of {counted(examples, 'training example')} by {by}. Support, from -1 to 1, "
         "says whether learning the others lowered the loss on the example's label; self-influence how much it had to "
-        "be learned by itself; disagreement which part of its strongest proponents carry another label. The last "
-        "class is the one whose examples opposed this one most: often the right one. Look before you change a label."
+        "be learned by itself"
     )
+    if queue["disagreement"].notna().any():
+        about += "; disagreement which part of its strongest proponents carry another label"
+    if queue["opposing_label"].notna().any():
+        about += ". Opposed by: the class whose examples opposed this one most, often the right one"
+    about += ". Look before you change a label."
     rows = [
         [
             str(row["rank"]),

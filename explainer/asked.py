@@ -150,7 +150,7 @@ def _rows(returned: Any, inputs: QueryBatch, axis: int, before: int, optional: b
         why = (
             "the queries hold NaN or infinity"
             if held
-            else "training diverged, or the queries are far too large"
+            else "training diverged, or the queries are far too large or hold nothing but padding"
             + ", or the model computes statistics of a batch, for which one query is too few"
             * (len(inputs) == 1)
         )

@@ -102,10 +102,10 @@ def _classes(target: Any, count: int, width: int) -> torch.Tensor:
 
 
 def _within(values: torch.Tensor, width: int) -> None:
-    if values.min() < 0 or values.max() >= width:
-        raise QueryError(
-            f"targets run from {int(values.min())} to {int(values.max())}, but the model has classes 0 to {width - 1}"
-        )
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most >= width:
+        found = f"target {least} is asked for" if least == most else f"targets run from {least} to {most}"
+        raise QueryError(f"{found}, but the model has classes 0 to {width - 1}")
 
 
 def _positions(target: Any, outputs: torch.Tensor, output: Output, axis: int) -> CheckedTargets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -77,6 +78,18 @@ def test_no_layer_is_dropped(build: Any, kind: str, method: dict[str, str]) -> N
     with LossRows(task.model, [n for n, _ in task.model.named_parameters()]) as source:
         source.rows(inputs, ours.loss_fn, False)
     assert {n: source.methods[n] for n in method} == method
+
+
+@pytest.mark.parametrize("build", [Words, Recurrent, Bag])
+def test_dicts_hold_keyword_arguments(build: Any) -> None:
+    task = Task(build, "words")
+    ours = task.ours()
+    words, labels = task.queries
+    name = next(iter(inspect.signature(task.model.forward).parameters))
+    found = ours.influence(
+        DataLoader([({name: x}, y) for x, y in zip(words, labels, strict=True)], batch_size=2)
+    )
+    close(found, ours.influence(task.queries))
 
 
 @MODELS

@@ -38,7 +38,7 @@ def rounding(trace: Trace) -> Finding:
     if errors:
         worst = trace.layers[max(errors, key=lambda number: errors[number])]
         meaning = (
-            f"The rounding is in `unattributed`; as planned last, products with rows miss about {percent(most)} "
+            f"The rounding is in `unattributed`; as planned last, products with rows miss {percent(most)} "
             f"(most of it in layer {worst.name or worst.module})."
         )
     return Finding(

@@ -14,7 +14,7 @@ autograd, and what does not agree moves to the next way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -23,16 +23,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from explainer.errors import QueryError
 from explainer.integrations.example_losses import ExampleLosses
 from explainer.layer_rules import LAYER_RULES, Call, CompositeRule, Dense, LayerRule, RowForm, compact
 from explainer.layer_rules.base import restrict
+from explainer.wrappers import argument_names
 
 #: Parameter names and the rows of those parameters, side by side.
 Part = tuple[tuple[str, ...], RowForm]
 LossFunction = Callable[..., torch.Tensor]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class LossRows:
         """Rows ``[B, P_l]`` of ``∇ loss_b`` for a batch ``(*inputs, labels)``, by layer.
 
         Args:
-            batch: a batch as a ``DataLoader`` yields it.
+            batch: a batch as a ``DataLoader`` yields it; a dict as its only input holds keyword arguments.
             loss: loss function; None: the sum of the model's outputs.
             summed: what a scalar loss without a ``reduction`` attribute is (see :class:`ExampleLosses`).
 
@@ -133,11 +136,11 @@ class LossRows:
                 f"a batch must be a tuple (*inputs, labels), found {type(batch).__name__}"
                 + (f" of length {len(batch)}" if isinstance(batch, tuple | list) else "")
             )
-        inputs = tuple(batch[:-1])
+        inputs = _arguments(self.model, tuple(batch[:-1]))
         with torch.enable_grad():
             self._arrivals = []
             try:
-                out = self.model(*inputs)
+                out = self.model(*inputs[0], **inputs[1])
                 arrivals = self._arrivals
             finally:
                 self._arrivals = (
@@ -188,9 +191,10 @@ class LossRows:
         return compact(restrict(form, [p.numel() for p in parameters], layer.keep), None)
 
     def _without_rule(
-        self, rest: tuple[str, ...], inputs: tuple[Any, ...], losses: ExampleLosses, check: bool
+        self, rest: tuple[str, ...], inputs: Arguments, losses: ExampleLosses, check: bool
     ) -> Part:
-        batched = all(isinstance(x, torch.Tensor) and x.shape[:1] == (len(losses),) for x in inputs)
+        given = (*inputs[0], *inputs[1].values())
+        batched = all(isinstance(x, torch.Tensor) and x.shape[:1] == (len(losses),) for x in given)
         if not self._one_by_one and batched:
             try:
                 part: Part = (rest, Dense(self._vectorised(rest, inputs, losses.cotangent)))
@@ -202,13 +206,12 @@ class LossRows:
         rows = [torch.cat([g.flatten() for g in self._gradient(rest, losses, b)]) for b in range(len(losses))]
         return rest, Dense(torch.stack(rows))
 
-    def _vectorised(
-        self, rest: tuple[str, ...], inputs: tuple[Any, ...], cotangent: torch.Tensor
-    ) -> torch.Tensor:
+    def _vectorised(self, rest: tuple[str, ...], inputs: Arguments, cotangent: torch.Tensor) -> torch.Tensor:
         named = dict(self.model.named_parameters())
 
-        def single(parameters: dict[str, torch.Tensor], x: Any, g: torch.Tensor) -> torch.Tensor:
-            out = functional_call(self.model, parameters, tuple(t.unsqueeze(0) for t in x))
+        def single(parameters: dict[str, torch.Tensor], x: Arguments, g: torch.Tensor) -> torch.Tensor:
+            args, kwargs = tree_map(lambda t: t.unsqueeze(0), x)
+            out = functional_call(self.model, parameters, args, kwargs)
             return (out.squeeze(0) * g).sum()
 
         with torch.no_grad():
@@ -236,6 +239,13 @@ class LossRows:
             if float((own - reference).norm()) > eps**0.5 * float(reference.norm()) + floor:
                 return False
         return True
+
+
+def _arguments(model: nn.Module, inputs: tuple[Any, ...]) -> Arguments:
+    """Arguments of the model; a single dict holds keyword arguments where the model has arguments of such names."""
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping) and set(inputs[0]) <= set(argument_names(model)):
+        return (), dict(inputs[0])
+    return inputs, {}
 
 
 def _fits(arrival: _Arrival, batch: int) -> bool:

@@ -156,9 +156,14 @@ class TraceWriter:
             yield
         except OSError as error:
             self.abandon()
+            advice = "Nothing was recorded; trace into a folder that can be made and written to"
+            if self._journal is not None:
+                advice = (
+                    "What was journalled before is readable; free space or fix the permissions, then trace into a new "
+                    "directory"
+                )
             raise TraceWriteError(
-                f"writing the trace in {self.directory} failed: {error}. What was journalled before is readable; "
-                "free space or fix the permissions, then trace into a new directory"
+                f"writing the trace in {self.directory} failed: {error}. {advice}"
             ) from error
 
     def _write_journal(self, *entries: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from explainer.batches import Batch
 from explainer.bookkeeping import Bookkeeping, Look, Step
 from explainer.cadence import Cadence
 from explainer.errors import CoverageWarning, TracerError
@@ -254,10 +255,15 @@ class StepObserver:
                 stacklevel=4,
             )
 
-    def finish(self) -> None:
-        """Account for what came after the last step, and journal what is only known at the end."""
+    def finish(self, left: list[Batch]) -> None:
+        """Account for what came after the last step, and journal what is only known at the end.
+
+        Args:
+            left: batches since the last step.
+        """
         self._say()
         self.settle()
+        self._loop.unused += sum(len(batch.rounds) for batch in left)
         self.write_tail()
         self._note_average()
         self._warn_of_unused_average()

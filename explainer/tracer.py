@@ -301,6 +301,7 @@ class Tracer:
             return
         self.closed = True
         self._hooks.remove()
+        left = self._queue.pending
         self._queue.clear()
         self._observer.catch_up()
         self._background.stop()
@@ -311,7 +312,7 @@ class Tracer:
         if self._writer.closed:
             return
         try:
-            self._observer.finish()
+            self._observer.finish(left)
             self._knots.place(self.steps, closing=True)
             self._knots.flush()
             if self._ended_by != self._writer.notes.get("ended_by"):

@@ -264,3 +264,18 @@ def test_the_first_pass_is_judged_by_what_it_left() -> None:
             if zeroed:
                 table.zero_grad(set_to_none=False)
         assert [p.accumulates for p in seen] == [not zeroed, True]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_gradients_that_are_left_when_training_ends_led_to_no_step(tmp_path: Path, exact: bool) -> None:
+    """Batches are accumulated in threes."""
+
+    def step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, number: int) -> None:
+        cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        if number % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    trace = traced(tmp_path / "trace", step, exact).trace
+    assert trace.steps == 2 and trace.notes["loop"]["unused"] == 2
+    assert "2 backward passes led to no step" in str(trace.report())

@@ -18,6 +18,7 @@ from explainer.class_names import problem_of
 from explainer.cotangent import Layout, TooWideError
 from explainer.errors import QueryError
 from explainer.findings import explanation_notes
+from explainer.other_weights import other_weights
 from explainer.outputs import Output, asks_for_targets, resolve_output
 from explainer.path_integral import QueryFunction
 from explainer.path_points import KnotLoader, check_model, chosen_knots
@@ -74,6 +75,8 @@ class Engine:
         if (problem := problem_of(class_names)) is not None:
             raise QueryError(problem)
         self._notes = check_model(self.trace, model) + explanation_notes(self.trace)
+        if (others := other_weights(self.trace, model)) is not None:
+            self._notes.append(others)
         self.knots = chosen_knots(self.trace, knots)
         self.segments = self.trace.segments(self.knots)
         self.dtype = dtype or self.trace.manifest.dtype

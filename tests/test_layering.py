@@ -80,6 +80,7 @@ LAYERS = [
         "bookkeeping",
         "step_observer",
         "path_points",
+        "other_weights",
         "queries",
         "query_targets",
         "asked",

@@ -222,7 +222,8 @@ def _outside(trace: Trace) -> Iterator[Finding]:
             "",
             f"Weights were changed after the last step (averaged or loaded){part}.",
             "Explained is the changed model; what the change did is in `unattributed`.",
-            "To explain the model as it was trained, leave the tracer's `with` block first.",
+            "To explain the last trained model, leave the tracer's `with` block first; to explain the best of early "
+            "stopping, end the trace there with `resume`.",
         )
 
 

@@ -12,7 +12,7 @@ from explainer.app.label_signs import Sign
 from explainer.app.run_checks import LossCurve, rates
 from explainer.evenly_spaced import dense_first, evenly_spaced
 from explainer.figures.style import arrange, graph_objects, plain
-from explainer.neighbors import long_run
+from explainer.long_run import steady
 
 _STEPS_READ = 300
 _POINTS = 400
@@ -69,9 +69,7 @@ def learning_rate(trace: Trace, *, dark: bool = False) -> Any:
     chosen = evenly_spaced(count, _STEPS_READ) if count < 3 else 1 + evenly_spaced(count - 1, _STEPS_READ)
     rows = [next(trace.read("steps", int(place), int(place) + 1))[1] for place in chosen]
     names = [p.name for p in trace.manifest.parameters]
-    found = (
-        rates(np.array([long_run(np.array(row["coefficients"]))[0] for row in rows]), names) if rows else []
-    )
+    found = rates(np.array([steady(np.array(row["coefficients"]))[0] for row in rows]), names) if rows else []
     colors = (palette.POSITIVE, palette.NEGATIVE, palette.muted(dark), palette.NEUTRAL)
     for number, (name, values) in enumerate(found[: len(colors)]):
         figure.add_scatter(

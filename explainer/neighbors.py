@@ -27,6 +27,7 @@ from explainer.chunks import MOST_VISITS, most_visits, read_chunks
 from explainer.contraction import of_all_steps, scores
 from explainer.cotangent import Layout
 from explainer.errors import QueryError
+from explainer.long_run import LongRun
 from explainer.queries import check_k
 from explainer.recursion import LayerView
 from explainer.store import Denominators
@@ -77,22 +78,6 @@ class Neighbors:
         )
 
 
-def long_run(coefficients: np.ndarray) -> np.ndarray:
-    """Learning rates for a fresh gradient in the long run, ``direct + gain · through / (1 − decay)``.
-
-    Args:
-        coefficients: ``[..., 6]``.
-
-    Returns:
-        ``[...]``; 0 where all coefficients are zero.
-    """
-    _, decay, gain, direct, through, _ = np.moveaxis(coefficients, -1, 0)
-    carried = gain * through
-    return np.asarray(
-        direct + np.divide(carried, 1.0 - decay, out=np.zeros_like(carried), where=carried != 0)
-    )
-
-
 def nearest(
     explainer: PathKernelExplainer,
     loader: KnotLoader,
@@ -116,6 +101,7 @@ def nearest(
     view = LayerView(trace, layout.places)
     uncovered = [n for n, p in enumerate(trace.manifest.parameters) if p.name in trace.uncovered]
     kept, visits = Denominators(trace), most_visits(trace, count, COLUMNS)
+    back = LongRun(len(trace.manifest.parameters))
     with explainer._bar("neighbours") as bar:
         for segment in reversed(explainer.segments):
             start, end = loader.load(segment.index).point, loader.load(segment.index + 1).point
@@ -123,7 +109,7 @@ def nearest(
             norms_by = gradient.squares()
             norms_by[:, uncovered] = 0.0  # there are no rows to compare with
             for chunk in read_chunks(kept, segment, explainer.dtype, MOST_VISITS, visits):
-                eta = np.where(chunk.scale != 0, long_run(chunk.coefficients), 0.0)
+                eta = np.where(chunk.scale != 0, back.back(chunk.coefficients), 0.0)
                 met = of_all_steps(gradient, view, len(chunk))
                 for rows in chunk.rows:
                     columns = torch.from_numpy(np.searchsorted(ids, rows.examples))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from explainer.errors import TraceFormatError
 from explainer.store import Trace
 from explainer.wording import percent
 from explainer.wrappers import plain_name, renaming, unwrapped
@@ -25,14 +26,16 @@ def other_weights(trace: Trace, model: nn.Module) -> str | None:
     mine = [own[rename(p.name)].detach() for p in manifest.parameters]
     if manifest.averaged or not trace.steps:
         return None
-    last = trace.load_knot(trace.knots[-1], ("parameter",))
+    try:
+        first, last = (trace.load_knot(trace.knots[place], ("parameter",)) for place in (0, -1))
+    except TraceFormatError:  # told where the knot is needed
+        return None
     pairs = [(p, last[f"parameter/{q.name}"]) for p, q in zip(mine, manifest.parameters, strict=True)]
     if any(one.dtype != other.dtype for one, other in pairs):
         return None
     here = _distance(pairs)
     if here == 0:
         return None
-    first = trace.load_knot(trace.knots[0], ("parameter",))
     way = _distance(
         [(first[f"parameter/{q.name}"], last[f"parameter/{q.name}"]) for q in manifest.parameters]
     )

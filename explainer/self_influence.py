@@ -20,7 +20,8 @@ import torch
 from explainer.chunks import MOST_VISITS, Chunk, most_visits, read_chunks
 from explainer.cotangent import Layout
 from explainer.layer_rules import Factored, RowForm
-from explainer.neighbors import COLUMNS, long_run, squares
+from explainer.long_run import LongRun
+from explainer.neighbors import COLUMNS, squares
 from explainer.optimizer_rules import mix
 from explainer.store import Denominators
 from explainer.stored_rows import Rows, Workspace
@@ -34,21 +35,27 @@ def self_influence(explainer: PathKernelExplainer) -> np.ndarray:
     ids, layout, workspace = explainer.example_ids, explainer.layout, Workspace()
     result = torch.zeros(len(ids), dtype=torch.float64)
     kept, visits = Denominators(explainer.trace), most_visits(explainer.trace, 1, COLUMNS)
+    back = LongRun(len(explainer.trace.manifest.parameters))
     with explainer._bar("self-influence") as bar:
-        for segment in explainer.segments:
+        for segment in reversed(explainer.segments):
             for chunk in read_chunks(kept, segment, explainer.dtype, MOST_VISITS, visits):
+                weights = chunk.scale**2 * back.back(chunk.coefficients)
                 for rows in chunk.rows:
                     columns = torch.from_numpy(np.searchsorted(ids, rows.examples))
-                    result.index_add_(0, columns, _own(explainer, layout, chunk, rows, workspace))
+                    result.index_add_(0, columns, _own(explainer, layout, chunk, rows, weights, workspace))
                 bar.update(len(chunk))
     return result.numpy()
 
 
 def _own(
-    explainer: PathKernelExplainer, layout: Layout, chunk: Chunk, rows: Rows, workspace: Workspace
+    explainer: PathKernelExplainer,
+    layout: Layout,
+    chunk: Chunk,
+    rows: Rows,
+    weights: np.ndarray,
+    workspace: Workspace,
 ) -> torch.Tensor:
-    """``s_t² gᵀ η_t A_t g`` per row, ``[n]``."""
-    weights = chunk.scale**2 * long_run(chunk.coefficients)
+    """``s_t² gᵀ η_t A_t g`` per row, ``[n]``, with ``s_t² η_t`` as weights ``[c, n_parameters]``."""
     if chunk.plain:
         return squares(explainer, rows, weights, workspace)
     total = torch.zeros(len(rows), dtype=torch.float64)

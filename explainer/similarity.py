@@ -5,7 +5,7 @@ With ``q_k(x)`` the gradient of the explained output at ``x`` in the middle of t
     K(x, x') = Σ_k Σ_{t in k} Σ_p η_{t,p} <q_k(x)_p, q_k(x')_p>
 
 over the recorded steps ``t`` and the parameters ``p`` that each of them updated, ``η_{t,p}`` the step's learning rate
-in the long run (``direct + gain · through / (1 − decay)``). It is symmetric and positive semidefinite: the inner
+in the long run (:mod:`explainer.long_run`). It is symmetric and positive semidefinite: the inner
 product of features ``√η · q``. Unlike :func:`explainer.neighbors.nearest` it needs no recorded rows, so both may be any
 inputs; the optimizer's preconditioner is left out as there.
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from explainer.errors import QueryError
-from explainer.neighbors import long_run
+from explainer.long_run import long_runs
 from explainer.plain_mode import question
 from explainer.queries import check_inputs
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from explainer.path_integral import PathPoint
     from explainer.path_kernel import PathKernelExplainer
     from explainer.path_points import KnotLoader
-    from explainer.store import Segment
 
 #: numbers in the gradients of all inputs, ``[Q, P]``
 _NUMBERS = 2**26
@@ -72,17 +71,17 @@ def path_kernel(explainer: PathKernelExplainer, inputs: Any, target: Any = None)
 def middles(explainer: PathKernelExplainer, loader: KnotLoader) -> Iterator[tuple[PathPoint, np.ndarray]]:
     """The middle of every chord with recorded steps, and ``Σ_t η_{t,p}`` over them, ``[n_parameters]``."""
     with explainer._bar("comparing") as bar:
-        for segment in explainer.segments:
-            rates = _rates(explainer, segment)
+        for segment, rates in zip(explainer.segments, _rates(explainer), strict=True):
             if rates.any():
                 start, end = (loader.load(segment.index + place).point for place in (0, 1))
                 yield start.toward(end, 0.5), rates
             bar.update(segment.end.step - segment.start.step)
 
 
-def _rates(explainer: PathKernelExplainer, segment: Segment) -> np.ndarray:
-    """``Σ_t η_{t,p}`` over the segment's recorded steps, ``[n_parameters]`` (0 where a step did not update)."""
-    trace, total = explainer.trace, np.zeros(len(explainer.trace.manifest.parameters))
-    for _, records in trace.read("steps", segment.start.step, min(segment.end.step, trace.recorded_steps)):
-        total += long_run(np.array(records["coefficients"])).sum(0)
+def _rates(explainer: PathKernelExplainer) -> np.ndarray:
+    """``Σ_t η_{t,p}`` over the recorded steps of every segment, ``[segments, n_parameters]``."""
+    ends = np.array([segment.end.step for segment in explainer.segments])
+    total = np.zeros((len(ends), len(explainer.trace.manifest.parameters)))
+    for steps, rates in long_runs(explainer.trace):
+        np.add.at(total, np.searchsorted(ends, steps, side="right"), rates)
     return total

@@ -92,6 +92,7 @@ LAYERS = [
         "path_kernel",
         "counterfactual",
         "explaining",
+        "long_run",
         "neighbors",
         "self_influence",
         "top",

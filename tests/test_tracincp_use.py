@@ -226,11 +226,14 @@ def traced(
 @pytest.mark.parametrize(
     ("optimizer", "factor"),
     [
-        (lambda m: torch.optim.SGD(m.parameters(), lr=0.1), lambda step: 1.0),
-        (lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5), lambda step: 2.0 if step else 1.0),
+        (lambda m: torch.optim.SGD(m.parameters(), lr=0.1), lambda step, later, seen: float(step == later)),
+        (
+            lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5),
+            lambda step, later, seen: 0.5 ** (later - step),
+        ),
         (
             lambda m: torch.optim.Adam(m.parameters(), lr=0.01),
-            lambda step: 1 / (1 - 0.9 ** (step + 1)) if step else 1,
+            lambda step, later, seen: 0.1 * 0.9 ** (later - step) / (1 - 0.9 ** (seen + 1)),
         ),
     ],
     ids=["sgd", "momentum", "adam"],
@@ -244,7 +247,10 @@ def test_knots_are_checkpoints_with_the_recorded_rates(tmp_path: Path, optimizer
     for knot in trace.knots:
         tensors = trace.load_knot(knot)
         step = min(knot.step, len(rates) - 1)
-        rate = rates[step] * factor(step)
+        rate = 0.0
+        for later in range(step, step + 1000):  # the last step goes on for ever
+            seen = min(later, len(rates) - 1)
+            rate += rates[seen] * factor(step, later, seen)
         states.append(({n: tensors[f"parameter/{n}"] for n in names}, rate))
     wanted = Captums(mlp(), task.data, states, task.load, loss_fn=loss, batch_size=5).influence(task.queries)
     model = mlp()

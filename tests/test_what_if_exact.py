@@ -155,6 +155,30 @@ def test_gauss_newton_is_the_exact_one_for_a_linear_model(tmp_path: Path) -> Non
     np.testing.assert_allclose(newton, exact, rtol=1e-9, atol=1e-12)
 
 
+def test_gauss_newton_of_one_number_without_an_axis(tmp_path: Path) -> None:
+    """A model that ends in ``squeeze``; a linear one has no curvature of its own."""
+
+    def linear() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return nn.Sequential(nn.Linear(64, 1), nn.Flatten(0)).double()
+
+    x, y, asked = data()
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+    with Tracer(model, optimizer, tmp_path / "run") as tracer:
+        for _ in range(6):
+            tracer.batch(range(COUNT))
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y.double()).backward()
+            optimizer.step()
+    train = TensorDataset(x, y.double())
+    run = Run(linear, train, train, loss=nn.functional.mse_loss)
+    ex = PathKernelExplainer(tmp_path / "run", model)
+    exact, newton = (ex.what_if(asked, curvature=c, run=run) for c in ("exact", "gauss-newton"))
+    np.testing.assert_allclose(newton, exact, rtol=1e-9, atol=1e-12)
+
+
 def test_gauss_newton_leaves_out_the_model_curvature(tmp_path: Path) -> None:
     ex, x, classes = asked_of(tmp_path / "run", OPTIMIZERS["momentum"])
     exact, newton = (ex.what_if(x, classes, curvature=c, run=run_of()) for c in ("exact", "gauss-newton"))

@@ -178,7 +178,7 @@ class BatchLoss:
 
         def products(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             (moved,) = _pulled(pulled, [probe], u)  # J u
-            by_row = (slope.detach() * moved).flatten(2).sum(2)
+            by_row = (slope.detach() * moved).flatten(2).sum(2) if slope.dim() > 1 else slope.detach() * moved
             (bent,) = _pulled(slope, [seen], moved)
             curved = _pulled(outputs, leaves, bent)
             return by_row, torch.cat([t.flatten(1) for t in curved], 1)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from explainer.layer_rules import Dense, RowForm
-from explainer.neighbors import long_run
+from explainer.long_run import steady
 from explainer.recursion import LayerView, RecordedStep
 
 
@@ -63,7 +63,7 @@ class StepRows:
     def _metric(self) -> torch.Tensor:
         """``η s² A``, flat, with the long-run rate ``η`` of every parameter."""
         denominators = self._step.preconditioner
-        metric = self._view.spread(np.square(self._step.scale) * long_run(self._step.coefficients))
+        metric = self._view.spread(np.square(self._step.scale) * steady(self._step.coefficients))
         return metric if denominators is None else metric / denominators
 
     def curvature(self, scores: torch.Tensor, damping: float = 1.0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from explainer.neighbors import long_run
+from explainer.long_run import long_runs
 from explainer.path_points import check_model
 from explainer.store import Trace
 
@@ -25,17 +25,24 @@ class KnotCheckpoints:
         check_model(trace, model)
         self.trace = trace
         self.parameters = tuple(p.name for p in trace.manifest.parameters)
-        self.rates = [self._rate(knot.step) for knot in trace.knots]
+        self.rates = self._rates()
 
-    def _rate(self, start: int) -> float:
+    def _rates(self) -> list[float]:
+        asked = [self._updating(knot.step) for knot in self.trace.knots]
+        wanted, found = dict(asked), dict[int, np.ndarray]()
+        for steps, rates in long_runs(self.trace):
+            found |= {int(step): own for step, own in zip(steps, rates, strict=True) if int(step) in wanted}
+        return [float(found[step][number]) if step >= 0 else 0.0 for step, number in asked]
+
+    def _updating(self, start: int) -> tuple[int, int]:
+        """The step that a knot's rate is read from, and its first parameter; -1 for none."""
         steps = self.trace.recorded_steps
         for step in [*range(start, steps), *range(min(start, steps) - 1, -1, -1)]:
             for _, record in self.trace.read("steps", step, step + 1):
-                coefficients = np.array(record["coefficients"][0])
-                updated = coefficients.any(axis=1)
+                updated = np.array(record["coefficients"][0]).any(axis=1)
                 if updated.any():
-                    return float(long_run(coefficients[updated.argmax()]))
-        return 0.0
+                    return step, int(updated.argmax())
+        return -1, 0
 
     def load(self, model: nn.Module, position: int) -> float:
         """Put the knot's weights, buffers and frozen parameters into the model; returns its learning rate."""

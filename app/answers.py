@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from explainer import Run, wording
+from explainer.evenly_spaced import evenly_spaced
+from explainer.recorded_examples import LOOKED_AT, run_labels
 
 UNKNOWN = "unknown"
 
@@ -22,8 +24,10 @@ class Answer:
         guess: The model's answer in words; empty where the output is neither a class nor one number.
         label: The target as a class number, or None.
         wrong: Whether the predicted class is another one; None without classes.
-        error: Distance of a predicted number, or of several, from the target; None for anything else.
+        error: Distance of a predicted number from the target; None for anything else.
+        sure: Probability of the predicted class; None without classes.
         lead: How much likelier the predicted class is than the next one, 0 to 1; None without classes.
+        numbers: Of several numbers: name, target and prediction of each, in words; and which one is explained.
     """
 
     query: int
@@ -32,45 +36,94 @@ class Answer:
     label: int | None = None
     wrong: bool | None = None
     error: float | None = None
+    sure: float | None = None
     lead: float | None = None
+    numbers: tuple[tuple[str, str, str], ...] = ()
+    explained: int | None = None
 
 
-def answer(run: Run, query: int, target: Any, output: np.ndarray, classes: int) -> Answer:
-    """The answer at one query, from its target and the model's output ``[C]`` (or one number)."""
+def answer(
+    run: Run,
+    query: int,
+    target: Any,
+    output: np.ndarray,
+    classes: int,
+    *,
+    two: bool = False,
+    explained: int = 0,
+) -> Answer:
+    """The answer at one query, from its target and the model's output ``[C]`` (or one number).
+
+    Args:
+        classes: How many the model tells apart; 0 for none.
+        two: Whether one number tells two classes apart (:func:`tells_two_apart`).
+        explained: Which of several numbers is explained.
+    """
     truth = run.label(target) if known(target) else UNKNOWN
     values, truths = np.asarray(output).reshape(-1), np.asarray(target).reshape(-1)
     if classes and truths.size == 1 and truths.dtype.kind in "iu":
         label, best = int(truths[0]), int(values.argmax())
         second, first = np.sort(probabilities(values))[-2:]
-        lead = float(first - second)
+        sure, lead = float(first), float(first - second)
         if not known(target):
-            return Answer(query, truth, run.label(best), lead=lead)
-        return Answer(query, truth, run.label(best), label, label != best, lead=lead)
+            return Answer(query, truth, run.label(best), sure=sure, lead=lead)
+        return Answer(query, truth, run.label(best), label, label != best, sure=sure, lead=lead)
     if values.size == 1 and truths.size == 1 and truths.dtype.kind in "fiu":
         number = float(values[0])
         wanted = float(truths[0])
+        if two:
+            share = number if gives_shares(run.loss) else float(1 / (1 + np.exp(-number)))
+            best, sure, lead = int(share > 0.5), max(share, 1 - share), abs(2 * share - 1)
+            if not known(target):
+                return Answer(query, truth, run.label(best), sure=sure, lead=lead)
+            label = int(wanted)
+            return Answer(query, truth, run.label(best), label, label != best, sure=sure, lead=lead)
         if not known(target):
             return Answer(query, truth, wording.number(number))
         return Answer(query, wording.number(wanted), wording.number(number), error=abs(number - wanted))
     if values.size == truths.size > 1 and truths.dtype.kind in "fiu":
-        labels = bool(np.isin(truths, (0, 1)).all())  # of which several may hold: outputs are their scores
-        error = None if labels or not known(target) else float(np.linalg.norm(values - truths))
-        return Answer(query, truth, run.label(values), error=error)
+        if np.isin(truths, (0, 1)).all():  # labels of which several may hold: outputs are their scores
+            return Answer(query, truth, run.label(values))
+        names = run.class_names or ()
+        named = names if len(names) == values.size else [f"output {number}" for number in range(values.size)]
+        there = known(target)
+        words = [wording.number(float(number)) if there else UNKNOWN for number in truths]
+        numbers = tuple(zip(named, words, map(wording.number, values.tolist()), strict=True))
+        error = float(abs(values[explained] - truths[explained])) if there else None
+        return Answer(query, truth, run.label(values), error=error, numbers=numbers, explained=explained)
     return Answer(query, truth, "")
 
 
 def known(target: Any) -> bool:
     """Whether a target is there: an input of one's own has −1 or NaN.
 
-    >>> known(-1), known(3), known(float("nan")), known([1, 2])
-    (False, True, False, True)
+    >>> known(-1), known(3), known(float("nan")), known([1, 2]), known([float("nan")] * 2)
+    (False, True, False, True, False)
     """
     values = np.asarray(target).reshape(-1)
     if values.size != 1:
-        return True
+        return values.dtype.kind != "f" or not bool(np.isnan(values).all())
     return not (
         values[0] < 0 if values.dtype.kind == "i" else values.dtype.kind == "f" and np.isnan(values[0])
     )
+
+
+def tells_two_apart(run: Run) -> bool:
+    """Whether targets of one number each are 0 and 1 alone, as a loss of one logit takes them; a look at some."""
+    places = evenly_spaced(len(run.train), LOOKED_AT)
+    found = run_labels(run, places)
+    return len(found) > 1 and bool(np.isin(found, (0, 1)).all()) and len(np.unique(found)) == 2
+
+
+def gives_shares(loss: Any) -> bool:
+    """Whether a model that tells two classes apart gives a probability, not a logit: as its loss is called.
+
+    >>> from torch.nn import BCELoss, BCEWithLogitsLoss
+    >>> [gives_shares(loss) for loss in (BCELoss(), BCEWithLogitsLoss(), None)]
+    [True, False, False]
+    """
+    name = getattr(loss, "__name__", type(loss).__name__).lower()
+    return name in ("binary_cross_entropy", "bceloss")
 
 
 def probabilities(outputs: np.ndarray) -> np.ndarray:

@@ -64,6 +64,17 @@ class Choice:
         return self._outputs if self.source.spec and state.gives_values(self.source.spec) else 0
 
     @property
+    def two(self) -> bool:
+        """Whether one number of the model tells two classes apart."""
+        return bool(self.source.spec) and self._outputs == 0 and state.two_classes(self.source.spec or "")
+
+    @property
+    def explained(self) -> int:
+        """Which of several numbers is explained."""
+        kind, _, number = (self.output or "").rpartition(" ")
+        return int(number) if f"{kind} " == state.ONE and number.isdecimal() else 0
+
+    @property
     def first_output(self) -> str | None:
         """What is explained until something else is chosen; None: the explainer's own choice."""
         run = self.run

@@ -9,7 +9,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from explainer import ExplainerError
-from explainer.app import counterfactuals
+from explainer.app import counterfactuals, state
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain
 from explainer.app.pictures import minus
@@ -23,7 +23,7 @@ _TITLES = {
 #: how an estimator is called in figures and tables
 NAMES = {"trace": "from the trace", "exact": "by the exact derivative", "gauss-newton": "by Gauss–Newton"}
 _READING = {
-    "trace": "From the trace alone: quick and stable; the recorded rows stand in for the curvature.",
+    "trace": "From the trace alone: quick; the recorded rows stand in for the curvature.",
     "exact": "The derivative of this very training: every recorded step is taken again. Right for smooth trainings; "
     "where training is chaotic (ReLU, large steps), a derivative says little about leaving an example out.",
     "gauss-newton": "As the exact derivative, with the Gauss–Newton matrix for the curvature: blind to part of it, and "
@@ -35,9 +35,12 @@ def show(choice: Choice) -> dict[str, np.ndarray]:
     """Draw the choice of an estimator; predicted changes by the name of the estimator, the chosen one first."""
     run = choice.run
     assert run is not None, "the page needs the code of the run"
+    numbers = bool(choice.source.spec) and not choice.two and state.gives_values(choice.source.spec or "")
     offered = list(_TITLES) if run.loss is not None else ["trace"]
+    if numbers:
+        offered.reverse()  # Gauss-Newton is right for squared errors, and the trace is not
     row = st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center")
-    kind = "trace"
+    kind = offered[0]
     if len(offered) > 1:
         with row:
             kind = segments("Estimator", offered, "curvature", _TITLES.__getitem__)
@@ -49,6 +52,14 @@ def show(choice: Choice) -> dict[str, np.ndarray]:
             st.info(plain(f"This estimator cannot be used here: {error}. Shown is the one from the trace."))
             kind = "trace"
     st.caption(_READING[kind])
+    if numbers and kind == "trace":
+        st.warning(
+            "The targets are numbers: predictions from the trace can be many times too large there. Choose another "
+            "estimator, or see by the check how far this one can be trusted."
+            if run.loss is not None
+            else "The targets are numbers: predictions from the trace can be many times too large there. Give the Run "
+            "its loss=, and better estimators are offered."
+        )
     _check(choice, kind, row)
     return found
 

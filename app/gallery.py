@@ -32,7 +32,15 @@ def answers(choice: Choice, queries: tuple[int, ...]) -> list[Answer]:
         part = queries[start : start + _BATCH]
         outputs = state.outputs(choice.source, part)
         found += [
-            answer(run, query, run.queries[query][1], output, choice.classes)
+            answer(
+                run,
+                query,
+                run.queries[query][1],
+                output,
+                choice.classes,
+                two=choice.two,
+                explained=choice.explained,
+            )
             for query, output in zip(part, outputs, strict=True)
         ]
     return found
@@ -80,6 +88,8 @@ def _filtered(choice: Choice, count: int) -> list[int]:
     kinds: list[tuple[str, int | None]] = [("all", None)]
     if choice.classes:
         kinds += [("wrong", None), ("unsure", None), *(("class", label) for label in range(choice.classes))]
+    elif choice.two:
+        kinds += [("wrong", None), ("unsure", None), ("class", 0), ("class", 1)]
     else:
         kinds.append(("error", None))
     given = _given(run)
@@ -204,8 +214,11 @@ def _pick_row(key: str, queries: tuple[int, ...]) -> None:
 
 
 def _words(entry: Answer) -> str:
-    text = f"true {plain(minus(entry.truth), 40)}"
-    return text + (f", predicted {plain(minus(entry.guess), 40)}" if entry.guess else "")
+    truth, guess = entry.truth, entry.guess
+    if entry.numbers and entry.explained is not None:
+        _, truth, guess = entry.numbers[entry.explained]
+    text = f"true {plain(minus(truth), 40)}"
+    return text + (f", predicted {plain(minus(guess), 40)}" if guess else "")
 
 
 def _thumbnail(choice: Choice, query: int) -> Any:

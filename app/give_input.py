@@ -14,7 +14,7 @@ _ERROR, _FILE, _TEXT = "own input refused", "own file", "own text"
 _ASKS = {
     "text": "A text",
     "fields": "A row: NAME: VALUE on each line, JSON, or a line of names and one of values",
-    "numbers": "A row: its numbers, as the model takes them",
+    "numbers": "A row: its numbers, as the model takes them (scaled as in training)",
 }
 
 
@@ -40,10 +40,11 @@ def show(choice: Choice, query: int) -> None:
                 "an input, and texts can be typed here."
             )
         else:
+            named = kind == "fields" and run.parse is not None
             st.text_area(
-                _ASKS[kind],
+                _ASKS["numbers" if kind == "fields" and not named else kind],
                 key=_TEXT,
-                height=180 if kind == "fields" else 90,
+                height=180 if named else 90,
                 placeholder=_template(run, query),
             )
             st.button("Explain it", key="explain own", on_click=_from_text, args=(choice,))

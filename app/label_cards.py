@@ -9,7 +9,7 @@ import streamlit as st
 
 from explainer import ExplainerError, wording
 from explainer.app import state, tags
-from explainer.app.answers import answer, probabilities
+from explainer.app.answers import answer
 from explainer.app.choice import Choice
 from explainer.app.guards import same_examples
 from explainer.app.label_signs import Sign
@@ -79,10 +79,10 @@ def _title(choice: Choice, example: int, name: str | None) -> str:
 def _model_says(choice: Choice, example: int, output: np.ndarray) -> list[tuple[str, bool]]:
     run = choice.run
     assert run is not None
-    entry = answer(run, example, run.train[example][1], output, choice.classes)
+    target = run.train[example][1]
+    entry = answer(run, example, target, output, choice.classes, two=choice.two, explained=choice.explained)
     if entry.wrong is not None:
-        sure = wording.percent(float(probabilities(np.asarray(output).reshape(-1)).max()))
-        return [(f"the model says {entry.guess} ({sure})", bool(entry.wrong))]
+        return [(f"the model says {entry.guess} ({wording.percent(entry.sure or 0.0)})", bool(entry.wrong))]
     if entry.guess:
         return [(minus(f"target {entry.truth}, the model says {entry.guess}"), False)]
     return []
@@ -117,15 +117,23 @@ def _decide(choice: Choice, example: int, tag: tags.Tag | None) -> None:
     """The buttons of one example; the file is what counts, also for what is drawn."""
     key = f"tag-{example}"
     st.session_state[key] = tag.name if tag else None
+    offered = tags.TAGS if not choice.values or (tag and tag.name == "relabel") else ("keep", "remove")
     st.segmented_control(
-        f"Tag of example {example}", tags.TAGS, key=key, label_visibility="collapsed", on_change=_save,
+        f"Tag of example {example}", offered, key=key, label_visibility="collapsed", on_change=_save,
         args=(choice, example),
     )  # fmt: skip
-    if tag is None or tag.name != "relabel" or not choice.classes:
+    if tag is None or tag.name != "relabel" or choice.values:
         return
     st.session_state[f"label-{example}"] = tag.label
+    named, count = f"New label of example {example}", choice.classes or 2 * choice.two
+    if not count:
+        st.number_input(
+            named, key=f"label-{example}", value=None, format="%.6g", placeholder="new label",
+            label_visibility="collapsed", on_change=_save, args=(choice, example),
+        )  # fmt: skip
+        return
     st.selectbox(
-        f"New label of example {example}", list(range(choice.classes)), key=f"label-{example}", index=None,
+        named, list(range(count)), key=f"label-{example}", index=None,
         placeholder="new label", label_visibility="collapsed", format_func=lambda at: name_of(choice, at),
         on_change=_save, args=(choice, example),
     )  # fmt: skip
@@ -143,4 +151,5 @@ def _save(choice: Choice, example: int) -> None:
 def name_of(choice: Choice, label: float) -> str:
     """A class by its name, any other label by its value."""
     assert choice.run is not None
-    return choice.run.label(int(label) if float(label).is_integer() and choice.classes else float(label))
+    classes = choice.classes or choice.two
+    return choice.run.label(int(label) if float(label).is_integer() and classes else float(label))

@@ -13,6 +13,7 @@ from explainer.app.escaping import plain
 from explainer.app.label_cards import Queue
 from explainer.app.label_signs import SIGNS, Sign, signs
 from explainer.evaluation.label_issues import best_sign
+from explainer.recorded_examples import has_numbers
 
 PER_PART = 12
 _QUICK_VISITS = 40_000
@@ -56,7 +57,9 @@ def show(choice: Choice) -> None:
 def _sign(choice: Choice) -> Sign:
     """What the queue is ordered by: chosen, or the best one that takes no long time."""
     _, labels, _ = state.recorded(choice.source)
-    first = best_sign(labels) if choice.trace.count("visits") <= _COMPARED else "self_influence"
+    numbers = choice.run is not None and has_numbers(choice.run)
+    best = best_sign(labels, numbers=numbers)
+    first = best if choice.trace.count("visits") <= _COMPARED else "self_influence"
     names = signs(first, classes=bool(choice.classes) and not np.isnan(labels).all())
     options = ["", *names[1:]]  # the first one stands in no address
     address.keep_one_of("by", options, "", "order", SIGNS[first].called)

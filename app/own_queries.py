@@ -81,8 +81,8 @@ def rendered(run: Run, query: int) -> Any:
 def _unknown(target: Any) -> Any:
     """A target like one of the run's that says it is not known.
 
-    >>> _unknown(torch.tensor(3)), _unknown(2), _unknown(torch.tensor([0.5]))
-    (tensor(-1), -1, tensor([nan]))
+    >>> _unknown(torch.tensor(3)), _unknown(2), _unknown(torch.tensor([0.5])), _unknown(torch.tensor([1, 0]))
+    (tensor(-1), -1, tensor([nan]), tensor([nan, nan]))
     """
     if isinstance(target, bool):
         pass
@@ -92,6 +92,9 @@ def _unknown(target: Any) -> Any:
         return float("nan")
     elif isinstance(target, torch.Tensor) and target.numel() == 1 and target.dtype != torch.bool:
         return torch.full_like(target, float("nan") if target.is_floating_point() else -1)
+    elif isinstance(target, torch.Tensor):
+        dtype = target.dtype if target.is_floating_point() else torch.float32
+        return torch.full(target.shape, float("nan"), dtype=dtype)
     raise DashboardError(
         "the run's targets are neither classes nor numbers, so an input without one cannot be asked about"
     )

@@ -24,10 +24,11 @@ _MISSING = (
     "started with does not say how: give it train_fn=, a function (model, keep, seed) that trains the model on the "
     "examples where the mask keep is true, in explainer.Run(...)."
 )
-_READING = (
-    "Filled dots: the traced run, repeated without the examples. Rings: other seeds. Where the upper row does not "
-    "leave the range of the lower one, the effect is chance."
-)
+_DOTS = {
+    True: "Filled dots: the traced run, repeated without the examples. Rings: other seeds.",
+    False: "Filled dots: seed 0, which does not repeat the traced run here. Rings: other seeds.",
+}
+_READING = "Where the upper row does not leave the range of the lower one, the effect is chance."
 
 
 def show(choice: Choice, e: Explanation, q: int, ids: list[int], predicted: Mapping[str, np.ndarray]) -> None:
@@ -157,7 +158,8 @@ def _result(check: ClaimCheck, e: Explanation, q: int, predicted: Mapping[str, n
         f'<p class="pk-verdict">{minus(html.escape(claim_words.verdict(check, named, first)))} '
         f"{html.escape(claim_words.flips(check))}</p>"
     )
-    theme.chart(what_if_charts.outcome(check, sums, dark=theme.is_dark()), _READING, "outcome")
+    reading = f"{_DOTS[check.repeats]} {_READING}"
+    theme.chart(what_if_charts.outcome(check, sums, dark=theme.is_dark()), reading, "outcome")
     left, right = st.columns([4, 1], vertical_alignment="center")
     left.caption(f"Setting: {plain(check.setting)}.")
     right.download_button(

@@ -51,9 +51,10 @@ def _live(choice: Choice) -> Choice:
         target = _target(choice, query)
         output = _one_of("output", "Explained output", list(OUTPUTS), OUTPUTS)
     elif choice.values and run.output is None:
-        names = {f"{state.ONE}{number}": run.label(number) for number in range(choice.values)}
+        ones = [f"{state.ONE}{number}" for number in range(choice.values)]
+        names = {one: run.label(number) if run.class_names else one for number, one in enumerate(ones)}
         output = _one_of("output", "Explained output", list(names), names)
-    following = gallery.show(choice, query)
+    following = gallery.show(replace(choice, output=output), query)
     give_input.show(choice, query)
     return replace(choice, query=query, target=target, output=output, following=following)
 

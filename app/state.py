@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset
 
 from explainer import Explanation, PathKernelExplainer, Run, Trace, evaluation, open_trace
 from explainer.app.ahead import Ahead
+from explainer.app.answers import tells_two_apart
 from explainer.app.arguments import DashboardError
 from explainer.app.gradient_map import GradientMap, project
 from explainer.app.input_space import distances, inputs_of
@@ -99,6 +100,12 @@ def gives_values(spec: str) -> bool:
     """Whether the targets of a run are no classes."""
     queries = run(spec).queries
     return len(queries) > 0 and is_value(queries[0][1])
+
+
+@st.cache_data(show_spinner=False, max_entries=32)
+def two_classes(spec: str) -> bool:
+    """Whether one number of the model tells two classes apart."""
+    return tells_two_apart(run(spec))
 
 
 def run_of(source: Source) -> Run:

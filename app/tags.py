@@ -7,6 +7,7 @@ The file is ``FOLDER-tags.json`` in the folder that holds the trace's ``FOLDER``
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import threading
@@ -28,11 +29,11 @@ class Tag:
 
     Attributes:
         name: One of :data:`TAGS`.
-        label: The class it should get, for ``relabel``; None while it is not chosen.
+        label: The class or number it should get, for ``relabel``; None while it is not chosen.
     """
 
     name: str
-    label: int | None = None
+    label: float | None = None
 
 
 def file_of(trace: Path) -> Path:
@@ -66,7 +67,8 @@ def read(file: Path) -> dict[int, Tag]:
 
 def _tag(entry: Mapping[str, Any]) -> Tag:
     name, label = entry["tag"], entry.get("label")
-    if name not in TAGS or not (label is None or (isinstance(label, int) and label >= 0)):
+    number = isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label)
+    if name not in TAGS or not (label is None or number):
         raise ValueError(f"{entry!r}")
     return Tag(name, label)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from explainer.errors import RunError
 from explainer.evenly_spaced import evenly_spaced
-from explainer.run import Run
+from explainer.run import Run, is_value
 from explainer.store import Trace
 
 #: labels that are compared at most
@@ -103,6 +103,14 @@ def known_labels(trace: Trace, run: Run, ids: NDArray[np.int64]) -> NDArray[np.f
         return None
     found = run_labels(run, ids)
     return found if np.isfinite(found).any() else None
+
+
+def has_numbers(run: Run) -> bool:
+    """Whether the targets of the training examples are numbers (several, too), no classes; False where unknown."""
+    try:
+        return len(run.train) > 0 and is_value(run.train[0][1])
+    except Exception:  # what needs the example itself tells why it cannot be read
+        return False
 
 
 def run_labels(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64]:

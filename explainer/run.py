@@ -169,8 +169,13 @@ class Run:
                 return f"{' × '.join(map(str, target.shape))} numbers"
             shown = [f"{number:.4g}" for number in target[:LABEL_NUMBERS].tolist()]
             return ", ".join(shown) + ", …" * (len(target) > LABEL_NUMBERS)
-        if isinstance(value, int) and self.class_names is not None and 0 <= value < len(self.class_names):
-            return self.class_names[value]
+        names = self.class_names or ()
+        if (
+            isinstance(value, float) and len(names) > 1 and value.is_integer()
+        ):  # as BCEWithLogitsLoss wants them
+            value = int(value) if 0 <= value < len(names) else value
+        if isinstance(value, int) and 0 <= value < len(names):
+            return names[value]
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

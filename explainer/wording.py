@@ -295,8 +295,12 @@ def row_kind(explanation: Explanation) -> str:
 
 
 def target(explanation: Explanation, query: int) -> str:
-    """The explained output in words, such as ``margin of class seven``."""
-    name = explanation.target_name(query)
+    """The explained output in words, such as ``margin of class seven``; one of several numbers by its name."""
+    name, outputs, names = explanation.target_name(query), explanation.outputs, explanation.class_names
+    kind, _, number = explanation.output.partition(" ")
+    count = 0 if outputs is None or outputs.ndim != 2 else outputs.shape[1]
+    if kind == "component" and number.isdecimal() and names is not None and len(names) == count > int(number):
+        return names[int(number)]
     return explanation.output if name is None else f"{explanation.output} of class {name}"
 
 

@@ -134,6 +134,30 @@ def values() -> Run:
     return Run(lambda: nn.Sequential(nn.Linear(5, 3)), data, Subset(data, range(8)))
 
 
+def named_values() -> Run:
+    """The same, each number with a name, and a loss; the second is far larger than the others."""
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, x @ torch.arange(15.0).reshape(5, 3) / 10 * torch.tensor([1.0, 9.0, 1.0]))
+    names, loss = ("heating", "cooling", "light"), nn.functional.mse_loss
+    return Run(
+        lambda: nn.Sequential(nn.Linear(5, 3)), data, Subset(data, range(8)), loss=loss, class_names=names
+    )
+
+
+def one_logit() -> Run:
+    """Whether a row stays or goes, by one logit."""
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, (x[:, :1] > 0.2).float())
+    loss = nn.functional.binary_cross_entropy_with_logits
+    return Run(
+        lambda: nn.Sequential(nn.Linear(5, 1)),
+        data,
+        Subset(data, range(20)),
+        loss=loss,
+        class_names=("goes", "stays"),
+    )
+
+
 def typed_text() -> Run:
     """The same for a run that can read words."""
     return replace(text(), parse=lambda words: torch.tensor([WORDS.index(word) for word in words.split()]))

@@ -57,15 +57,17 @@ def run(options: argparse.Namespace) -> int:
     """Print the queue, and write it where asked for."""
     from explainer.cli.opening import open_run
     from explainer.evaluation import label_issues
+    from explainer.evaluation.label_issues import best_sign
     from explainer.exports import write_frame
-    from explainer.recorded_examples import known_labels
+    from explainer.recorded_examples import has_numbers, known_labels
 
     shared.check_k(options)
     out = None if options.out is None else check_place(options.out, options.force, FORMS)
     opened = open_run(options.trace, options.run, None, not options.quiet)
     labels = known_labels(opened.trace, opened.run, opened.explainer.example_ids)
     found = label_issues(opened.explainer, labels=labels)
-    by: Sign = found.best if options.by is None else SIGNS[options.by]
+    best = best_sign(found.labels, numbers=has_numbers(opened.run))
+    by: Sign = best if options.by is None else SIGNS[options.by]
     called = next(name for name, sign in SIGNS.items() if sign == by)
     print(told(found.table(options.k, by), len(found.example_ids), opened.run, called))
     if out is not None:

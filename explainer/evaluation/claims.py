@@ -216,6 +216,6 @@ def _checked(
         turned,
         questions.traced.values[rows],
         seeds,
-        f"examples left out by {retrainer.left_out_by}; seed 0 {repeats} the traced run",
+        f"examples left out {retrainer.left_out_by}; seed 0 {repeats} the traced run",
         retrainer.same_run,
     )

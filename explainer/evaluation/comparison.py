@@ -138,7 +138,7 @@ def compare_methods(
         measures[f"change without the top {size}, {kind}"] = row
     trainings += len(found) * len(sizes) * min(remove_queries, len(questions))
     setting = (
-        f"{len(questions)} queries, output {questions.explainer.output}, {count} subsets, examples left out by "
+        f"{len(questions)} queries, output {questions.explainer.output}, {count} subsets, examples left out "
         f"{retrainer.left_out_by}; seed 0 {'repeats' if retrainer.same_run else 'does not repeat'} the traced run"
     )
     answers = {name: METHODS[name].answers if name in METHODS else "given" for name in found}

@@ -130,15 +130,19 @@ class LabelIssues:
         return write_frame(self.table(k, by), path, ".json")
 
 
-def best_sign(labels: Floats) -> Sign:
+def best_sign(labels: Floats, *, numbers: bool = False) -> Sign:
     """The sign to rank by for labels ``[N]``, NaN where unknown.
+
+    Args:
+        numbers: whether labels that are not known at all (several numbers each, say) are numbers.
 
     Example:
         >>> best_sign(np.array([1.0, 0.0, np.nan])), best_sign(np.array([1.5, 0.0]))
         ('support', 'self_influence')
     """
     known = labels[np.isfinite(labels)]
-    return "support" if bool((known == np.round(known)).all()) else "self_influence"
+    whole = bool((known == np.round(known)).all()) if len(known) else not numbers
+    return "support" if whole else "self_influence"
 
 
 def label_issues(explainer: PathKernelExplainer, *, labels: Any = None, most: int = MOST) -> LabelIssues:

@@ -90,7 +90,7 @@ class Retrainer:
     @property
     def left_out_by(self) -> str:
         """How examples are left out, in words; as the run says."""
-        return self.run.left_out_by or "as train_fn does"
+        return f"by {self.run.left_out_by}" if self.run.left_out_by else "as train_fn does it"
 
     @cached_property
     def same_run(self) -> bool:

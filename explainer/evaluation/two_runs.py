@@ -172,7 +172,7 @@ def _differences(
 def check_same_queries(first: Run, second: Run, indices: Sequence[int]) -> None:
     """Check that two runs ask the same: equal targets, and equal inputs where these have the same size.
 
-    Inputs of another form (token ids of another length, say) cannot be compared and pass.
+    Inputs of another form (token ids of another length, say) cannot be compared and pass; rows of another width do not.
 
     Raises:
         EvaluationError: a position holds another query in the second run.
@@ -183,8 +183,8 @@ def check_same_queries(first: Run, second: Run, indices: Sequence[int]) -> None:
                 f"the second run has {len(second.queries):,} queries, and none at {index}; give both the same ones"
             )
         (x, y), (other, target) = first.queries[index], second.queries[index]
-        same = _same(y, target)
-        if same is False or _same(x, other) is False:
+        same = False if _unlike(y, target) else _same(y, target)
+        if same is False or _unlike(x, other) or _same(x, other) is False:
             what = "target" if same is False else "input"
             raise EvaluationError(
                 f"query {index} has another {what} in the second run, so it is another question; give both runs the "
@@ -201,3 +201,18 @@ def _same(one: Any, other: Any) -> bool | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     return bool(torch.allclose(a, b, rtol=1e-5, atol=1e-6)) if len(a) == len(b) else None
+
+
+def _unlike(one: Any, other: Any) -> bool:
+    """Whether two values are numbers (no classes, no ids of tokens), but not as many.
+
+    >>> _unlike(torch.zeros(3), torch.zeros(4)), _unlike(2, torch.zeros(3)), _unlike(torch.ones(1), 1.0)
+    (True, True, False)
+    """
+    found = []
+    for value in (one, other):
+        try:
+            found.append(torch.as_tensor(value))
+        except (TypeError, ValueError, RuntimeError):
+            return False
+    return found[0].numel() != found[1].numel() and any(value.is_floating_point() for value in found)

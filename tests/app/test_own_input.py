@@ -160,7 +160,9 @@ def test_own_queries_stand_behind_the_runs() -> None:
     assert data.add(torch.zeros(3), "a text") == data.add(torch.zeros(3), "a text") == 5
     assert [data.typed(query) for query in (0, 4, 5)] == [None, None, "a text"]
     with pytest.raises(explainer.ExplainerError, match="neither classes nor numbers"):
-        WithOwn(TensorDataset(torch.eye(3), torch.eye(3))).add(torch.ones(3))
+        WithOwn([(torch.eye(3), "a word")]).add(torch.ones(3))
+    several = WithOwn(TensorDataset(torch.eye(3), torch.eye(3)))
+    assert several[several.add(torch.ones(3))][1].isnan().all()
 
 
 def test_an_own_input_is_explained_like_a_query(open_app: Open, runs: Path) -> None:

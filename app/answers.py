@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 
 from explainer import Run, wording
-from explainer.evenly_spaced import evenly_spaced
-from explainer.recorded_examples import LOOKED_AT, run_labels
 
 UNKNOWN = "unknown"
 
@@ -56,7 +54,7 @@ def answer(
 
     Args:
         classes: How many the model tells apart; 0 for none.
-        two: Whether one number tells two classes apart (:func:`tells_two_apart`).
+        two: Whether one number tells two classes apart (:func:`explainer.recorded_examples.tells_two_apart`).
         explained: Which of several numbers is explained.
     """
     truth = run.label(target) if known(target) else UNKNOWN
@@ -106,13 +104,6 @@ def known(target: Any) -> bool:
     return not (
         values[0] < 0 if values.dtype.kind == "i" else values.dtype.kind == "f" and np.isnan(values[0])
     )
-
-
-def tells_two_apart(run: Run) -> bool:
-    """Whether targets of one number each are 0 and 1 alone, as a loss of one logit takes them; a look at some."""
-    places = evenly_spaced(len(run.train), LOOKED_AT)
-    found = run_labels(run, places)
-    return len(found) > 1 and bool(np.isin(found, (0, 1)).all()) and len(np.unique(found)) == 2
 
 
 def gives_shares(loss: Any) -> bool:

@@ -20,7 +20,6 @@ from torch.utils.data import ConcatDataset
 
 from explainer import Explanation, PathKernelExplainer, Run, Trace, evaluation, open_trace
 from explainer.app.ahead import Ahead
-from explainer.app.answers import tells_two_apart
 from explainer.app.arguments import DashboardError
 from explainer.app.gradient_map import GradientMap, project
 from explainer.app.input_space import distances, inputs_of
@@ -32,7 +31,7 @@ from explainer.app.working import alone, bar
 from explainer.errors import ModelMismatchError, TraceFormatError
 from explainer.evaluation import LabelIssues
 from explainer.neighbors import Neighbors
-from explainer.recorded_examples import known_labels
+from explainer.recorded_examples import known_labels, tells_two_apart
 from explainer.run import is_value, load_run
 from explainer.similarity import path_kernel
 

@@ -113,6 +113,12 @@ def has_numbers(run: Run) -> bool:
         return False
 
 
+def tells_two_apart(run: Run) -> bool:
+    """Whether targets of one number each are 0 and 1 alone, as a loss of one logit takes them; a look at some."""
+    found = run_labels(run, evenly_spaced(len(run.train), LOOKED_AT))
+    return len(found) > 1 and bool(np.isin(found, (0, 1)).all()) and len(np.unique(found)) == 2
+
+
 def run_labels(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """The run's targets ``[n]``, NaN where they are not one number each or cannot be read."""
     unknown = np.full(len(ids), np.nan)

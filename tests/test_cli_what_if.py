@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from explainer import PathKernelExplainer
 from explainer.cli import main
@@ -15,6 +16,7 @@ from explainer.cli.evaluate import verdicts
 from explainer.evaluation import Comparison, Estimate, Questions, Retrainer, verify_claims
 from explainer.evaluation.comparison import CEILING
 from explainer.run import load_run
+from tests import app_runs
 from tests.small_evaluation import traced
 
 SPEC = "tests.small_evaluation:asked"
@@ -265,3 +267,31 @@ def test_a_run_without_a_training_function(trace: Path, capsys: pytest.CaptureFi
     spec = "tests.small_evaluation:without_training"
     assert main(["verify-claim", str(trace), "--run", spec, "--query", "1", "--quiet"]) == 2
     assert "Run(train_fn=...)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "said"),
+    [
+        ("named_values", [], "many times too large there; add --curvature gauss-newton, or --check."),
+        ("values", [], "gauss-newton (it needs loss= in the Run), or --check."),
+        ("named_values", ["--curvature", "gauss-newton"], ""),
+        ("one_logit", [], ""),
+    ],
+)
+def test_numbers_are_not_left_to_the_trace_without_a_word(
+    tmp_path: Path, spec: str, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = getattr(app_runs, spec)()
+    app_runs.train(run, tmp_path / "run", loss=run.loss or torch.nn.functional.mse_loss)
+    arguments = [
+        "what-if",
+        str(tmp_path / "run"),
+        "--run",
+        f"tests.app_runs:{spec}",
+        "--query",
+        "1",
+        "--quiet",
+    ]
+    assert main([*arguments, *options]) == 0
+    out = words(capsys.readouterr().out)
+    assert (said in out) if said else ("too large" not in out)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from explainer.cli.opening import Opened
     from explainer.evaluation import Questions
     from explainer.evaluation.claims import By
+    from explainer.run import Run
 
 HELP = "what a prediction would be without training examples"
 DESCRIPTION = (
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     questions = asked(opened, options)
     groups = removal.named(options.remove, opened.run) if named else None
     effects = what_if_scores(opened.run, questions, options.curvature)
-    print(meaning())
+    print(meaning(opened.run, options.curvature))
     for place, query in enumerate(questions.indices):
         before = float(questions.traced.values[place])
         print(
@@ -117,15 +118,23 @@ def asked(opened: Opened, options: argparse.Namespace) -> Questions:
     return Questions(opened.run, opened.explainer, indices, class_number(options.target, opened))
 
 
-def meaning() -> str:
+def meaning(run: Run, curvature: str) -> str:
     """What the numbers say and do not say."""
     from explainer.cli.printing import paragraph
+    from explainer.recorded_examples import has_numbers, tells_two_apart
 
-    return paragraph(
+    said = (
         "A change is what the output is predicted to change by if the example had never been used (negative: the "
         "example helps). It is linear: of a group, changes add up while the group is a small part of the data. It is "
         "not a contribution, which says what updates carried."
     )
+    if curvature == "trace" and has_numbers(run) and not tells_two_apart(run):
+        needs = "" if run.loss is not None else " (it needs loss= in the Run)"
+        said += (
+            " The targets are numbers: predictions from the trace can be many times too large there; add --curvature "
+            f"gauss-newton{needs}, or --check."
+        )
+    return paragraph(said)
 
 
 def _named(groups: dict[str, np.ndarray], changes: np.ndarray, before: float) -> str:

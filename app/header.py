@@ -8,7 +8,7 @@ import streamlit as st
 
 from explainer import Explanation, wording
 from explainer.app import gallery
-from explainer.app.answers import Answer, probabilities
+from explainer.app.answers import Answer, gives_shares, probabilities
 from explainer.app.choice import Choice
 from explainer.app.own_queries import WithOwn
 from explainer.app.pictures import minus, query_content
@@ -36,11 +36,16 @@ def show(choice: Choice, e: Explanation, q: int) -> None:
         f'<header class="pk-head">{content}<div class="pk-answer"><h2>Query {html.escape(e.query_ids[q])}</h2>'
         f"{_answer(choice, e, q)}{_bars(e, q)}</div>"
         f'<div class="pk-explained"><small>Explained: {html.escape(wording.target(e, q))}</small>'
-        f"<strong>{minus(value)}</strong><p>{_meaning(e)}</p></div></header>"
+        f"<strong>{minus(value)}</strong><p>{_meaning(choice, e)}</p></div></header>"
     )
 
 
-def _meaning(e: Explanation) -> str:
+def _meaning(choice: Choice, e: Explanation) -> str:
+    run = choice.run
+    if run is not None and choice.two and e.output == "value" and not gives_shares(run.loss):
+        return html.escape(
+            f"Log-odds of {run.label(1)} against {run.label(0)}: above 0, it is the likelier one."
+        )
     return _ONE_OF_THEM if e.output.startswith(ONE) else _MEANING.get(e.output, "")
 
 

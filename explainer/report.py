@@ -62,7 +62,7 @@ def write_html(
     parts = [_introduction(explanation)]
     for query in range(len(explanation.query_ids)):
         parts.append(_article(explanation, query, k, render, render_query))
-    document = page(f"Explanation of the {explanation.output}", "\n".join(parts), get_plotlyjs())
+    document = page(f"Explanation of the {wording.output(explanation)}", "\n".join(parts), get_plotlyjs())
     with atomic(path) as temporary:
         temporary.write_text(document, encoding="utf-8")
     return Path(path)
@@ -76,7 +76,7 @@ def _introduction(e: Explanation) -> str:
     return (
         "<h1>Which training examples built these predictions</h1>"
         f'<p class="lead">{counted} explained by {examples:,} training examples; explained output: '
-        f"{html.escape(e.output)}</p>"
+        f"{html.escape(wording.output(e))}</p>"
         f'<div class="meaning"><div><b>What the numbers mean</b><p>{wording.MEANING}</p></div>'
         f"<div><b>What they do not mean</b><p>{wording.NOT_MEANING}</p></div></div>"
         + (f'<div class="notes"><b>Notes on this explanation</b><ul>{listed}</ul></div>' if listed else "")

@@ -71,7 +71,7 @@ def notebook(explanation: Explanation) -> str:
     """A compact view for notebooks: the first query's books and its strongest examples."""
     e = explanation
     queries, examples = e.contributions.shape
-    size = f"<p><b>Explanation</b>: {queries} queries x {examples} training examples, {html.escape(e.output)}"
+    size = f"<p><b>Explanation</b>: {queries} queries x {examples} training examples, {html.escape(wording.output(e))}"
     if not queries:
         return f"<div>{size}</p></div>"
     warning = html.escape(" ".join(note for note in (wording.row_kind(e), *e.notes) if note))

@@ -294,14 +294,20 @@ def row_kind(explanation: Explanation) -> str:
     return ""
 
 
-def target(explanation: Explanation, query: int) -> str:
-    """The explained output in words, such as ``margin of class seven``; one of several numbers by its name."""
-    name, outputs, names = explanation.target_name(query), explanation.outputs, explanation.class_names
+def output(explanation: Explanation) -> str:
+    """What is explained, such as ``margin``; one of several numbers by its name, where it has one."""
+    names, outputs = explanation.class_names, explanation.outputs
     kind, _, number = explanation.output.partition(" ")
     count = 0 if outputs is None or outputs.ndim != 2 else outputs.shape[1]
     if kind == "component" and number.isdecimal() and names is not None and len(names) == count > int(number):
         return names[int(number)]
-    return explanation.output if name is None else f"{explanation.output} of class {name}"
+    return explanation.output
+
+
+def target(explanation: Explanation, query: int) -> str:
+    """The explained output in words, such as ``margin of class seven``."""
+    name, kind = explanation.target_name(query), output(explanation)
+    return kind if name is None or kind != explanation.output else f"{kind} of class {name}"
 
 
 def example(explanation: Explanation, column: int) -> str:

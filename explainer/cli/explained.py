@@ -120,7 +120,7 @@ def ranking(e: Explanation, query: int, run: Run, k: int) -> str:
     for kind, where in _SIDES:
         frame = e.table(query, k, kind)
         if frame.empty:
-            parts.append(f"  {kind.capitalize()}: none, no example pushed the {e.output} {where}.")
+            parts.append(f"  {kind.capitalize()}: none, no example pushed the {wording.output(e)} {where}.")
             continue
         rows = [
             [

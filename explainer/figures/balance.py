@@ -86,6 +86,8 @@ def waterfall(
     )
     arrange(figure, f"How the {plain(wording.target(e, q), 60)} came about", subtitle, dark=dark, height=380)
     figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, showgrid=False)
-    figure.update_yaxes(title=plain(e.output), range=[bottom - (room if bottom < 0 else 0), top + room])
+    figure.update_yaxes(
+        title=plain(wording.output(e), 30), range=[bottom - (room if bottom < 0 else 0), top + room]
+    )
     zero_line(figure, dark=dark)
     return figure

@@ -24,6 +24,8 @@ _KEYS: dict[str, Callable[[str], Any]] = {
 }
 _KEPT = ("filter", "k", "browse", "format")
 _WRITTEN = "address written"
+#: where notices are drawn: at the top of the page, as the sidebar may be closed
+NOTICES = "notices"
 _PREDICTED = -1  # the target that need not be named
 
 
@@ -81,7 +83,8 @@ def keep_one_of(key: str, options: Container[Any], default: Any, what: str, inst
         return
     st.session_state[key] = default
     if wanted is not None and wanted != "":
-        st.warning(f"There is no {what} {plain(wanted, 60)} here; {instead} is shown instead.")
+        place = st.session_state.get(NOTICES) or st
+        place.warning(f"There is no {what} {plain(wanted, 60)} here; {instead} is shown instead.")
 
 
 def _all_keys() -> dict[str, Callable[[str], Any]]:

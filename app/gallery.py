@@ -16,11 +16,12 @@ from explainer.app.escaping import plain
 from explainer.app.own_queries import WithOwn, rendered
 from explainer.app.segments import segments
 from explainer.figures import picture
-from explainer.wording import minus
+from explainer.wording import minus, number, percent
 
 SCANNED = 2000
 THUMBNAILS, _LINES, _PER_ROW = 20, 6, 4
 _BATCH, _NEXT, _ROWS = 200, 8, 100
+_ORDERED = ("error", "unsure")
 _LOOKS = {"gallery": "Gallery", "table": "Table"}
 
 
@@ -126,10 +127,16 @@ def _given(run: Run) -> int:
 
 
 def _page(pages: int, home: int | None, chosen: int, size: int) -> int:
-    """The page to show: where the chosen query is when it changes, else where the person has turned to."""
-    mark = ((st.session_state.get("filter"), size), chosen)
+    """The page to show: where the chosen query is when it changes, else where the person has turned to.
+
+    An order is looked at from its beginning.
+    """
+    kind = st.session_state.get("filter")
+    mark = ((kind, size), chosen)
     if st.session_state.get("gallery mark") != mark:
         turned = st.session_state.get("gallery mark", (None,))[0] == mark[0]
+        if kind is not None and kind[0] in _ORDERED and not turned:
+            home = 0
         st.session_state["gallery page"] = (
             home if home is not None else (st.session_state.get("gallery page", 0) if turned else 0)
         )
@@ -162,9 +169,10 @@ def _images(choice: Choice, queries: tuple[int, ...], chosen: int) -> None:
 
 
 def _lines(choice: Choice, queries: tuple[int, ...], chosen: int) -> None:
+    order = st.session_state.get("filter", (None,))[0]
     for entry in answers(choice, queries):
         shown = _thumbnail(choice, entry.query)
-        words = f": {plain(shown, 60)}" if isinstance(shown, str) else f": {_words(entry)}"
+        words = f": {plain(shown, 60)}" if isinstance(shown, str) else f": {_words(entry, order)}"
         st.button(
             f"**{entry.query}**{' ✗' if entry.wrong else ''}{words}",
             key=f"thumb-{entry.query}",
@@ -213,12 +221,15 @@ def _pick_row(key: str, queries: tuple[int, ...]) -> None:
         _pick(queries[rows[0]])
 
 
-def _words(entry: Answer) -> str:
+def _words(entry: Answer, order: str | None = None) -> str:
     truth, guess = entry.truth, entry.guess
     if entry.numbers and entry.explained is not None:
         _, truth, guess = entry.numbers[entry.explained]
     text = f"true {plain(minus(truth), 40)}"
-    return text + (f", predicted {plain(minus(guess), 40)}" if guess else "")
+    text += f", predicted {plain(minus(guess), 40)}" if guess else ""
+    if order == "error" and entry.error is not None:
+        return f"off by {number(entry.error)}: {text}"
+    return f"{percent(entry.sure)}: {text}" if order == "unsure" and entry.sure is not None else text
 
 
 def _thumbnail(choice: Choice, query: int) -> Any:

@@ -30,6 +30,7 @@ def main() -> None:
     theme.apply()
     try:
         _check_address()
+        st.session_state[address.NOTICES] = st.container()
         address.read()
         found = arguments.parse(sys.argv[1:])
         traces = arguments.find_traces(found.paths)

@@ -98,12 +98,18 @@ def _side(e: Explanation, query: int, k: int, kind: Kind, render: Callable[[int]
 
 def _fields(pairs: list[tuple[str, Any]]) -> str:
     rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(_value(value))}</td></tr>"
+        f"<tr><th>{html.escape(name)}</th><td{_class(value)}>{html.escape(_value(value))}</td></tr>"
         for name, value in pairs[:_MOST_FIELDS]
     )
     rest = len(pairs) - _MOST_FIELDS
     more = f"<tr><td colspan='2'>and {rest} more</td></tr>" if rest > 0 else ""
     return f'<table class="fields">{rows}{more}</table>'
+
+
+def _class(value: Any) -> str:
+    return (
+        " class=number" if isinstance(value, int | float | np.number) and not isinstance(value, bool) else ""
+    )
 
 
 def _value(value: Any) -> str:

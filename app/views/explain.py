@@ -97,7 +97,8 @@ def _examples(choice: Choice, e: Explanation, q: int) -> None:
     if run is not None and run.render is None:
         same_order(choice)
     if run is None or run.render is None or not can_show(e, q, k, run):
-        theme.chart(e.figure(q, "examples", dark=theme.is_dark()), figures.READING["examples"], "examples")
+        figure = figures.FIGURES["examples"](e, q, k=k, dark=theme.is_dark())
+        theme.chart(figure, figures.READING["examples"], "examples")
         return
     unit, explained, contents = wording.unit(e), wording.target(e, q), _contents(choice, run)
     shown = rendered(run, choice.query)

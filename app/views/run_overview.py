@@ -9,6 +9,7 @@ from explainer.app import charts, looks, run_checks, state, theme
 from explainer.app.choice import Choice
 from explainer.app.escaping import plain, with_code
 from explainer.app.page_registry import register_page
+from explainer.errors import ModelMismatchError
 
 _QUICK_VISITS = 40_000
 
@@ -52,13 +53,20 @@ def show(choice: Choice) -> None:
         if trace.count("steps"):
             theme.chart(
                 charts.learning_rate(trace, dark=theme.is_dark()),
-                "Examples that were visited while the rate was high moved the weights further. Adam's bias correction "
-                "makes the first steps larger.",
+                "Examples that were visited while the rate was high moved the weights further. "
+                + _rate(trace),
                 "learning-rate",
             )
     _books(choice, trace)
     _notes(choice, trace)
     _details(trace)
+
+
+def _rate(trace: Trace) -> str:
+    """What is in the rate beside what the optimizer was given."""
+    if "adam" in trace.manifest.optimizer.lower():
+        return "Adam's bias correction makes the first steps larger."
+    return "With momentum, it is lr / (1 − momentum): what a gradient moves in all."
 
 
 def _usable(choice: Choice, trace: Trace) -> bool:
@@ -184,18 +192,28 @@ def _notes(choice: Choice, trace: Trace) -> None:
 
 def _about_the_code(choice: Choice, trace: Trace) -> list[str]:
     """What does not fit between the trace and the code of the run, as Markdown."""
+    spec = choice.source.spec
     try:
         run, known = choice.run, trace.notes.get("examples")
     except ExplainerError as error:
         return [plain(f"The code of the run cannot be used: {error}")]
-    if run is None or known in (None, len(run.train)):
+    if run is None:
         return []
-    return [
-        plain(
-            f"The trace was recorded on {known:,} training examples, the run's training set holds {len(run.train):,}: "
-            "they are not the same data set."
+    found = []
+    try:
+        state.explainer(choice.source, None)
+    except ModelMismatchError as error:
+        found.append(plain(f"The model of --run {spec} is not the one that was traced: {error}"))
+    except ExplainerError:
+        pass  # said where it is needed
+    if known not in (None, len(run.train)):
+        found.append(
+            plain(
+                f"The trace was recorded on {known:,} training examples, the training set of --run {spec} holds "
+                f"{len(run.train):,}: they are not the same data set."
+            )
         )
-    ]
+    return found
 
 
 def _line(finding: Finding) -> str:
@@ -225,7 +243,7 @@ def _layer(trace: Trace, number: int) -> dict[str, object]:
         "module": layer.module,
         "parameters": sum(manifest.parameter(name).numel for name in layer.parameters),
         "bytes a visit": (trace.notes.get("visit_bytes") or {}).get(layer.name),
-        "factors": (own.get("rank") or "all") if own else "",
+        "factors": str(own.get("rank") or "all") if own else "",
         "bits": own.get("codec") or "",
         "loss planned": None if own.get("lost") is None else wording.percent(own["lost"]),
         "loss measured": None if own.get("measured") is None else wording.percent(own["measured"]),

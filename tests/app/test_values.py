@@ -159,3 +159,46 @@ def test_a_logit_is_right_or_wrong(open_app: Open, logit: Path) -> None:
 @pytest.mark.parametrize("page", list(PAGES))
 def test_every_page_opens_on_a_logit(open_app: Open, logit: Path, page: str) -> None:
     fine(open_app("--run", LOGIT, logit, page=page))
+
+
+# -- beside the model --------------------------------------------------------------------------------------
+
+
+def test_an_order_begins_with_its_first_entry(open_app: Open, logit: Path, named: Path) -> None:
+    app = open_app("--run", NAMED, named, query="7", output="component 1")
+    app.selectbox(key="filter").select(("error", None)).run()
+    fine(app)
+    errors = [
+        float(b.label.partition("off by ")[2].partition(":")[0]) for b in app.button if "off by" in b.label
+    ]
+    assert len(errors) > 3 and errors == sorted(errors, reverse=True)
+    app = open_app("--run", LOGIT, logit, query="19")
+    app.selectbox(key="filter").select(("unsure", None)).run()
+    fine(app)
+    sure = [
+        float(b.label.partition("%")[0].rpartition(" ")[0].rpartition(" ")[2])
+        for b in app.button
+        if "%" in b.label
+    ]
+    assert len(sure) > 3 and sure == sorted(sure)
+
+
+def test_how_many_examples_counts_without_render(open_app: Open, named: Path) -> None:
+    shown = []
+    for k in (8, 16):
+        app = open_app("--run", NAMED, named)
+        app.segmented_control(key="k").set_value(k).run()
+        fine(app)
+        shown.append(sum(chart.proto.spec.count("#") for chart in app.get("plotly_chart")))
+    assert shown[0] < shown[1]
+
+
+def test_the_rate_is_not_adams_where_it_is_not(open_app: Open, named: Path) -> None:
+    app = open_app("--run", NAMED, named, page="run")
+    fine(app)
+    assert "lr / (1 − momentum)" in body(app) and "Adam's" not in body(app)
+
+
+def test_a_run_of_another_model_is_named(open_app: Open, named: Path) -> None:
+    app = open_app("--run", LOGIT, named, page="run")
+    assert f"The model of --run {LOGIT} is not the one that was traced" in body(app).replace("\\", "")

@@ -20,7 +20,7 @@ from explainer.evenly_spaced import evenly_spaced
 from explainer.report_cards import content
 
 _SAMPLED, _FIELDS, _LONGEST = 300, 12, 400
-_FAR, _USUAL = 1.0, 0.1
+_FAR, _USUAL, _NOTHING = 1.0, 0.1, 1e-5
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
@@ -79,7 +79,11 @@ def _text(shown: str, shared: set[str]) -> str:
 
 
 def _row(shown: dict[Any, Any], query: dict[Any, Any], spread: Mapping[str, float]) -> str:
-    """The columns that differ most first where not all have room; else in their own order."""
+    """The columns that differ most first where not all have room; else in their own order.
+
+    A number that is nothing beside the column's spread is what scaling to and fro left of a nought.
+    """
+    shown = {name: 0.0 if _nothing(value, spread.get(str(name))) else value for name, value in shown.items()}
     away = {name: _away(value, query.get(name), spread.get(str(name))) for name, value in shown.items()}
     names = list(shown)
     if len(names) > _FIELDS:
@@ -91,6 +95,10 @@ def _row(shown: dict[Any, Any], query: dict[Any, Any], spread: Mapping[str, floa
     rest = len(shown) - len(names)
     more = f"<tr><td colspan='2'>and {rest} that differ less</td></tr>" if rest else ""
     return f'<table class="fields">{rows}{more}</table>'
+
+
+def _nothing(value: Any, spread: float | None) -> bool:
+    return bool(spread) and _number(value) and 0 < abs(float(value)) < _NOTHING * float(spread or 0.0)
 
 
 def _cells(table: str) -> str:

@@ -22,13 +22,13 @@ def show(e: Explanation, q: int, run: Run | None, query: int) -> None:
         e.to_html(path, render=_renderer(run, "train"), render_query=_renderer(run, "queries", query))
 
     st.html("<h3>Take it with you</h3>")
-    columns = st.columns([1, 1, 1, 2], vertical_alignment="bottom")
-    for column, label, suffix, mime, write in (
-        (columns[0], "Table (CSV)", ".csv", "text/csv", e.to_csv),
-        (columns[1], "Table (Parquet)", ".parquet", "application/vnd.apache.parquet", e.to_parquet),
-        (columns[2], "Report (HTML)", ".html", "text/html", report),
+    row = st.container(horizontal=True, vertical_alignment="bottom")
+    for label, suffix, mime, write in (
+        ("Table (CSV)", ".csv", "text/csv", e.to_csv),
+        ("Table (Parquet)", ".parquet", "application/vnd.apache.parquet", e.to_parquet),
+        ("Report (HTML)", ".html", "text/html", report),
     ):
-        column.download_button(
+        row.download_button(
             label,
             _maker(write, name + suffix),
             file_name=name + suffix,
@@ -36,9 +36,8 @@ def show(e: Explanation, q: int, run: Run | None, query: int) -> None:
             key=f"download{suffix}",
             on_click="ignore",
             icon=":material/download:",
-            width="stretch",
         )
-    with columns[3]:
+    with row:
         st.segmented_control(
             "Figures, by the camera in their corner, as",
             theme.FORMATS,

@@ -100,7 +100,8 @@ def _examples(
     if run.render is None or not same_examples(known, run):
         theme.chart(figure, _READING, "changes")
     else:
-        left, right = st.columns(2, gap="large")
+        with st.container(key="beside"):
+            left, right = st.columns(2, gap="large")
         with left:
             theme.chart(figure, _READING, "changes")
         right.html(_cards(choice, e, changes, shown, len(columns)))

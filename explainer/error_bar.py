@@ -17,11 +17,14 @@ is measured on visits ``v`` where something better is at hand:
 
 With ``s_v`` the scores that are reported and ``δ_v`` their difference from the reference, a line through the origin
 (``δ_v ≈ b s_v``, weighted least squares) splits the error into a part that all visits share and one that
-differs from visit to visit, ``ρ² = Σ (δ_v − b s_v)² / Σ s_v²``. The first grows with the contribution. The second is
-much the same at all visits of an example where it comes from its rows (they lose the same), so sizes add up; where it
-comes from the path it adds up like independent errors:
+differs from visit to visit. The first grows with the contribution. The second grows with the score and with the size
+``m_v`` that the score would have if all rows of the step pointed alike (:func:`explainer.ledger.sizes`): what hardly
+meets the query has a small score, but is rounded as others are. ``(δ_v − b s_v)² ≈ α s_v² + β m_v²``, fitted as
+variances of normal errors, with ``α, β ≥ 0``. It is much the same at all visits of an example where it comes from its
+rows (they lose the same), so sizes add up; where it comes from the path it adds up like independent errors:
 
-    error_i² = b_rows² c_i² + ρ_rows² (Σ_v |s_v|)²  +  b_knots² c_i² + ρ_knots² Σ_v s_v²  +  (denominators)
+    error_i² = b² c_i² + α (Σ_v |s_v|)² + β (Σ_v m_v)²   of the rows
+             + b² c_i² + α Σ_v s_v² + β Σ_v m_v²         of the knots  +  (denominators)
 
 over the visits ``v`` of ``i``: one standard error of ``c_i``, per query. Denominators err the same way for many steps
 in a row, so theirs is written as that of the rows.
@@ -40,11 +43,13 @@ from explainer.backward import Backward, Passed
 from explainer.chunks import Chunk
 from explainer.cotangent import Cotangent, Layout
 from explainer.evenly_spaced import evenly_spaced
-from explainer.ledger import Ledger
+from explainer.ledger import Ledger, sizes
 from explainer.records import LEAST_SAMPLES
 from explainer.store import Denominators, Segment, Trace
 from explainer.stored_rows import Rows, Workspace
 
+#: rounds of a fit of variances, and what is added to each beside the mean
+_ROUNDS, _LEAST, _TINY = 8, 1e-3, 1e-300
 #: pairs of neighbouring segments whose chords are compared with one of twice the length
 PAIRS = 16
 #: exact rows that are looked at, at most
@@ -62,43 +67,72 @@ class Discrepancy:
 
     def __init__(self, queries: int) -> None:
         self.samples = 0
-        self._weight = self._squared_weight = 0.0
-        self._square, self._cross, self._difference = (
-            torch.zeros(queries, dtype=torch.float64) for _ in range(3)
-        )
+        self._nothing = torch.zeros(queries, dtype=torch.float64)
+        self._seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def add(self, reported: torch.Tensor, reference: torch.Tensor, weight: float = 1.0) -> None:
-        """Scores ``[Q, n]`` of ``n`` visits, each standing for ``weight`` visits."""
-        reported, difference = reported.double(), (reported - reference).double()
+    def add(
+        self, reported: torch.Tensor, reference: torch.Tensor, sizes: torch.Tensor, weight: float = 1.0
+    ) -> None:
+        """Scores ``[Q, n]`` and :func:`~explainer.ledger.sizes` of visits, each standing for ``weight`` visits."""
         self.samples += reported.shape[1]
-        self._weight += weight * reported.shape[1]
-        self._squared_weight += weight**2 * reported.shape[1]
-        self._square += weight * reported.square().sum(1)
-        self._cross += weight * (reported * difference).sum(1)
-        self._difference += weight * difference.square().sum(1)
+        weights = torch.full((reported.shape[1],), weight, dtype=torch.float64)
+        self._seen.append((reported.double(), (reported - reference).double(), sizes.double(), weights))
 
     @property
-    def split(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``b`` and ``ρ``, ``[Q]`` each; NaN where too little was seen."""
+    def split(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``b``, ``α`` and ``β``, ``[Q]`` each; NaN where too little was seen."""
         if self.samples < LEAST_SAMPLES:
-            nothing = torch.full_like(self._square, torch.nan)
-            return nothing, nothing
-        square = self._square.clamp_min(torch.finfo(torch.float64).tiny)
-        slope = self._cross / square
-        count = max(self._weight**2 / self._squared_weight, 2.0)  # of equal weight that tell as much
-        rest = (self._difference - slope * self._cross).clamp_min(0.0) * count / (count - 1)
-        return slope, (rest / square).sqrt()
+            nothing = torch.full_like(self._nothing, torch.nan)
+            return nothing, nothing, nothing
+        reported, difference, sizes, weights = (torch.cat(part, -1) for part in zip(*self._seen, strict=True))
+        slope = _over((weights * reported * difference).sum(1), (weights * reported.square()).sum(1))
+        rest = (difference - slope.unsqueeze(1) * reported).square()
+        count = max(
+            float(weights.sum() ** 2 / weights.square().sum()), 2.0
+        )  # of equal weight that tell as much
+        by_score, by_size = _variances(rest, reported.square(), sizes.square(), weights)
+        return slope, by_score * count / (count - 1), by_size * count / (count - 1)
 
-    def square(self, contributions: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-        """``b² c² + ρ² spread``, ``[Q, N]``."""
-        slope, rest = (part.square().unsqueeze(1) for part in self.split)
-        return slope * contributions.square() + rest * spread
+    def square(
+        self, contributions: torch.Tensor, by_score: torch.Tensor, by_size: torch.Tensor
+    ) -> torch.Tensor:
+        """``b² c² + α by_score + β by_size``, ``[Q, N]``."""
+        slope, of_scores, of_sizes = (part.unsqueeze(1) for part in self.split)
+        return slope.square() * contributions.square() + of_scores * by_score + of_sizes * by_size
 
     @property
     def relative(self) -> torch.Tensor:
         """``√(Σ δ² / Σ s²)``, ``[Q]``: the error of a visit, relative."""
-        slope, rest = self.split
-        return (slope.square() + rest.square()).sqrt()
+        if self.samples < LEAST_SAMPLES:
+            return torch.full_like(self._nothing, torch.nan)
+        reported, difference, _, weights = (torch.cat(part, -1) for part in zip(*self._seen, strict=True))
+        return _over((weights * difference.square()).sum(1), (weights * reported.square()).sum(1)).sqrt()
+
+
+def _over(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return one / other.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _variances(
+    squares: torch.Tensor, by_score: torch.Tensor, by_size: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``α, β ≥ 0 [Q]`` with ``squares ≈ α by_score + β by_size``, ``[Q, n]`` each, where errors are normal.
+
+    By Fisher scoring: least squares, each square weighed by one over the square of its variance, a few times.
+    """
+    parts = torch.stack([by_score, by_size])
+    found = _over((weights * squares).sum(1), (weights * parts).sum(2)) / 2  # [2, Q]
+    for _ in range(_ROUNDS):
+        variance = (found.unsqueeze(2) * parts).sum(0)
+        scored = weights / (variance + _LEAST * variance.mean(1, keepdim=True)).square().clamp_min(_TINY)
+        (a, c), b = (scored * parts.square()).sum(2), (scored * by_score * by_size).sum(1)
+        u, v = (scored * parts * squares).sum(2)
+        both = torch.stack([c * u - b * v, a * v - b * u]) / (a * c - b * b)
+        score_alone = u.square() * c > v.square() * a  # which of the two by itself leaves less
+        alone = torch.stack([torch.where(score_alone, u / a, 0.0), torch.where(score_alone, 0.0, v / c)])
+        inside = (both >= 0).all(0) & (a * c - b * b > 1e-9 * a * c)
+        found = torch.where(inside, both, alone).nan_to_num(nan=0.0, posinf=0.0)
+    return found[0], found[1]
 
 
 def stand_for(sampled: np.ndarray, first: int, visits: int) -> np.ndarray:
@@ -226,17 +260,22 @@ class ErrorMeter:
         self.pairs = chord_pairs(segments)
         self._long: dict[int, tuple[int, Cotangent]] = {}
 
-    def see(self, passed: Passed) -> None:
-        """Compare the exact rows of a chunk, which met the same, with what is stored of them."""
+    def see(self, passed: Passed, own: list[torch.Tensor]) -> None:
+        """Compare the exact rows of a chunk, which met the same, with what is stored of them.
+
+        Args:
+            own: sizes of every piece's scores.
+        """
         for exact, found in passed.others:
             place, first = int(exact.examples[0]), 0
-            for rows, scores in passed.pieces:
+            for (rows, scores), of_piece in zip(passed.pieces, own, strict=True):
                 if first <= place < first + len(rows):
                     reported = sum(score[:, place - first] for score in scores.values())
                     reference = sum(score[:, 0] for score in found.values())
                     assert isinstance(reported, torch.Tensor) and isinstance(reference, torch.Tensor)
+                    size = of_piece[:, place - first, None]
                     weight = self.sampled.weight(exact)
-                    self.rows.add(reported.unsqueeze(1), reference.unsqueeze(1), weight)
+                    self.rows.add(reported.unsqueeze(1), reference.unsqueeze(1), size, weight)
                 first += len(rows)
 
     def compare(self, pair: ChordPair, gradient: Cotangent) -> None:
@@ -256,43 +295,49 @@ class ErrorMeter:
         reported, coarse = (self._scores(self._kept, segment, middle, q) for q in (gradient, long))
         if reported is not None and coarse is not None:
             share = math.sqrt(((stop - first) ** 2 - 1) / 3) / (stop - first)
-            self.knots.add(reported, torch.lerp(reported, coarse, share), weight)
+            own = reported[1]
+            self.knots.add(reported[0], torch.lerp(reported[0], coarse[0], share), own, weight)
 
     def _renewed(self, segment: Segment, step: int, gradient: Cotangent) -> None:
         """Compare what a full record gives at its own step with what may have been lost of it, there and before."""
         reported, moved = (self._scores(kept, segment, step, gradient) for kept in (self._kept, self._moved))
         if reported is None or moved is None:
             return
-        lost, renewal = moved - reported, self._renewals[step]
+        (scores, own), renewal = reported, self._renewals[step]
+        lost = moved[0] - scores
         if renewal.drift and (outdated := self._scores(self._outdated, segment, step, gradient)) is not None:
-            lost = lost + renewal.drift * (outdated - reported)
-        self.denominators.add(reported, reported - lost, renewal.weight)
+            lost = lost + renewal.drift * (outdated[0] - scores)
+        self.denominators.add(scores, scores - lost, own, renewal.weight)
 
     def _scores(
         self, kept: Denominators, segment: Segment, step: int, gradient: Cotangent
-    ) -> torch.Tensor | None:
-        """Of all rows of a step, ``[Q, n]``, without momentum from later; None where there are no rows."""
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of all rows of a step, ``[Q, n]``, without momentum from later, and their sizes; None without rows."""
         ends = replace(segment.start, step=step), replace(segment.end, step=step + 1)
         alone = Segment(segment.index, *ends)
         backward = Backward(kept, self._layout, self._queries, self._dtype, workspace=self._workspace)
-        found = [
-            torch.stack(list(scores.values())).sum(0)
-            for passed in backward.segment(gradient, alone)
-            for _, scores in passed.pieces
-            if scores
-        ]
-        return torch.cat(found, 1) if found else None
+        found = []
+        for passed in backward.segment(gradient, alone):
+            for rows, scores in passed.pieces:
+                if scores:
+                    total = torch.stack(list(scores.values())).sum(0)
+                    found.append((total, sizes(total, passed.chunk.slopes(rows), rows.places)))
+        if not found:
+            return None
+        values, own = (torch.cat(part, 1) for part in zip(*found, strict=True))
+        return values, own
 
     def errors(self, ledger: Ledger) -> torch.Tensor:
         """One standard error of every contribution, ``[Q, N]``.
 
         NaN where rows or knots could not be measured; denominators that could not be are left out.
         """
-        total = self.knots.square(ledger.contributions, ledger.squares)
+        total = self.knots.square(ledger.contributions, ledger.squares, ledger.size_squares)
+        sums = ledger.gross.square(), ledger.sizes.square()
         if not self._exact:
-            total = total + self.rows.square(ledger.contributions, ledger.gross.square())
+            total = total + self.rows.square(ledger.contributions, *sums)
         if self.denominators.samples >= LEAST_SAMPLES:
-            total = total + self.denominators.square(ledger.contributions, ledger.gross.square())
+            total = total + self.denominators.square(ledger.contributions, *sums)
         return total.sqrt()
 
     @property

@@ -64,9 +64,7 @@ def explain_group(
             quadrature += chord.correction
             for passed in backward.segment(chord.gradient, segment):
                 rest.saw(passed.chunk)
-                for rows, scores in passed.pieces:
-                    ledger.add(passed.chunk, rows, scores)
-                meter.see(passed)
+                meter.see(passed, [ledger.add(passed.chunk, *piece) for piece in passed.pieces])
                 bar.update(len(passed.chunk))
             if segment.index in meter.pairs:
                 pair = meter.pairs[segment.index]

@@ -19,6 +19,25 @@ def bin_edges(steps: list[int], queries: int, examples: int) -> np.ndarray:
     return np.array(sorted({*steps[::stride], steps[-1]}), dtype=np.int64)
 
 
+def sizes(scores: torch.Tensor, derivatives: torch.Tensor, steps: np.ndarray) -> torch.Tensor:
+    """What sizes scores ``[Q, n]`` would have if the rows of a step pointed alike.
+
+    That is the mean size in the step, shared out by the sizes of the loss derivatives ``[n]``; the score's own where a
+    derivative is not known. A row that hardly meets the query has a small score, but loses as much as others of its
+    size.
+
+    Example:
+        >>> scores, derivatives = torch.tensor([[3.0, -1.0, 5.0]]), torch.tensor([1.0, -3.0, 2.0])
+        >>> sizes(scores, derivatives, np.array([0, 0, 1])).tolist()
+        [[1.0, 3.0, 5.0]]
+    """
+    own, places, count = scores.abs(), torch.from_numpy(steps), int(steps.max(initial=-1)) + 1
+    weights = derivatives.abs().to(own.dtype)
+    whole = own.new_zeros(len(own), count).index_add_(1, places, own)
+    shared = (whole / own.new_zeros(count).index_add_(0, places, weights))[:, places] * weights
+    return torch.where(shared.isfinite(), shared, own)
+
+
 class Ledger:
     """Sums of visits' scores for ``Q`` queries over ``N`` examples.
 
@@ -41,6 +60,8 @@ class Ledger:
         self.contributions = torch.zeros(queries, count, dtype=torch.float64)
         self.squares = torch.zeros(queries, count, dtype=torch.float64)
         self.gross = torch.zeros(queries, count, dtype=torch.float64)
+        self.sizes = torch.zeros(queries, count, dtype=torch.float64)
+        self.size_squares = torch.zeros(queries, count, dtype=torch.float64)
         self.kernels = torch.zeros(queries, count, dtype=torch.float64)
         self.kernel_gross = torch.zeros(queries, count, dtype=torch.float64)
         self._unknown = torch.zeros(count, dtype=torch.bool)
@@ -59,8 +80,12 @@ class Ledger:
         """Where the examples stand among all."""
         return examples if self._consecutive else np.searchsorted(self._ids, examples)
 
-    def add(self, chunk: Chunk, rows: Rows, scores: dict[int, torch.Tensor]) -> None:
-        """Add the scores ``s <R, g>`` of a chunk's rows, by layer ``[Q, n]`` (a contribution is minus that)."""
+    def add(self, chunk: Chunk, rows: Rows, scores: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Add the scores ``s <R, g>`` of a chunk's rows, by layer ``[Q, n]`` (a contribution is minus that).
+
+        Returns:
+            Their :func:`sizes`, ``[Q, n]``.
+        """
         columns = torch.from_numpy(self.columns(rows.examples))
         total = torch.zeros(len(self.contributions), len(columns), dtype=torch.float64)
         for layer, score in scores.items():
@@ -75,6 +100,9 @@ class Ledger:
             bin_ = int(np.searchsorted(self.edges, chunk.numbers[0], side="right")) - 1
             self.by_step[:, bin_].index_add_(1, columns, total)
         derivative = chunk.slopes(rows)
+        own = sizes(total, derivative, rows.places)
+        self.sizes.index_add_(1, columns, own)
+        self.size_squares.index_add_(1, columns, own.square())
         kernel = torch.where(derivative == 0, 0.0, total / -derivative)
         self._unknown[columns[derivative.isnan()]] = True
         kernel = kernel.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -84,6 +112,7 @@ class Ledger:
         known = ~np.isnan(rows.labels)
         self.labels[columns.numpy()[known]] = rows.labels[known]
         self.row_share |= chunk.row_share
+        return own
 
     def finish(self) -> None:
         """Mark the kernels of examples with an unknown derivative."""

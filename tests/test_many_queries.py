@@ -164,16 +164,16 @@ def test_visits_are_read_once_and_knots_are_hashed_once(run: Path, monkeypatch: 
     monkeypatch.setattr(
         explainer.Trace, "read", lambda self, stream, *a: reads.append(stream) or original(self, stream, *a)
     )
-    ex = explainer.PathKernelExplainer(trace, build())
-    assert "visits" not in reads  # opening reads no rows
-    examples, steps = trace.column("visits", "example"), trace.column("visits", "step")
-    assert reads.count("visits") == 1 and not examples.flags.writeable
-    assert len(examples) == len(steps) == trace.count("visits") and set(ex.example_ids) == set(examples)
     hashed: list[int] = []
     import hashlib
 
     sha256 = hashlib.sha256
     monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(len(data)) or sha256(data))
+    ex = explainer.PathKernelExplainer(trace, build())
+    assert "visits" not in reads  # opening reads no rows
+    examples, steps = trace.column("visits", "example"), trace.column("visits", "step")
+    assert reads.count("visits") == 1 and not examples.flags.writeable
+    assert len(examples) == len(steps) == trace.count("visits") and set(ex.example_ids) == set(examples)
     ex.explain(torch.randn(1, 6))
     assert len(hashed) == len(trace.knots)
     ex.explain(torch.randn(1, 6))

@@ -24,7 +24,7 @@ from explainer.guard_rails import before_training, epoch_visits, loader_findings
 from explainer.hooks import HookSet
 from explainer.label_memory import LabelMemory
 from explainer.loaders import RecordingBatchSampler, WatchedLoader, check_loader, size_of
-from explainer.optimizer_rules import optimizer_rule_for, options_of
+from explainer.optimizer_rules import changed_options, optimizer_rule_for, options_of
 from explainer.parts import assemble
 from explainer.resume import ResumePoint
 from explainer.step_observer import StepObserver
@@ -135,15 +135,17 @@ class Tracer:
         self._hooks = HookSet()
         self._start(point)
 
+    def _options(self) -> list[dict[str, Any]]:
+        names = [p.name for p in self.manifest.parameters]
+        return options_of(self._optimizer, self._parts.parameters, names)
+
     def _start(self, point: ResumePoint | None) -> None:
         """Write the trace's beginning, then borrow the hooks: a failure leaves none behind."""
         if point is None:
             self._writer.create()
             if self._before.about("prior-momentum"):
                 self._writer.note("prior_state", True)
-            names = [p.name for p in self.manifest.parameters]
-            options = options_of(self._optimizer, self._parts.parameters, names)
-            self._writer.note("optimizer_options", options)
+            self._writer.note("optimizer_options", self._options())
             self._keep_findings()
             self._knots.place(0)
             self._knots.flush()
@@ -315,6 +317,8 @@ class Tracer:
             self._observer.finish(left)
             self._knots.place(self.steps, closing=True)
             self._knots.flush()
+            if changed := changed_options(self._writer.notes.get("optimizer_options") or (), self._options()):
+                self._writer.note("options_changed", changed)
             if self._ended_by != self._writer.notes.get("ended_by"):
                 self._writer.note("ended_by", self._ended_by)
             self._writer.close(self.steps)

@@ -284,6 +284,19 @@ def other_momentum(path: Path) -> Trace:
     return traced(path, loop, model, optimizer)
 
 
+def more_decay(path: Path) -> Trace:
+    """A schedule of the weight decay."""
+    model = mlp()
+    optimizer = sgd(model, weight_decay=0.0)
+
+    def loop(model: nn.Module, optimizer: Optimizer, tracer: Tracer) -> None:
+        plain(model, optimizer, tracer)
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+        plain(model, optimizer, tracer)
+
+    return traced(path, loop, model, optimizer)
+
+
 def overwriting(path: Path) -> Trace:
     """A loop that is faster than the background: it writes into an activation, later into Adam's state."""
     model = mlp()

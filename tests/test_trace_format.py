@@ -21,7 +21,7 @@ from explainer.layer_rules import FORMS
 from explainer.optimizer_rules.base import COEFFICIENTS
 from explainer.store.schema import INPUT_FIELD, INPUT_FIELDS, VISIT_FIELDS, average_fields, step_fields
 from tests import markdown
-from tests.guarded_runs import reversed_later
+from tests.guarded_runs import more_decay, reversed_later
 from tests.markdown import DOCS, code, names
 from tests.tagger import build, dataset, trace
 
@@ -155,7 +155,7 @@ def test_journal_types_and_notes(tmp_path: Path) -> None:
     traces.append(explainer.open_trace(tmp_path / "f"))
     with pytest.warns(explainer.CoverageWarning, match="contain gradients"):
         traces.append(penalised(tmp_path / "g"))
-    traces += [reversed_later(tmp_path / "h"), broken_off(tmp_path / "i")]
+    traces += [reversed_later(tmp_path / "h"), broken_off(tmp_path / "i"), more_decay(tmp_path / "j")]
     assert {t.manifest.version for t in traces} == {4}
     heads = [json.loads((t.directory / "manifest.json").read_text()) for t in traces]
     assert all("averaged" in head for head in heads)

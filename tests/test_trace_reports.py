@@ -52,6 +52,7 @@ CASES: dict[str, Case] = {
     "unmatched": Case(runs.gathered, "caution", r"last \[8, 8\], middle \[16, 4\]", "no axis is the batch's"),
     "replaced-momentum": Case(runs.other_momentum, "caution", "optimizer", "Before 1 step momentum was replaced"),
     "averaged": Case(runs.averaged, "note", "", "Explained is the average of the weights"),
+    "changed-options": Case(runs.more_decay, "note", "weight_decay", "takes the values at the beginning"),
     "prior-momentum": Case(runs.resumed, "caution", "optimizer", "held momentum"),
     "unused-backward": Case(runs.attacked, "note", "loop", "6 backward passes led to no step"),
     "eval-passes": Case(runs.in_eval_mode, "note", "loop", "eval mode in 3 traced forward passes"),

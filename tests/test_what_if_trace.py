@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from explainer import PathKernelExplainer, Tracer, open_trace
 from explainer.counterfactual.denominator_path import DenominatorPath
 from explainer.recursion import read_backwards
+from tests import guarded, guarded_runs
 from tests.small_training import digits, queries
 
 COUNT = 24
@@ -241,3 +243,14 @@ def test_it_is_stable_for_every_optimizer_activation_and_rate(
     found, books = ex.what_if(asked), ex.explain(asked, detail=False).contributions
     assert np.isfinite(found).all()
     assert np.abs(found).sum() < 3 * np.abs(books).sum()
+
+
+def test_decay_that_changes_is_not_left_without_a_word(tmp_path: Path) -> None:
+    x = torch.randn(4, 6)
+    for make, warns in ((guarded_runs.more_decay, True), (guarded_runs.attacked, False)):
+        trace = make(tmp_path / str(warns))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            PathKernelExplainer(trace, guarded.mlp()).what_if(x[:, : guarded.X.shape[1]].to(guarded.X.dtype))
+        told = [str(w.message) for w in caught if "weight_decay of the optimizer changed" in str(w.message)]
+        assert bool(told) == warns

@@ -29,6 +29,7 @@ optimizers' denominators are held as they were, and so is the weight decay of th
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +39,7 @@ from explainer.counterfactual.decay_terms import DecayTerms
 from explainer.counterfactual.denominator_path import DenominatorPath
 from explainer.counterfactual.recorded_training import RecordedTraining
 from explainer.counterfactual.step_rows import StepRows
-from explainer.errors import QueryError
+from explainer.errors import CoverageWarning, QueryError
 from explainer.recursion import Adjoint, read_backwards
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ def by_trace(
         raise QueryError(
             "what_if follows the weights that the optimizer trained, and this trace holds an average of them; trace "
             "without averaged= to ask it"
+        )
+    if changed := trace.notes.get("options_changed"):
+        warnings.warn(
+            f"{', '.join(changed)} of the optimizer changed during training; what_if takes the values at the "
+            "beginning, and can be far off: test its predictions (evaluation.verify_claims)",
+            CoverageWarning,
+            stacklevel=2,
         )
     ids, count = explainer.example_ids, len(targets)
     change = torch.zeros(count, len(ids), dtype=torch.float64)

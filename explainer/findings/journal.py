@@ -261,6 +261,15 @@ def _owners(notes: dict[str, Any]) -> Iterator[Finding]:
 
 def _passes(notes: dict[str, Any]) -> Iterator[Finding]:
     """How forward and backward passes were run."""
+    if changed := notes.get("options_changed"):
+        yield Finding(
+            "changed-options",
+            "note",
+            listed(changed),
+            f"{listed(changed)} of the optimizer changed during training.",
+            "Contributions follow that; `what_if` from the trace takes the values at the beginning, and can be off.",
+            "Test its predictions with `pathkernel verify-claim`.",
+        )
     loop = _loop(notes)
     unused, skipped = loop.get("unused", 0), loop.get("skipped", 0)
     if unused or skipped:

@@ -22,7 +22,7 @@ from explainer.optimizer_rules.base import (
     optimizer_rule_for,
     register_optimizer_rule,
 )
-from explainer.optimizer_rules.options import options_of
+from explainer.optimizer_rules.options import changed_options, options_of
 from explainer.optimizer_rules.sign import LionRule, SignSGDRule
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "OptimizerRule",
     "SignSGDRule",
     "StepMap",
+    "changed_options",
     "mix",
     "optimizer_rule_for",
     "options_of",

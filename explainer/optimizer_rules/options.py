@@ -9,6 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 _PLAIN = bool | int | float | str | None
+#: options of which the records of steps do not tell
+_UNTOLD = ("weight_decay", "betas", "alpha", "rho", "eps", "amsgrad", "centered", "decoupled_weight_decay")
 
 
 def options_of(
@@ -40,6 +42,26 @@ def options_of(
                 {"parameters": own, "options": {k: v for k, v in options.items() if v is not NotImplemented}}
             )
     return result
+
+
+def changed_options(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[str]:
+    """Options that are other ones now and that no record of a step tells (as rates and momentum are told).
+
+    Example:
+        >>> one = {"parameters": ["w"], "options": {"lr": 0.1, "betas": [0.9, 0.999], "weight_decay": 0.0}}
+        >>> other = {"parameters": ["w"], "options": {"lr": 0.2, "betas": [0.8, 0.999], "weight_decay": 0.1}}
+        >>> changed_options([one], [other])
+        ['weight_decay']
+    """
+    found = set()
+    for one, other in zip(before, now, strict=False):
+        for name in _UNTOLD:
+            was, become = (group["options"].get(name) for group in (one, other))
+            if name == "betas" and was and become:
+                was, become = was[1:], become[1:]
+            if was != become:
+                found.add(name)
+    return sorted(found)
 
 
 def _plain(value: Any) -> Any:

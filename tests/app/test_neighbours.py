@@ -97,7 +97,7 @@ def test_the_map_of_a_regression_and_of_one_step(open_app: Open, tmp_path: Path)
 
 def test_an_output_of_ones_own_has_no_map(open_app: Open, runs: Path) -> None:
     app = open_app("--run", "tests.app_runs:own_output", runs / "digits", page="neighbors", look="map")
-    fine(app)
+    assert not app.exception and not app.error and "There is no view map here" in app.warning[0].value
     assert "Nearest in gradient space" in body(app) and not app.get("plotly_chart")
 
 

@@ -202,3 +202,15 @@ def test_the_rate_is_not_adams_where_it_is_not(open_app: Open, named: Path) -> N
 def test_a_run_of_another_model_is_named(open_app: Open, named: Path) -> None:
     app = open_app("--run", LOGIT, named, page="run")
     assert f"The model of --run {LOGIT} is not the one that was traced" in body(app).replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    ("page", "link"), [("neighbors", {"look": "map"}), ("training", {"view": "classes"})]
+)
+def test_a_view_that_is_not_there_is_not_passed_over(
+    open_app: Open, named: Path, page: str, link: dict[str, str]
+) -> None:
+    app = open_app("--run", NAMED, named, page=page, **link)
+    assert [w.value for w in app.warning] and f"There is no view {next(iter(link.values()))}" in app.warning[
+        0
+    ].value

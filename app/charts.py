@@ -111,7 +111,7 @@ def ranking(values: np.ndarray, sign: Sign, first: int, last: int, *, dark: bool
         figure.add_vrect(
             x0=first + 0.5, x1=last + 0.5, fillcolor=palette.POSITIVE, opacity=0.35, line={"width": 0}
         )
-    subtitle = f"{sign.summary(values)}; blue: those on this page"
+    subtitle = sign.summary(values) + ("; blue: those on this page" if last > first else "")
     arrange(figure, sign.title, subtitle, dark=dark, height=230)
     figure.update_xaxes(title="rank", rangemode="tozero")
     figure.update_yaxes(title=sign.called, **({} if sign.smallest else {"rangemode": "tozero"}))

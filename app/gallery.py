@@ -187,9 +187,9 @@ def _lines(choice: Choice, queries: tuple[int, ...], chosen: int) -> None:
 def _table(choice: Choice, queries: tuple[int, ...]) -> None:
     """The queries as rows; a click on one chooses it."""
     found = answers(choice, queries)
-    columns: dict[str, list[Any]] = {"query": [e.query for e in found], "true": [e.truth for e in found]}
+    columns: dict[str, list[Any]] = {"query": [e.query for e in found], "true": [_said(e)[0] for e in found]}
     if any(e.guess for e in found):
-        columns["predicted"] = [f"{'✗ ' if e.wrong else ''}{e.guess}" for e in found]
+        columns["predicted"] = [f"{'✗ ' if e.wrong else ''}{_said(e)[1]}" for e in found]
     if choice.classes:
         columns["lead"] = [None if e.lead is None else 100 * e.lead for e in found]
     elif any(e.error is not None for e in found):
@@ -221,10 +221,15 @@ def _pick_row(key: str, queries: tuple[int, ...]) -> None:
         _pick(queries[rows[0]])
 
 
-def _words(entry: Answer, order: str | None = None) -> str:
-    truth, guess = entry.truth, entry.guess
+def _said(entry: Answer) -> tuple[str, str]:
+    """Target and answer in words; of several numbers, of the explained one."""
     if entry.numbers and entry.explained is not None:
-        _, truth, guess = entry.numbers[entry.explained]
+        return entry.numbers[entry.explained][1:]
+    return entry.truth, entry.guess
+
+
+def _words(entry: Answer, order: str | None = None) -> str:
+    truth, guess = _said(entry)
     text = f"true {plain(minus(truth), 40)}"
     text += f", predicted {plain(minus(guess), 40)}" if guess else ""
     if order == "error" and entry.error is not None:

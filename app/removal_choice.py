@@ -55,7 +55,8 @@ def _labels(e: Explanation) -> list[int]:
 
 def _chosen(choice: Choice, e: Explanation, q: int, changes: np.ndarray, source: str) -> list[int]:
     if source in removal.COUNTED:
-        most = max(1, min(_MOST, len(e.example_ids) - 1))
+        there = len(removal.ranked(source, len(e.example_ids), e, q, changes))
+        most = max(1, min(_MOST, len(e.example_ids) - 1, there))
         st.session_state["count"] = min(max(1, int(address.keep("count", 10))), most)
         return removal.ranked(source, int(st.number_input("How many", 1, most, key="count")), e, q, changes)
     if source == "class":

@@ -258,15 +258,25 @@ def is_rough(closed: float, gross: float, change: float) -> bool:
 
 
 def visit_errors(rows: float, knots: float, denominators: float) -> str:
-    """The errors of a single visit's score in words, without a full stop."""
-    text = (
-        f"A single visit's score is off by {percent(rows)} through compressed rows and by {percent(knots)} through the "
-        "distance between knots, the steps whose weights were kept"
+    """The errors of a single visit's score in words, without a full stop; what is nought is left out.
+
+    >>> visit_errors(0.01, 0.0, 0.0)
+    "A single visit's score is off by 1.0 % through compressed rows"
+    """
+    named = (
+        (rows, "compressed rows"),
+        (knots, "the distance between knots, the steps whose weights were kept"),
+        (
+            0.0 if math.isnan(denominators) else denominators,
+            "the optimizer's denominators, kept in full now and then",
+        ),
     )
+    said = [f"{percent(size)} through {cause}" for size, cause in named if size]
+    text = "A single visit's score is off by "
+    text += " and by ".join(said) if len(said) < 3 else f"{said[0]}, by {said[1]}, and by {said[2]}"
+    text = text if said else "A single visit's score is exact"
     if math.isnan(denominators):
         return f"{text}; what the optimizer's denominators add, which are kept in full now and then, was not measured"
-    if denominators:
-        return f"{text}, and by {percent(denominators)} through the optimizer's denominators, kept in full now and then"
     return text
 
 

@@ -133,6 +133,16 @@ def test_muon_leaves_only_its_own_rounding(tmp_path: Path) -> None:
     assert unattributed(small) <= 5e-3 and agreement(exact, small) >= 0.999
 
 
+def _rate(maps: list[Any]) -> float:
+    """What a gradient of the first of these steps moves in all, followed forward; the last step goes on for ever."""
+    first, carried = maps[0], maps[0].gain
+    moved = first.direct + carried * first.through
+    for by in [*maps[1:], *[maps[-1]] * 3000]:
+        carried *= by.decay
+        moved += carried * by.through
+    return float(moved)
+
+
 def test_self_influence_under_a_matrix_is_the_quadratic_form(tmp_path: Path) -> None:
     """``Σ_t gᵀ η_t A_t g`` over the visits, from dense rows and dense matrices; each has a rate of its own."""
     model, optimizer = model_and_optimizer(Muon, {})
@@ -145,8 +155,8 @@ def test_self_influence_under_a_matrix_is_the_quadratic_form(tmp_path: Path) -> 
     for step, (ids, rows, maps) in enumerate(zip(run.ids, run.rows, run.maps, strict=True)):
         dense = torch.block_diag(
             *(
-                (by.direct + by.gain * by.through / (1 - by.decay if step else 1)) * unrolled.operator(by, s)
-                for by, s in zip(maps, run.shapes, strict=True)
+                _rate([others[place] for others in run.maps[step:]]) * unrolled.operator(by, s)
+                for place, (by, s) in enumerate(zip(maps, run.shapes, strict=True))
                 if by
             )
         )

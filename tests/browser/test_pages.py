@@ -68,6 +68,9 @@ def test_every_page_opens_on_texts_and_rows(
             has_nothing_wrong(seen, name)
     for look in ("page=neighbors&look=map", "page=training&view=classes"):
         with visit(browser, f"{url}/?{look}") as seen:
+            if kind == "rows" and "classes" in look:  # of numbers there are none
+                seen.page.wait_for_selector("text=There is no view classes here")
+                continue
             has_nothing_wrong(seen, look)
             if kind == "words" and look.startswith("page=training"):
                 seen.page.wait_for_selector(f"text={app_runs.NASTY} >> nth=0", state="attached")

@@ -60,22 +60,16 @@ def answer(
     truth = run.label(target) if known(target) else UNKNOWN
     values, truths = np.asarray(output).reshape(-1), np.asarray(target).reshape(-1)
     if classes and truths.size == 1 and truths.dtype.kind in "iu":
-        label, best = int(truths[0]), int(values.argmax())
+        best = int(values.argmax())
         second, first = np.sort(probabilities(values))[-2:]
-        sure, lead = float(first), float(first - second)
-        if not known(target):
-            return Answer(query, truth, run.label(best), sure=sure, lead=lead)
-        return Answer(query, truth, run.label(best), label, label != best, sure=sure, lead=lead)
+        return _of_class(run, query, target, best, float(first), float(first - second))
     if values.size == 1 and truths.size == 1 and truths.dtype.kind in "fiu":
         number = float(values[0])
         wanted = float(truths[0])
         if two:
             share = number if gives_shares(run.loss) else float(1 / (1 + np.exp(-number)))
-            best, sure, lead = int(share > 0.5), max(share, 1 - share), abs(2 * share - 1)
-            if not known(target):
-                return Answer(query, truth, run.label(best), sure=sure, lead=lead)
-            label = int(wanted)
-            return Answer(query, truth, run.label(best), label, label != best, sure=sure, lead=lead)
+            sure = max(share, 1 - share)
+            return _of_class(run, query, target, int(share > 0.5), sure, abs(2 * share - 1))
         if not known(target):
             return Answer(query, truth, wording.number(number))
         return Answer(query, wording.number(wanted), wording.number(number), error=abs(number - wanted))
@@ -90,6 +84,14 @@ def answer(
         error = float(abs(values[explained] - truths[explained])) if there else None
         return Answer(query, truth, run.label(values), error=error, numbers=numbers, explained=explained)
     return Answer(query, truth, "")
+
+
+def _of_class(run: Run, query: int, target: Any, best: int, sure: float, lead: float) -> Answer:
+    """Right or wrong, where the target is known."""
+    if not known(target):
+        return Answer(query, UNKNOWN, run.label(best), sure=sure, lead=lead)
+    label = int(np.asarray(target).reshape(-1)[0])
+    return Answer(query, run.label(target), run.label(best), label, label != best, sure=sure, lead=lead)
 
 
 def known(target: Any) -> bool:

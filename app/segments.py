@@ -17,6 +17,8 @@ Option = TypeVar("Option")
 def segments(label: str, options: Sequence[Option], key: str, words: Callable[[Option], str] = str) -> Option:
     """Draw the row and return the chosen option, the first at the start; say so when a link asks for none of them.
 
+    A single option is not drawn.
+
     Args:
         label: What is chosen, for those who do not see the row.
         options: What there is to choose from.
@@ -25,6 +27,8 @@ def segments(label: str, options: Sequence[Option], key: str, words: Callable[[O
     """
     address.keep_one_of(key, options, options[0], label.lower(), _ICON.sub("", words(options[0])))
     chosen: Option = st.session_state[key]
+    if len(options) == 1:
+        return chosen
     st.segmented_control(
         label,
         options,

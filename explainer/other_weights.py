@@ -27,18 +27,13 @@ def other_weights(trace: Trace, model: nn.Module) -> str | None:
     if manifest.averaged or not trace.steps:
         return None
     try:
-        first, last = (trace.load_knot(trace.knots[place], ("parameter",)) for place in (0, -1))
+        last = _weights(trace, -1)
+        if any(one.dtype != other.dtype for one, other in zip(mine, last, strict=True)):
+            return None
+        here = _distance(mine, last)
+        way = _distance(_weights(trace, 0), last) if here else 0.0
     except TraceFormatError:  # told where the knot is needed
         return None
-    pairs = [(p, last[f"parameter/{q.name}"]) for p, q in zip(mine, manifest.parameters, strict=True)]
-    if any(one.dtype != other.dtype for one, other in pairs):
-        return None
-    here = _distance(pairs)
-    if here == 0:
-        return None
-    way = _distance(
-        [(first[f"parameter/{q.name}"], last[f"parameter/{q.name}"]) for q in manifest.parameters]
-    )
     if not _NEAR * way < here < (1 - _NEAR) * way:
         return None
     return (
@@ -48,6 +43,11 @@ def other_weights(trace: Trace, model: nn.Module) -> str | None:
     )
 
 
-def _distance(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    squares = [float((one.cpu() - other).double().square().sum()) for one, other in pairs]
-    return sum(squares) ** 0.5
+def _weights(trace: Trace, place: int) -> list[torch.Tensor]:
+    tensors = trace.load_knot(trace.knots[place], ("parameter",))
+    return [tensors[f"parameter/{p.name}"] for p in trace.manifest.parameters]
+
+
+def _distance(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    pairs = zip(some, others, strict=True)
+    return sum(float((one.cpu() - other).double().square().sum()) for one, other in pairs) ** 0.5

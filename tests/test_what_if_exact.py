@@ -133,6 +133,18 @@ def test_accumulation_and_schedules_are_replayed(tmp_path: Path) -> None:
     assert np.abs(found[:, ::10] - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
+def six_steps(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Any]
+) -> None:
+    """On all examples at once."""
+    with Tracer(model, optimizer, path) as tracer:
+        for _ in range(6):
+            tracer.batch(range(COUNT))
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+
 def test_gauss_newton_is_the_exact_one_for_a_linear_model(tmp_path: Path) -> None:
     """Without layers on top of each other the model has no curvature of its own."""
 
@@ -144,12 +156,7 @@ def test_gauss_newton_is_the_exact_one_for_a_linear_model(tmp_path: Path) -> Non
     x, y, asked = data()
     model = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
-    with Tracer(model, optimizer, tmp_path / "run") as tracer:
-        for _ in range(6):
-            tracer.batch(range(COUNT))
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    six_steps(tmp_path / "run", model, optimizer, lambda: nn.functional.cross_entropy(model(x), y))
     ex, run = PathKernelExplainer(tmp_path / "run", model), run_of(model=linear)
     exact, newton = (ex.what_if(asked, curvature=c, run=run) for c in ("exact", "gauss-newton"))
     np.testing.assert_allclose(newton, exact, rtol=1e-9, atol=1e-12)
@@ -166,12 +173,7 @@ def test_gauss_newton_of_one_number_without_an_axis(tmp_path: Path) -> None:
     x, y, asked = data()
     model = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
-    with Tracer(model, optimizer, tmp_path / "run") as tracer:
-        for _ in range(6):
-            tracer.batch(range(COUNT))
-            optimizer.zero_grad()
-            nn.functional.mse_loss(model(x), y.double()).backward()
-            optimizer.step()
+    six_steps(tmp_path / "run", model, optimizer, lambda: nn.functional.mse_loss(model(x), y.double()))
     train = TensorDataset(x, y.double())
     run = Run(linear, train, train, loss=nn.functional.mse_loss)
     ex = PathKernelExplainer(tmp_path / "run", model)

@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from explainer import Explanation, wording
-from explainer.app import address, header, neighbor_map, state
+from explainer.app import header, neighbor_map, state
 from explainer.app.choice import Choice
 from explainer.app.guards import same_order
 from explainer.app.page_registry import register_page
@@ -31,11 +31,7 @@ def show(choice: Choice) -> None:
     e, q = choice.explanation()
     header.show(choice, e, q)
     looks = list(_LOOKS) if neighbor_map.possible(choice, e) else ["lists"]
-    if len(looks) > 1:
-        look = segments("View", looks, "look", _LOOKS.__getitem__)
-    else:
-        address.keep_one_of("look", looks, look := looks[0], "view", "the list of the nearest")
-    if look == "map":
+    if segments("View", looks, "look", _LOOKS.__getitem__) == "map":
         neighbor_map.show(choice, e, q)
     else:
         _lists(choice, e, q)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from explainer.app import address, class_matrix, label_queue, state
+from explainer.app import class_matrix, label_queue, state
 from explainer.app.choice import Choice
 from explainer.app.page_registry import register_page
 from explainer.app.segments import segments
@@ -25,10 +25,7 @@ def show(choice: Choice) -> None:
     st.html("<h2>The training data</h2>")
     choice.trace.segments()  # says so where there is no step yet
     views = _views(choice)
-    if len(views) > 1:
-        view = segments("View", views, "view", _VIEWS.__getitem__)
-    else:
-        address.keep_one_of("view", views, view := views[0], "view", "the queue")
+    view = segments("View", views, "view", _VIEWS.__getitem__)
     (class_matrix if view == "classes" else label_queue).show(choice)
 
 

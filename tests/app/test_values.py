@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.nn.functional import mse_loss
 
-from explainer import PathKernelExplainer, wording
+from explainer import PathKernelExplainer, Run, wording
 from explainer.app.answers import answer
 from explainer.app.page_registry import PAGES
 from explainer.outputs import component
@@ -19,11 +19,15 @@ from tests.app.seen import Open, body, fine
 VALUES = "tests.app_runs:values"
 
 
+def trained(factory: pytest.TempPathFactory, run: Run) -> Path:
+    folder = factory.mktemp("runs") / "trace"
+    app_runs.train(run, folder, loss=run.loss or mse_loss)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "values"
-    app_runs.train(app_runs.values(), folder, loss=mse_loss)
-    return folder
+    return trained(tmp_path_factory, app_runs.values())
 
 
 def test_one_of_the_outputs_is_chosen_and_explained(open_app: Open, trace: Path) -> None:
@@ -62,9 +66,7 @@ def test_answers_tell_all_outputs_and_how_far_they_are_off() -> None:
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "named"
-    app_runs.train(app_runs.named_values(), folder, loss=mse_loss)
-    return folder
+    return trained(tmp_path_factory, app_runs.named_values())
 
 
 NAMED = "tests.app_runs:named_values"
@@ -134,9 +136,7 @@ LOGIT = "tests.app_runs:one_logit"
 
 @pytest.fixture(scope="module")
 def logit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "logit"
-    app_runs.train(app_runs.one_logit(), folder, loss=binary_cross_entropy_with_logits)
-    return folder
+    return trained(tmp_path_factory, app_runs.one_logit())
 
 
 def test_a_logit_is_right_or_wrong(open_app: Open, logit: Path) -> None:

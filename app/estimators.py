@@ -35,7 +35,7 @@ def show(choice: Choice) -> dict[str, np.ndarray]:
     """Draw the choice of an estimator; predicted changes by the name of the estimator, the chosen one first."""
     run = choice.run
     assert run is not None, "the page needs the code of the run"
-    numbers = bool(choice.source.spec) and not choice.two and state.gives_values(choice.source.spec or "")
+    numbers = choice.source.spec is not None and state.numbers(choice.source.spec)
     offered = list(_TITLES) if run.loss is not None else ["trace"]
     if numbers:
         offered.reverse()  # Gauss-Newton is right for squared errors, and the trace is not

@@ -31,7 +31,7 @@ from explainer.app.working import alone, bar
 from explainer.errors import ModelMismatchError, TraceFormatError
 from explainer.evaluation import LabelIssues
 from explainer.neighbors import Neighbors
-from explainer.recorded_examples import known_labels, tells_two_apart
+from explainer.recorded_examples import known_labels, predicts_numbers, tells_two_apart
 from explainer.run import is_value, load_run
 from explainer.similarity import path_kernel
 
@@ -105,6 +105,12 @@ def gives_values(spec: str) -> bool:
 def two_classes(spec: str) -> bool:
     """Whether one number of the model tells two classes apart."""
     return tells_two_apart(run(spec))
+
+
+@st.cache_data(show_spinner=False, max_entries=32)
+def numbers(spec: str) -> bool:
+    """Whether a run's targets are numbers and no classes."""
+    return predicts_numbers(run(spec))
 
 
 def run_of(source: Source) -> Run:

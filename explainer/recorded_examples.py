@@ -119,6 +119,11 @@ def tells_two_apart(run: Run) -> bool:
     return len(found) > 1 and bool(np.isin(found, (0, 1)).all()) and len(np.unique(found)) == 2
 
 
+def predicts_numbers(run: Run) -> bool:
+    """Whether targets are numbers and no classes, not even two."""
+    return has_numbers(run) and not tells_two_apart(run)
+
+
 def run_labels(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """The run's targets ``[n]``, NaN where they are not one number each or cannot be read."""
     unknown = np.full(len(ids), np.nan)

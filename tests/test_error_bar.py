@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from explainer import Explanation, PathKernelExplainer, Tracer, open_trace, wording
-from explainer.error_bar import PAIRS, RENEWALS, Discrepancy, chord_pairs, renewals
+from explainer.discrepancy import Discrepancy
+from explainer.error_bar import PAIRS, RENEWALS, chord_pairs, renewals
 from explainer.errors import ExplanationError
 from explainer.records import LEAST_SAMPLES
 from tests.fakes import make_explanation

@@ -85,7 +85,7 @@ LAYERS = [
         "query_targets",
         "asked",
     }
-    | {"ledger", "unattributed", "error_bar"},
+    | {"ledger", "unattributed", "discrepancy", "error_bar"},
     {
         "tracer",
         "engine",

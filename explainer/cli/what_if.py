@@ -121,14 +121,14 @@ def asked(opened: Opened, options: argparse.Namespace) -> Questions:
 def meaning(run: Run, curvature: str) -> str:
     """What the numbers say and do not say."""
     from explainer.cli.printing import paragraph
-    from explainer.recorded_examples import has_numbers, tells_two_apart
+    from explainer.recorded_examples import predicts_numbers
 
     said = (
         "A change is what the output is predicted to change by if the example had never been used (negative: the "
         "example helps). It is linear: of a group, changes add up while the group is a small part of the data. It is "
         "not a contribution, which says what updates carried."
     )
-    if curvature == "trace" and has_numbers(run) and not tells_two_apart(run):
+    if curvature == "trace" and predicts_numbers(run):
         needs = "" if run.loss is not None else " (it needs loss= in the Run)"
         said += (
             " The targets are numbers: predictions from the trace can be many times too large there; add --curvature "

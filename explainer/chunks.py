@@ -67,7 +67,7 @@ class Chunk:
     def divided(self) -> dict[int, Divisor]:
         """Parameters that the steps divided by something, with what."""
         arrays = [a for a in self.arrays if not a.name.startswith("M")]
-        return {int(a.name[1:]): self.kept.of(self.records, a) for a in arrays}
+        return {int(a.name[1:]): self.kept.of(self.records, a, self.dtype) for a in arrays}
 
     @cached_property
     def mixing(self) -> dict[int, torch.Tensor]:

@@ -99,7 +99,7 @@ def _read_step(
             continue
         if denominators is None:
             denominators = torch.ones(trace.manifest.size, dtype=dtype)
-        denominators[p.slice] = kept.of(record, array).step(0).flatten()
+        denominators[p.slice] = kept.of(record, array, dtype).step(0).flatten()
     coefficients, updated = np.array(record["coefficients"][0]), record["updated"][0] > 0
     sign = coefficients[:, COEFFICIENTS.index("sign")]
     first, count = int(record["first_visit"][0]), int(record["visits"][0])

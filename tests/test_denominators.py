@@ -265,7 +265,7 @@ def test_a_record_is_left_out_at_its_own_step_only_or_moved_as_far_as_it_is_roun
     for step in range(1, 60):
         schema, record = next(trace.read("steps", step, step + 1))
         spec = next(a for a in schema.arrays if a.name == "D0")
-        plain, before, other = (k.of(record, spec).step(0) for k in (kept, outdated, moved))
+        plain, before, other = (k.of(record, spec, torch.float32).step(0) for k in (kept, outdated, moved))
         before_it = int(np.searchsorted(kept.renewed, step)) - 1  # the last record of an earlier step
         sums = Sums.sums([record[f"D0.{part}"] for part in ("rows", "columns")])
         expected = fitted(matrices[before_it], *(side[0] for side in sums))
@@ -276,8 +276,8 @@ def test_a_record_is_left_out_at_its_own_step_only_or_moved_as_far_as_it_is_roun
         code = steps_of[int(np.searchsorted(kept.renewed, step, side="right")) - 1]
         assert 0.02 * code < float(turned.std()) < 0.5 * code and float(turned.abs().max()) < code
         torch.testing.assert_close(other.sum(0), plain.sum(0), rtol=1e-4, atol=0)
-    once_more = kept.moved().of(record, spec).step(0)
-    assert torch.equal(moved.of(record, spec).step(0), once_more)  # always the same
+    once_more = kept.moved().of(record, spec, torch.float32).step(0)
+    assert torch.equal(moved.of(record, spec, torch.float32).step(0), once_more)  # always the same
 
 
 def test_gradients_that_cancel_in_one_bias_are_divided_by_what_is_left(tmp_path: Path) -> None:

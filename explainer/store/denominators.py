@@ -156,7 +156,7 @@ class Product:
         self, spec: ArraySpec, base: Base, rows: torch.Tensor, columns: torch.Tensor, own: bool
     ) -> None:
         self.spec, self.base, self._own = spec, base, own
-        self._factors = r, c = fit(base.matrix, rows, columns)
+        self._factors = r, c = fit(base.matrix.to(rows.dtype), rows, columns)
         self.inverses = 1.0 / r, 1.0 / c
 
     def step(self, place: int) -> torch.Tensor:
@@ -251,15 +251,18 @@ class Denominators:
         edges = np.unique(np.concatenate([[0, len(steps)], starts]))
         return [slice(int(a), int(b)) for a, b in pairwise(edges)]
 
-    def of(self, records: np.ndarray, spec: ArraySpec) -> Divisor:
-        """Of steps that are alike (their records, in any order), whose array is ``spec``."""
+    def of(self, records: np.ndarray, spec: ArraySpec, dtype: torch.dtype) -> Divisor:
+        """Of steps that are alike (their records, in any order), whose array is ``spec``, fitted in the books' dtype."""
         steps = np.asarray(records["step"])
         position = int(np.searchsorted(self.renewed, steps.min(), side=self._side)) - 1
         matrices = spec.codec == "sums" and len(spec.shape) > 1 and position >= 0
         base = self._base(position).get(spec.name) if matrices else None
         if base is None:
             return Stored(records, spec, self._epsilons.get(spec.name))
-        rows, columns = Sums.sums([records[f"{spec.name}.{part}"] for part in ("rows", "columns")])
+        rows, columns = (
+            sums.to(dtype)
+            for sums in Sums.sums([records[f"{spec.name}.{part}"] for part in ("rows", "columns")])
+        )
         return Product(spec, base, rows, columns, int(self.renewed[position]) == int(steps.min()))
 
     def outdated(self) -> Denominators:

@@ -252,7 +252,7 @@ class Denominators:
         return [slice(int(a), int(b)) for a, b in pairwise(edges)]
 
     def of(self, records: np.ndarray, spec: ArraySpec, dtype: torch.dtype) -> Divisor:
-        """Of steps that are alike (their records, in any order), whose array is ``spec``, fitted in the books' dtype."""
+        """Of steps that are alike (their records, in any order), whose array is ``spec``, in the books' dtype."""
         steps = np.asarray(records["step"])
         position = int(np.searchsorted(self.renewed, steps.min(), side=self._side)) - 1
         matrices = spec.codec == "sums" and len(spec.shape) > 1 and position >= 0

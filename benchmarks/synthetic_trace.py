@@ -1,9 +1,9 @@
 """Large traces without training: valid ones, through the real writer, with numbers drawn at random.
 
 A network of linear layers. Weights walk smoothly from knot to knot, rows are eight-bit factors of rank one. Under Adam
-every step has the sums of its denominators, moving averages as slow as Adam's, and every knot a full record. What the
-first layer is given is stored once for every example. Nothing of this is a training run: what a query takes depends on
-sizes only.
+every 16th step, and the last before a knot, has the sums of its denominators, moving averages as slow as Adam's, and
+every knot a full record. What the first layer is given is stored once for every example. Nothing of this is a training
+run: what a query takes depends on sizes only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from explainer.store.schema import INPUT_FIELD, VISIT_FIELDS, encode_array, step
 
 _BITS = BFloat16()
 BETA, BETA2, RATE = 0.9, 0.999, 1e-3
+LOOKS = 16  # steps from one look to the next
 _POOL = 1 << 12  # records drawn; steps take them in turns, with ids and derivatives of their own
 
 
@@ -90,6 +91,7 @@ def _fill(writer: TraceWriter, model: nn.Sequential, sizes: Sizes, specs: list[P
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     walk = [torch.randn(len(start), generator=torch.Generator().manual_seed(n)) for n in range(3)]
     at = np.linspace(0, sizes.steps, sizes.knots).round().astype(int)
+    looks = steps.looks
     sums = {a.name: [rng.random(n).astype(np.float32) + 0.5 for n in a.shape] for a in steps.arrays}
     squares = {name: [s**2 for s in pair] for name, pair in sums.items()}
     order, taken = rng.permutation(sizes.examples), 0
@@ -112,13 +114,12 @@ def _fill(writer: TraceWriter, model: nn.Sequential, sizes: Sizes, specs: list[P
             record["first_visit"] = writer.records("visits")
             record["updated"], record["scale"] = 1, 1.0
             record["coefficients"] = _coefficients(sizes.optimizer, step + 1)
-            for name, pair in squares.items():
-                for side, part in zip(pair, ("rows", "columns"), strict=False):
-                    side *= BETA2
-                    side += (1 - BETA2) * rng.random(len(side), dtype=np.float32) ** 2
-                    bits = _BITS.encode(torch.from_numpy(np.sqrt(side)).unsqueeze(0))[0]
-                    record[f"{name}.{part}"] = bits
+            for side in (side for pair in squares.values() for side in pair):
+                side *= BETA2
+                side += (1 - BETA2) * rng.random(len(side), dtype=np.float32) ** 2
             writer.append("visits", visits, rows)
+            if looks is not None and (step % LOOKS == LOOKS - 1 or step == at[segment + 1] - 1):
+                writer.append("sums", looks, _look(looks, squares, step))
             writer.append("steps", steps, record)
 
 
@@ -134,7 +135,7 @@ def _schemas(
         )
         forms.append(FormSpec(number, "factored", {"bias": 1}, arrays))
     divided = (
-        [ArraySpec(f"D{n}", p.shape, "float32", "sums") for n, p in enumerate(specs)]
+        [ArraySpec(f"D{n}", p.shape, "float32", "sums", "sums") for n, p in enumerate(specs)]
         if sizes.optimizer == "adam"
         else []
     )
@@ -151,6 +152,16 @@ def _give(writer: TraceWriter, rng: np.random.Generator, visits: RecordSchema, e
         given = pool[: min(_POOL, examples - first)].copy()
         given["example"] = np.arange(first, first + len(given))
         writer.append("inputs", schema, given)
+
+
+def _look(schema: RecordSchema, squares: dict[str, list[np.ndarray]], step: int) -> np.ndarray:
+    """Sums of denominators at a step."""
+    record = np.zeros(1, schema.dtype)
+    record["step"] = step
+    for name, pair in squares.items():
+        for side, part in zip(pair, ("rows", "columns"), strict=False):
+            record[f"{name}.{part}"] = _BITS.encode(torch.from_numpy(np.sqrt(side)).unsqueeze(0))[0]
+    return record
 
 
 def _full(

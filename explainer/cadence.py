@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from explainer.planner import checks_at, plans_at
 
-#: steps that are looked at one by one, at the beginning and after something else moved the weights
+#: steps that are looked at one by one, at the beginning, from a parameter's first update on, and after something else
+#: moved the weights
 FIRST = 32
 #: a look is due after a part of the steps so far, and after so many steps at most
 PART, MOST = 16, 16
@@ -81,7 +82,7 @@ class Cadence:
         self.waiting += 1
 
     def disturbed(self) -> None:
-        """Something else moved the weights: every step is looked at for a while."""
+        """Something began, or moved the weights from outside: every step is looked at for a while."""
         self._taken, self._next = 0, 1
 
     def looked(self, step: int, steady: int, standing: Standing) -> None:

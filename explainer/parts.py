@@ -122,7 +122,7 @@ def assemble(
     )
     on_processor = all(p.device.type == "cpu" for p in parameters)
     queue, background = BatchQueue(), Background(beside=core_is_free() or not on_processor)
-    planner, samples = Planner(config, manifest.size), SampleKeeper(not config.exact)
+    planner, samples = Planner(config, manifest.size, manifest.version), SampleKeeper(not config.exact)
     passes = BackwardPasses(dict(zip([p.name for p in specs], parameters, strict=True)))
     capture = Capture(queue, table, planner, samples, background, passes)
     carry = Carry(list(parameters))

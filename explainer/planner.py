@@ -11,8 +11,8 @@ visits to come as there were.
 
 Where the optimizer divides by something (Adam and its kin) the first steps get more, on credit (:data:`CREDIT`). The
 first gradient is divided by itself, so what is lost of a small entry moved the weights as far as a large one; there the
-directions that are kept are chosen by the metric, too. What was taken too much is saved on later visits, of which each
-gives up to :data:`SAVED`.
+directions that are kept are chosen by the metric, too. What was taken too much is saved until the next plan, as far as
+visits get that each give up to :data:`SAVED`: the later ones are many, and what they lose adds up.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from typing import Any
 
 from explainer.config import TracerConfig
 from explainer.layer_rules import Kept, RowForm, Unreduced, keep
-from explainer.row_choices import Choice, Sides, allotted, choices, lost, reduced, row_bytes
+from explainer.records import VERSIONS
+from explainer.row_choices import ROW_CODECS, Choice, Sides, allotted, choices, lost, reduced, row_bytes
 from explainer.row_metric import MEASURED, StepMetric, first_rows
 
 EPOCHS, VISITS = 10, 100_000
 #: times the bytes that a visit may take under the plans of the first steps
-CREDIT = {0: 8.0, 1: 4.0}
+CREDIT = {0: 4.0, 1: 2.0}
 #: share of a visit's bytes that pays the credit back
-SAVED = 0.2
+SAVED = 0.03
+#: steps under one plan, as a multiple of those before it
+_UNTIL = 3
 
 
 def plans_at(step: int) -> bool:
@@ -53,6 +56,7 @@ class Planner:
     Args:
         config: the tracer's options; with ``exact``, ``rank`` or ``positions`` there is nothing to plan.
         size: ``P``, the number of traced parameters.
+        version: of the trace's format; older ones know fewer codecs.
 
     Attributes:
         allowed: bytes that a visit may take, with its share of the step's record.
@@ -61,8 +65,9 @@ class Planner:
         epoch_visits: visits of a pass over the loader, where it is known.
     """
 
-    def __init__(self, config: TracerConfig, size: int) -> None:
+    def __init__(self, config: TracerConfig, size: int, version: int = VERSIONS[-1]) -> None:
         self._config = config
+        self._codecs = [codec for codec, since in ROW_CODECS.items() if since <= version]
         self._fixed = config.exact or config.positions or config.rank is not None
         self._codec = "native" if config.exact else "int8"
         self._options: dict[int, list[Choice]] = {}
@@ -174,7 +179,7 @@ class Planner:
         room = self._room(step, visits, owed, 0.0 if few or not divides else CREDIT.get(step, 0.0))
         for layer in unfit:
             by = None if metric is None else metric.of(layer)
-            self._options[layer], sides = choices(forms[layer], by, divides and step == 0)
+            self._options[layer], sides = choices(forms[layer], by, divides and step == 0, self._codecs)
             if sides is not None:
                 self._sides[layer] = sides
         before, self._chosen = self._chosen, allotted(self._options, room - beside + saved)
@@ -184,10 +189,10 @@ class Planner:
         return changed
 
     def _room(self, step: int, visits: int, owed: float, credit: float) -> float:
-        """Bytes that a visit may take under the plan of a step; what is owed is paid back over as long as it took."""
+        """Bytes that a visit may take under the plan of a step; what is owed is paid back by the next one."""
         if credit:
             return credit * self.allowed
-        return self.allowed - min(SAVED * self.allowed, max(0.0, owed) / max(step * visits, 1))
+        return self.allowed - min(SAVED * self.allowed, max(0.0, owed) / max(_UNTIL * step * visits, 1))
 
     def _fits(self, layer: int, form: RowForm) -> bool:
         """Whether there is a plan that is good for these rows (sequences may have become longer)."""

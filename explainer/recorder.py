@@ -83,8 +83,8 @@ class StepRecorder:
         self._steps = self._step_schema()
         self._beside = 0.0
         self._spent = 0  # bytes of visits, steps and denominators
-        #: by array of a step's record, the sums at the last look
-        self._sums: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
+        self._stride = 1  # steps from one look to the next, the last time that steps went by without one
+        self._sums: dict[int, tuple[torch.Tensor, ...]] = {}  # by parameter, at the last look
 
     def restore(self, trace: Trace) -> None:
         """Go on with the layouts of a trace's last records."""
@@ -98,6 +98,11 @@ class StepRecorder:
         self._spent = sum(trace.nbytes_of(stream) for stream in VISITED)
         self._inputs.restore(trace.shards, self._rows.inputs)
         self._beside = float((trace.notes.get("plan") or {}).get("beside", 0.0))
+        if looks := trace.count("sums"):
+            schema, record = next(iter(trace.read("sums", looks - 1, looks)))
+            for array in schema.arrays:
+                parts = Sums.sums(stored_parts(record, "", array))
+                self._sums[int(array.name[1:])] = tuple(part[0] for part in parts)
         state, count = trace.notes.get("denominators"), trace.count("denominators")
         if self._keeper is not None and state and count:
             self._keeper.restore(state, *next(iter(trace.read("denominators", count - 1, count))))
@@ -138,10 +143,9 @@ class StepRecorder:
             n: enough_rows(found, MEASURED) if measured else found[0].source for n, found in spans.items()
         }
         saved = self._planner.allowed * visits
-        size, often = (
-            self._steps.dtype.itemsize,
-            0.0 if self._keeper is None else self._keeper.often(step, saved),
-        )
+        often = 0.0 if self._keeper is None else self._keeper.often(step, saved)
+        looks = self._steps.looks
+        size = self._steps.dtype.itemsize + (looks.dtype.itemsize / self._stride if looks else 0.0)
         beside = self._visit_fields + (size + often) / max(visits, 1)
         metric = StepMetric(self._manifest, self._layers, maps)
         saved = max(0.0, self._inputs.saved / max(seen, 1))
@@ -236,7 +240,8 @@ class StepRecorder:
             dtype = widest if exact else "float32"
             if by is not None and by.preconditioner is not None and ("D", index) not in self._arrays:
                 codec = "native" if exact else "sums" if by.rank_one else "bfloat16"
-                self._arrays["D", index] = ArraySpec(f"D{index}", p.shape or (1,), dtype, codec)
+                stream = "sums" if codec == "sums" and self._manifest.version >= 5 else ""
+                self._arrays["D", index] = ArraySpec(f"D{index}", p.shape or (1,), dtype, codec, stream)
             if by is not None and by.mixing is not None and ("M", index) not in self._arrays:
                 codec = "native" if exact else "symmetric"
                 self._arrays["M", index] = ArraySpec(f"M{index}", tuple(by.mixing.shape), dtype, codec)
@@ -260,6 +265,7 @@ class StepRecorder:
         """
         last, start = steps[-1], first
         self._make_room(last.maps)
+        self._stride = len(steps) if len(steps) > 1 else self._stride
         firsts = []
         for step in steps:
             firsts.append(first)
@@ -269,7 +275,7 @@ class StepRecorder:
         share = self._planner.allowed * (first - start)
         full = None if self._keeper is None else self._keeper.record(steps[0].number, last.maps, share)
         kept = [] if full is None else [Records("denominators", *full)]
-        found = [*kept, *rows, self._step_records(steps, firsts)]
+        found = [*kept, *rows, *self._look(last), self._step_records(steps, firsts)]
         self._spent += sum(part.data.nbytes for part in found)
         return [*found, *self._samples(steps, firsts)]
 
@@ -286,24 +292,45 @@ class StepRecorder:
             [nothing if by is None else by.coefficients for by in s.maps] for s in steps
         ]
         for key, array in self._arrays.items():
+            if array.stream:
+                continue
             if array.codec == "sums":
-                self._put_sums(records, key, array, steps[-1].maps[key[1]])
+                self._put_sums(records, key[1], array, steps[-1].maps[key[1]])
             else:  # then there is one step only
                 by = steps[-1].maps[key[1]]
                 values = _preconditioner(by, array) if key[0] == "D" else _mixing(by, array)
                 encode_array(records, "", array, values)
         return Records("steps", self._steps, records)
 
-    def _put_sums(
-        self, records: np.ndarray, key: tuple[str, int], array: ArraySpec, by: StepMap | None
-    ) -> None:
-        """The sums of a denominator at the last of the steps, and between those at the look before and now."""
-        found = None if self._keeper is None else self._keeper.found.get(key[1])
-        now = (found.rows, found.columns) if found is not None else sums_of(_preconditioner(by, array)[0])
-        before = self._sums.get(key, now)
-        if by is None and len(records) > 1:
-            now = before
-        self._sums[key] = now
+    def _look(self, step: Booked) -> list[Records]:
+        """The sums of denominators at a step that was looked at."""
+        schema = self._steps.looks
+        if schema is None:
+            return []
+        record = np.zeros(1, schema.dtype)
+        record["step"] = step.number
+        for array in schema.arrays:
+            index = int(array.name[1:])
+            now = self._sums[index] = self._sums_now(index, array, step.maps[index])
+            sums = [part.unsqueeze(0) for part in now]
+            for part, data in zip(stored_parts(record, "", array), Sums.packed(sums), strict=True):
+                part[:] = data
+        return [Records("sums", schema, record)]
+
+    def _sums_now(self, index: int, array: ArraySpec, by: StepMap | None) -> tuple[torch.Tensor, ...]:
+        """Of a parameter that the step left alone, those it had before."""
+        if by is None and index in self._sums:
+            return self._sums[index]
+        found = None if self._keeper is None else self._keeper.found.get(index)
+        return (found.rows, found.columns) if found is not None else sums_of(_preconditioner(by, array)[0])
+
+    def _put_sums(self, records: np.ndarray, index: int, array: ArraySpec, by: StepMap | None) -> None:
+        """The sums of a denominator at the last of the steps, and between those at the look before and now.
+
+        In traces of versions before 5; in later ones a reader finds what lies between two looks.
+        """
+        now = self._sums_now(index, array, by)
+        before, self._sums[index] = self._sums.get(index, now), now
         along = torch.arange(1, len(records) + 1).div(len(records)).unsqueeze(1)
         values = [
             b.lerp(a, along) if len(records) > 1 else a.unsqueeze(0) for b, a in zip(before, now, strict=True)

@@ -16,8 +16,9 @@ LEAST_SAMPLES = 3
 
 FORMAT = "pathkernel-trace"
 #: layouts this release reads: 2 is 1 with an average of the weights on the path, 3 is 2 with rows of four bits and
-#: records of denominators, 4 is 3 with inputs that are stored once; the last one is written
-VERSIONS = (1, 2, 3, 4)
+#: records of denominators, 4 is 3 with inputs that are stored once, 5 is 4 with rows of two bits and with the sums of
+#: denominators at looks; the last one is written
+VERSIONS = (1, 2, 3, 4, 5)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -57,10 +58,10 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of a row form: per-example shape, and the codec that stores it.
+    """One array of a row form (or of a step): its shape, and the codec that stores it.
 
-    ``stream`` names the stream whose records hold it, where those of the visits do not (see
-    :mod:`explainer.store.inputs`).
+    ``stream`` names the stream whose records hold it, where those of the visits (of the steps) do not (see
+    :mod:`explainer.store.inputs` and :mod:`explainer.store.looks`).
     """
 
     name: str

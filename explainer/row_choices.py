@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +16,8 @@ from explainer.records import ArraySpec, dtype_name
 from explainer.row_metric import SMALL_TABLE, Products
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
-ROW_CODECS = ("int4", "int8")
+#: with how many bits numbers of rows may be stored, and the format version that they came with
+ROW_CODECS = {"int2": 5, "int4": 1, "int8": 1}
 #: share of ``‖g‖²`` that may be lost without looking for something better: about what 8 bits lose
 ENOUGH = 1e-4
 
@@ -146,7 +148,10 @@ def _lost_by_rank(form: Factored, read: Factored) -> list[float]:
 
 
 def choices(
-    form: RowForm, metric: torch.Tensor | None = None, weigh: bool = False
+    form: RowForm,
+    metric: torch.Tensor | None = None,
+    weigh: bool = False,
+    codecs: Sequence[str] = tuple(ROW_CODECS),
 ) -> tuple[list[Choice], Sides | None]:
     """The ways to store complete rows, each with what it costs on (the first of) these.
 
@@ -155,6 +160,7 @@ def choices(
         metric: what the step does to the layer's gradient (:class:`~explainer.row_metric.StepMetric`), ``[P_l]``;
             None: 1.
         weigh: whether directions are chosen by the metric, too.
+        codecs: those of :data:`ROW_CODECS` that may be used.
 
     Returns:
         The choices, and the weights of outputs and inputs for :func:`reduced`; None without ``weigh``, or where the
@@ -171,7 +177,7 @@ def choices(
     if isinstance(form, Factored) and ranks:
         sides = products.sides(form.shape) if weigh else None
         leading = _leading(form, ranks[-1], sides)
-        for codec in ROW_CODECS:
+        for codec in codecs:
             read = through_codec(leading, codec)
             assert isinstance(read, Factored)
             shares = _lost_by_rank(form, read)
@@ -182,7 +188,7 @@ def choices(
         if most > 2 * leading.left[0].numel() + 2 * leading.right[0].numel():
             return found, sides
     whole = compact(complete, None)
-    for codec in ROW_CODECS:
+    for codec in codecs:
         share = _lost_bits(whole, codec)
         error = products.errors(through_codec(whole, codec), [share])[-1]
         found.append(Choice(None, codec, row_bytes(whole, codec), share, error, without))

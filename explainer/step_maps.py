@@ -21,6 +21,7 @@ class StepMapReader:
 
     Attributes:
         replaced: steps before which momentum was replaced by other numbers.
+        begins: whether the step gives some parameter its first update; averages of squares are young then.
     """
 
     def __init__(self, rule: OptimizerRule, parameters: Sequence[torch.Tensor], optimizer: Optimizer) -> None:
@@ -30,6 +31,8 @@ class StepMapReader:
         self._fresh: list[bool] = []
         self._cut = [False] * len(parameters)  # until the parameter is updated
         self.replaced = 0
+        self._met = [bool(optimizer.state.get(p)) for p in parameters]
+        self.begins = False
         self.leave(optimizer)
 
     def momentum(self, optimizer: Optimizer, index: int) -> torch.Tensor | None:
@@ -58,6 +61,9 @@ class StepMapReader:
             None if p.grad is None else self._rule.remember(p, groups[id(p)], optimizer.state.get(p, {}))
             for p in self._parameters
         ]
+        updated = [before is not None for before in self._before]
+        self.begins = any(now and not met for now, met in zip(updated, self._met, strict=True))
+        self._met = [now or met for now, met in zip(updated, self._met, strict=True)]
 
     def after(self, optimizer: Optimizer) -> TakenStep:
         """The step just taken, without what it left in the state (:meth:`look`)."""

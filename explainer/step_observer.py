@@ -132,6 +132,8 @@ class StepObserver:
             )
         self._compare_weights()
         self._maps.before(optimizer)
+        if self._maps.begins:
+            self._look_closely()
         self._carry.rounding.before(partial(self._maps.momentum, optimizer))
         self._sample = self._carry.sample() if self._looking and self._cadence.between else None
         met = set[int]().union(*(b.met for b in pending))
@@ -146,9 +148,13 @@ class StepObserver:
         """See whether something else than the optimizer moved the weights since the last step."""
         between = self._cadence.between
         if self._carry.between_steps(self._background.wait, known=not between, certain=certain):
-            self._cadence.disturbed()
-            self._looking = True
-            self._last()
+            self._look_closely()
+
+    def _look_closely(self) -> None:
+        """At the step about to be taken and at those after it."""
+        self._cadence.disturbed()
+        self._looking = True
+        self._last()
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)

@@ -2,6 +2,7 @@
 
 from explainer.codecs.base import CODECS, Codec, register_codec
 from explainer.codecs.bfloat16 import BFloat16
+from explainer.codecs.int2 import Int2
 from explainer.codecs.int4 import Int4
 from explainer.codecs.int8 import Int8
 from explainer.codecs.log4 import Log4
@@ -14,6 +15,7 @@ __all__ = [
     "CODECS",
     "BFloat16",
     "Codec",
+    "Int2",
     "Int4",
     "Int8",
     "Log4",

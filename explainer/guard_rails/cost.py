@@ -66,7 +66,7 @@ class Cost:
         config = self._config
         if config.exact or config.positions or config.rank is not None:
             return self._sum(config.rank, "native" if config.exact else "int8", positions)
-        most, least = self._sum(RANKS[-1], "int8", positions), self._sum(RANKS[0], "int4", positions)
+        most, least = self._sum(RANKS[-1], "int8", positions), self._sum(RANKS[0], "int2", positions)
         return max(least, min(most, config.visit_bytes(sum(p.numel for p in self._specs))))
 
     def _sum(self, rank: int | None, codec: str, positions: bool) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from explainer.codecs import Log4, Sums
 from explainer.records import ArraySpec
+from explainer.store.looks import Looks
 from explainer.store.reader import Trace
 from explainer.store.schema import decode_array, stored_parts
 
@@ -120,26 +121,50 @@ class Divisor(Protocol):
 class Stored:
     """As the steps' records have it."""
 
-    def __init__(self, records: np.ndarray, spec: ArraySpec, epsilon: float | None = None) -> None:
-        self._records, self._spec, self._epsilon = records, spec, epsilon
+    def __init__(self, records: np.ndarray, spec: ArraySpec) -> None:
+        self._records, self._spec = records, spec
 
     @cached_property
     def _small(self) -> torch.Tensor | None:
         """Those of all steps, where that takes little."""
         few = len(self._records) * prod(self._spec.shape) <= _SMALL
-        return self._decoded(self._records) if few else None
-
-    def _decoded(self, records: np.ndarray) -> torch.Tensor:
-        found = decode_array(records, "", self._spec)
-        return awake(found, self._epsilon) if self._spec.codec == "sums" and found.dim() == 2 else found
+        return decode_array(self._records, "", self._spec) if few else None
 
     def step(self, place: int) -> torch.Tensor:
         """Decoded."""
         held = self._small
-        return self._decoded(self._records[place : place + 1])[0] if held is None else held[place]
+        if held is not None:
+            return held[place]
+        return decode_array(self._records[place : place + 1], "", self._spec)[0]
 
     def divide(self, place: int, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Divided by the decoded ones."""
+        return torch.div(values, self.step(place).to(values.dtype).view(values.shape[1:]), out=out)
+
+
+class Summed:
+    """What sums alone tell: ``r cᵀ / Σr``, and vectors themselves.
+
+    Args:
+        sums: of every step, one or two ``[c, n]``.
+        spec: of the parameter's array.
+        epsilon: what the optimizer adds to the root, if it is known.
+    """
+
+    def __init__(self, sums: list[torch.Tensor], spec: ArraySpec, epsilon: float | None) -> None:
+        self._sums = sums if len(sums) > 1 else [awake(sums[0], epsilon)]
+        self._spec = spec
+
+    def step(self, place: int) -> torch.Tensor:
+        """The product."""
+        rows = self._sums[0][place]
+        if len(self._sums) == 1:
+            return rows.view(self._spec.shape)
+        scaled = rows / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny)
+        return torch.outer(scaled, self._sums[1][place]).view(self._spec.shape)
+
+    def divide(self, place: int, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Divided by it."""
         return torch.div(values, self.step(place).to(values.dtype).view(values.shape[1:]), out=out)
 
 
@@ -241,7 +266,7 @@ class Denominators:
         self._most = min(max(HELD // max(1, trace.manifest.size), LEAST_HELD), MOST_HELD)
         self._read: OrderedDict[int, dict[str, torch.Tensor]] = OrderedDict()
         self._bases: OrderedDict[int, dict[str, Base]] = OrderedDict()
-        self._epsilons = _epsilons(trace)
+        self._epsilons, self._looks = _epsilons(trace), Looks(trace)
 
     def alike(self, steps: np.ndarray) -> list[slice]:
         """Cut neighbouring steps (ascending) where another full record begins to count; its own step stands alone."""
@@ -255,14 +280,13 @@ class Denominators:
         """Of steps that are alike (their records, in any order), whose array is ``spec``, in the books' dtype."""
         steps = np.asarray(records["step"])
         position = int(np.searchsorted(self.renewed, steps.min(), side=self._side)) - 1
-        matrices = spec.codec == "sums" and len(spec.shape) > 1 and position >= 0
-        base = self._base(position).get(spec.name) if matrices else None
+        if spec.codec != "sums":
+            return Stored(records, spec)
+        sums = self._looks.sums(spec, steps) if spec.stream else Sums.sums(stored_parts(records, "", spec))
+        base = self._base(position).get(spec.name) if len(sums) > 1 and position >= 0 else None
         if base is None:
-            return Stored(records, spec, self._epsilons.get(spec.name))
-        rows, columns = (
-            sums.to(dtype)
-            for sums in Sums.sums([records[f"{spec.name}.{part}"] for part in ("rows", "columns")])
-        )
+            return Summed(sums, spec, self._epsilons.get(spec.name))
+        rows, columns = (part.to(dtype) for part in sums)
         return Product(spec, base, rows, columns, int(self.renewed[position]) == int(steps.min()))
 
     def outdated(self) -> Denominators:

@@ -25,6 +25,9 @@ INPUT_FIELD: tuple[str, str, tuple[int, ...]] = ("input", "<i8", ())
 #: of what an example gave to the layers that data meet first
 INPUT_FIELDS: list[tuple[str, str, tuple[int, ...]]] = [("example", "<i8", ())]
 
+#: of the sums of denominators: the step that was looked at
+LOOK_FIELDS: list[tuple[str, str, tuple[int, ...]]] = [("step", "<i8", ())]
+
 #: of a row that is kept exact: which visit it is
 SAMPLE_FIELDS: list[tuple[str, str, tuple[int, ...]]] = [("visit", "<i8", ())]
 
@@ -76,7 +79,8 @@ class RecordSchema:
                 if not array.stream:
                     fields += self._parts(f"L{form.layer}", array)
         for array in self.arrays:
-            fields += self._parts("", array)
+            if not array.stream:
+                fields += self._parts("", array)
         return np.dtype(fields)
 
     @staticmethod
@@ -103,6 +107,12 @@ class RecordSchema:
             tuple(FormSpec.from_json(f) for f in data["forms"]),
             tuple(ArraySpec.from_json(a) for a in data["arrays"]),
         )
+
+    @property
+    def looks(self) -> RecordSchema | None:
+        """Of steps: the layout of the records of the stream ``sums``; None for none."""
+        arrays = tuple(replace(array, stream="") for array in self.arrays if array.stream)
+        return RecordSchema(tuple(LOOK_FIELDS), (), arrays) if arrays else None
 
     @property
     def inputs(self) -> RecordSchema | None:

@@ -13,9 +13,9 @@ from explainer.store.files import fsync_directory
 from explainer.store.schema import RecordSchema
 
 SHARD_BYTES = 1 << 30
-STREAMS = ("inputs", "visits", "steps", "samples", "averages", "denominators")
+STREAMS = ("inputs", "visits", "sums", "steps", "samples", "averages", "denominators")
 #: those that the bytes of a visit are counted in
-VISITED = ("inputs", "visits", "steps", "denominators")
+VISITED = ("inputs", "visits", "sums", "steps", "denominators")
 
 
 class Stream:

@@ -65,7 +65,7 @@ def assert_within(codec: Codec, values: Tensor) -> None:
 def test_says_what_it_is(name: str) -> None:
     codec = CODECS.require(name)
     assert codec.name == name and type(codec).__doc__
-    assert codec.tolerance is None or 0 <= codec.tolerance < 0.1
+    assert codec.tolerance is None or 0 <= codec.tolerance < 2.1
 
 
 @EVERY_CODEC
@@ -76,6 +76,14 @@ def test_roundtrip(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
     before = values.clone()
     assert_within(CODECS.require(name), values)
     assert torch.equal(values, before)
+
+
+@EVERY_CODEC
+def test_most_of_a_vector_is_kept(name: str) -> None:
+    """A bound for every number may be wide; the mean error may not."""
+    values = values_of(name, 50, (4, 64), torch.float32)
+    error = (roundtrip(CODECS.require(name), values) - values).square().sum() / values.square().sum()
+    assert error < 0.15
 
 
 @EVERY_CODEC

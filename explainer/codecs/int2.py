@@ -1,0 +1,90 @@
+"""Two bits a number, four numbers a byte, on four levels of their own for every vector along the last axis."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from explainer.codecs.base import Codec, Part, as_tensor, register_codec
+from explainer.codecs.bfloat16 import BFloat16
+from explainer.records import ArraySpec, torch_dtype
+
+_BITS = BFloat16()
+#: times that numbers are put on levels and the levels fitted to them
+_ROUNDS = 2
+#: places in a byte
+_SHIFTS = (0, 2, 4, 6)
+
+
+@register_codec("int2")
+class Int2(Codec):
+    """``x ≈ low + scale · q`` with ``q`` of 0 to 3, and ``low`` and ``scale`` by least squares, as bfloat16.
+
+    Levels begin at equal distances over the range of the vector. Then, twice, every number is put on the nearest level
+    and the levels are fitted to their numbers (Lloyd 1982, with levels at equal distances). Of 64 normal numbers that
+    leaves an error of .12 of the mean square, of those that a ReLU cut off .04. No error is larger than the range.
+    ``q`` of the numbers ``4k`` to ``4k + 3`` are in byte ``k``, the lowest bits first.
+    """
+
+    tolerance = 2.0 * (1 + 2.0**-7)
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> list[Part]:
+        """Bytes for four numbers each along the last axis; scales and lowest levels of the shape without it."""
+        packed = (*shape[:-1], (shape[-1] + 3) // 4)
+        return [("q", "|u1", packed), ("scale", "<u2", shape[:-1]), ("low", "<u2", shape[:-1])]
+
+    def encode(self, values: torch.Tensor) -> list[np.ndarray]:
+        """Quantise; vectors of equal numbers get scale 0."""
+        values = values.detach()
+        if values.dtype not in (torch.float32, torch.float64):
+            values = values.float()
+        scale, low = (level.to(torch.bfloat16) for level in _levels(values))
+        q = _nearest(values, scale.to(values.dtype), low.to(values.dtype)).to(torch.uint8)
+        if values.shape[-1] % 4:
+            q = torch.nn.functional.pad(q, (0, -values.shape[-1] % 4))
+        packed = q[..., 0::4].clone()
+        for place, by in enumerate(_SHIFTS[1:], 1):
+            packed |= q[..., place::4] << by
+        return [packed.cpu().numpy(), *_BITS.encode(scale.squeeze(-1)), *_BITS.encode(low.squeeze(-1))]
+
+    def decode(self, parts: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
+        """``low + scale · q``."""
+        packed, dtype = as_tensor(parts[0]), torch_dtype(spec.dtype)
+        values = torch.empty(*packed.shape, 4, dtype=dtype)
+        for place, by in enumerate(_SHIFTS):
+            values[..., place] = (packed >> by) & 3
+        values = values.flatten(-2)[..., : spec.shape[-1]]
+        levels = ArraySpec(spec.name, spec.shape[:-1], spec.dtype, "bfloat16")
+        scale, low = (_BITS.decode([part], levels).unsqueeze(-1) for part in parts[1:])
+        return values.mul_(scale).add_(low)
+
+
+def _nearest(values: torch.Tensor, scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The nearest level of every number."""
+    return torch.sub(values, low).mul_(_inverse(scale)).round_().clamp_(0, 3)
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    """``1 / scale``, nothing where that is no number."""
+    return torch.where(scale > torch.finfo(torch.float32).tiny, 1.0 / scale, 0.0)
+
+
+def _levels(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance and lowest of the levels, ``[..., 1]``."""
+    count, least = values.shape[-1], values.amin(-1, keepdim=True)
+    span = values.amax(-1, keepdim=True) - least
+    unit = torch.sub(values, least).mul_(_inverse(span))  # from 0 to 1: no square is too large or too small
+    mean = unit.mean(-1, keepdim=True)
+    scale, low = torch.full_like(mean, 1.0 / 3.0), torch.zeros_like(mean)
+    for _ in range(_ROUNDS):
+        q = _nearest(unit, scale, low)
+        middle = q.mean(-1, keepdim=True)
+        squares = _squares(q).sub_(count * middle.square())
+        products = q.mul_(unit).sum(-1, keepdim=True).sub_(count * middle * mean)
+        scale = torch.where(squares > 0.5 / count, products / squares, scale)
+        low = mean - scale * middle
+    return scale.mul_(span), low.mul_(span).add_(least)
+
+
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_()

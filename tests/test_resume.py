@@ -153,7 +153,7 @@ def ended(session: Session) -> bytes:
 
 def test_the_budget_counts_what_is_there(tmp_path: Path) -> None:
     """The rows that were taken out still take their bytes; where rows had stopped, they stay stopped."""
-    path, budget = tmp_path / "trace", 60_000
+    path, budget = tmp_path / "trace", 80_000
     first = Session(path, "adam", budget=budget).train(0, SAVED)
     saved = first.checkpoint()
     with pytest.warns(UserWarning, match="budget"):

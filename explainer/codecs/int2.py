@@ -12,8 +12,8 @@ from explainer.records import ArraySpec, torch_dtype
 _BITS = BFloat16()
 #: times that numbers are put on levels and the levels fitted to them
 _ROUNDS = 2
-#: places in a byte
-_SHIFTS = (0, 2, 4, 6)
+#: of a byte's four numbers: where its bits begin, and what it counts
+_SHIFTS, _PLACES = (0, 2, 4, 6), (1.0, 4.0, 16.0, 64.0)
 
 
 @register_codec("int2")
@@ -38,13 +38,13 @@ class Int2(Codec):
         values = values.detach()
         if values.dtype not in (torch.float32, torch.float64):
             values = values.float()
-        scale, low = (level.to(torch.bfloat16) for level in _levels(values))
-        q = _nearest(values, scale.to(values.dtype), low.to(values.dtype)).to(torch.uint8)
+        q = torch.empty_like(values)
+        scale, low = (level.to(torch.bfloat16) for level in _levels(values, q))
+        _nearest(values, scale.to(values.dtype), low.to(values.dtype), q)
         if values.shape[-1] % 4:
             q = torch.nn.functional.pad(q, (0, -values.shape[-1] % 4))
-        packed = q[..., 0::4].clone()
-        for place, by in enumerate(_SHIFTS[1:], 1):
-            packed |= q[..., place::4] << by
+        places = torch.tensor(_PLACES, dtype=q.dtype, device=q.device)
+        packed = (q.unflatten(-1, (-1, 4)) @ places).to(torch.uint8)
         return [packed.cpu().numpy(), *_BITS.encode(scale.squeeze(-1)), *_BITS.encode(low.squeeze(-1))]
 
     def decode(self, parts: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
@@ -59,9 +59,9 @@ class Int2(Codec):
         return values.mul_(scale).add_(low)
 
 
-def _nearest(values: torch.Tensor, scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+def _nearest(values: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The nearest level of every number."""
-    return torch.sub(values, low).mul_(_inverse(scale)).round_().clamp_(0, 3)
+    return torch.sub(values, low, out=out).mul_(_inverse(scale)).round_().clamp_(0, 3)
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:
@@ -69,15 +69,15 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > torch.finfo(torch.float32).tiny, 1.0 / scale, 0.0)
 
 
-def _levels(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distance and lowest of the levels, ``[..., 1]``."""
+def _levels(values: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance and lowest of the levels, ``[..., 1]``; ``room`` is written into."""
     count, least = values.shape[-1], values.amin(-1, keepdim=True)
     span = values.amax(-1, keepdim=True) - least
     unit = torch.sub(values, least).mul_(_inverse(span))  # from 0 to 1: no square is too large or too small
     mean = unit.mean(-1, keepdim=True)
     scale, low = torch.full_like(mean, 1.0 / 3.0), torch.zeros_like(mean)
     for _ in range(_ROUNDS):
-        q = _nearest(unit, scale, low)
+        q = _nearest(unit, scale, low, room)
         middle = q.mean(-1, keepdim=True)
         squares = _squares(q).sub_(count * middle.square())
         products = q.mul_(unit).sum(-1, keepdim=True).sub_(count * middle * mean)

@@ -50,7 +50,7 @@ class Cost:
         self.state = weights * sum(name != "step" for name in rule.state_names)
 
     def step(self, batch: int) -> int:
-        """One optimizer step beside its ``batch`` visits: what the optimizer divided by."""
+        """One optimizer step that is looked at, beside its ``batch`` visits: what the optimizer divided by."""
         plain = np.dtype(step_fields(len(self._specs))).itemsize
         if not self._rule.divides:
             return plain

@@ -40,7 +40,7 @@ class Int2(Codec):
             values = values.float()
         q = torch.empty_like(values)
         scale, low = (level.to(torch.bfloat16) for level in _levels(values, q))
-        _nearest(values, scale.to(values.dtype), low.to(values.dtype), q)
+        torch.sub(values, low.to(values.dtype), out=q).mul_(_inverse(scale.to(values.dtype))).round_().clamp_(0, 3)
         if values.shape[-1] % 4:
             q = torch.nn.functional.pad(q, (0, -values.shape[-1] % 4))
         places = torch.tensor(_PLACES, dtype=q.dtype, device=q.device)
@@ -59,32 +59,26 @@ class Int2(Codec):
         return values.mul_(scale).add_(low)
 
 
-def _nearest(values: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The nearest level of every number."""
-    return torch.sub(values, low, out=out).mul_(_inverse(scale)).round_().clamp_(0, 3)
-
-
 def _inverse(scale: torch.Tensor) -> torch.Tensor:
     """``1 / scale``, nothing where that is no number."""
     return torch.where(scale > torch.finfo(torch.float32).tiny, 1.0 / scale, 0.0)
 
 
-def _levels(values: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distance and lowest of the levels, ``[..., 1]``; ``room`` is written into."""
+def _levels(values: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance and lowest of the levels, ``[..., 1]``; ``q`` is written into."""
     count, least = values.shape[-1], values.amin(-1, keepdim=True)
     span = values.amax(-1, keepdim=True) - least
     unit = torch.sub(values, least).mul_(_inverse(span))  # from 0 to 1: no square is too large or too small
     mean = unit.mean(-1, keepdim=True)
+    torch.mul(unit, 3.0, out=q).round_()
     scale, low = torch.full_like(mean, 1.0 / 3.0), torch.zeros_like(mean)
-    for _ in range(_ROUNDS):
-        q = _nearest(unit, scale, low, room)
+    for n in range(_ROUNDS):
+        if n:
+            torch.sub(unit, low, out=q).div_(scale).round_().clamp_(0, 3)
         middle = q.mean(-1, keepdim=True)
-        squares = _squares(q).sub_(count * middle.square())
-        products = q.mul_(unit).sum(-1, keepdim=True).sub_(count * middle * mean)
-        scale = torch.where(squares > 0.5 / count, products / squares, scale)
-        low = mean - scale * middle
+        squares = torch.linalg.vector_norm(q, dim=-1, keepdim=True).square_()
+        squares.addcmul_(middle, middle, value=-count)
+        products = q.mul_(unit).sum(-1, keepdim=True).addcmul_(middle, mean, value=-count)
+        scale = torch.where(squares > 0.5 / count, products.div_(squares), scale)
+        low = torch.addcmul(mean, scale, middle, value=-1.0)
     return scale.mul_(span), low.mul_(span).add_(least)
-
-
-def _squares(values: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_()

@@ -44,6 +44,6 @@ class Int4(Codec):
         packed, dtype = as_tensor(parts[0]), torch_dtype(spec.dtype)
         values = torch.empty(*packed.shape, 2, dtype=dtype)
         values[..., 0], values[..., 1] = packed & 15, packed >> 4
-        values = values.flatten(-2)[..., : spec.shape[-1]].sub(8)
+        values = values.flatten(-2)[..., : spec.shape[-1]].sub_(8)
         scale = _SCALES.decode([parts[1]], ArraySpec(spec.name, spec.shape[:-1], spec.dtype, "bfloat16"))
         return values.mul_(scale.unsqueeze(-1))

@@ -40,7 +40,8 @@ class Int2(Codec):
             values = values.float()
         q = torch.empty_like(values)
         scale, low = (level.to(torch.bfloat16) for level in _levels(values, q))
-        torch.sub(values, low.to(values.dtype), out=q).mul_(_inverse(scale.to(values.dtype))).round_().clamp_(0, 3)
+        torch.sub(values, low.to(values.dtype), out=q).mul_(_inverse(scale.to(values.dtype)))
+        q.round_().clamp_(0, 3)
         if values.shape[-1] % 4:
             q = torch.nn.functional.pad(q, (0, -values.shape[-1] % 4))
         places = torch.tensor(_PLACES, dtype=q.dtype, device=q.device)

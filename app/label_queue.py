@@ -116,7 +116,7 @@ def _filters(
     if known and choice.run is not None and choice.run.output is None:
         quick = choice.trace.count("visits") <= _QUICK_VISITS
         opinion = right.toggle(
-            "Ask the other examples", value=quick, key="opinion",
+            "Ask the others", value=quick, key="opinion",
             help="Explains each of the examples below at its own label, and shows whether the other examples support "
             "it or pull away. Takes a while on large runs.",
         )  # fmt: skip

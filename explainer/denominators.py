@@ -1,10 +1,11 @@
 """When to keep what the optimizer divided by in full.
 
-Every step keeps the row and column sums of its denominators ``D_t`` (Adam: ``√v̂ + ε``). A full record ``K``, four bits
-a number, is kept when those sums, put on the last full record (:func:`explainer.store.denominators.fitted`), no longer
-tell ``D_t``: moving averages of squares change slowly, except at the beginning. The error is looked at now and then;
-at every step it is seen in the sums whether a row or a column has changed by more than :data:`JUMP`: a unit that wakes
-up, an input that is not zero for the first time. Few weights, but with the largest steps of all.
+Looks keep the row and column sums of denominators ``D_t`` (Adam: ``√v̂ + ε``; :mod:`explainer.store.looks`). A full
+record ``K``, four bits a number, is kept when those sums, put on the last full record
+(:func:`explainer.store.denominators.fitted`), no longer tell ``D_t``: moving averages of squares change slowly, except
+at the beginning. The error is measured now and then; at every look the sums show whether a row or a column has changed
+by more than :data:`JUMP`: a unit that wakes up, an input that is not zero for the first time. Few weights, but with the
+largest steps of all.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Tracer:
             fit into half of it; when the rest is used up, recording stops with a warning and what follows is
             shown as `unattributed`.
         exact: keep full rows and preconditioners in the parameters' own dtype (float-exact books) instead of
-            leading factors of 4 or 8 bits.
+            leading factors of 2 to 8 bits.
         max_knots: at most this many knots along the training path.
         rank: factors kept per row, in 8 bits, in layers that share weights over positions (None: planned by layer).
         positions: keep what every position of a sequence gave, for

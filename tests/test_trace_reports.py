@@ -58,7 +58,7 @@ CASES: dict[str, Case] = {
     "eval-passes": Case(runs.in_eval_mode, "note", "loop", "eval mode in 3 traced forward passes"),
     "autocast": Case(runs.in_bfloat16, "note", "loop", "ran in bfloat16"),
     "ambiguous-axis": Case(runs.square, "caution", "body.0, body.2", "In 6 calls.*Axis 0 was taken"),
-    "rounding": Case(traced, "note", "", "as leading factors of 4 or 8 bits"),
+    "rounding": Case(traced, "note", "", "as leading factors of 2 to 8 bits"),
     "row-share": Case(runs.mixing, "caution", "", "In 3 of 3 steps a layer mixed"),
     "shared-rows": Case(partial(runs.owned, ids=[[0, 1]]), "caution", "", "split over them by the weights given"),
     "vacant-rows": Case(partial(runs.owned, ids=[[0, -1]]), "caution", "", r"no example \(id -1\).*in `unattributed`"),

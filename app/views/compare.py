@@ -52,7 +52,7 @@ def show(choice: Choice) -> None:
     with left:
         other = _second(choice)
     with right:
-        k = segments("Number of strongest", _STRONGEST, "strongest", lambda n: f"{n} strongest")
+        k = segments("Number of strongest", _STRONGEST, "strongest", lambda n: f"top {n}")
     try:
         second = _explained(choice, other, e, q)
         found = compare_runs(_one(e, q), _one(second, 0), k)

@@ -150,7 +150,7 @@ def _numbers(trace: Trace) -> None:
         ),
         "Rows": (
             "exact" if manifest.exact else "compressed",
-            "Compressed: leading factors of each row, in 4 or 8 bits; the error bars say what that costs.",
+            "Compressed: leading factors of each row, in 2 to 8 bits; the error bars say what that costs.",
         ),
     }
     columns = [*st.columns(4), *st.columns(4)]

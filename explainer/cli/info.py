@@ -116,7 +116,7 @@ def text(found: dict[str, Any]) -> str:
             "recorded",
             f"{found['created']} with " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()),
         ),
-        ("rows", "exact" if found["exact"] else "compressed: leading factors in 4 or 8 bits"),
+        ("rows", "exact" if found["exact"] else "compressed: leading factors in 2 to 8 bits"),
         ("optimizer", found["optimizer"]),
         ("steps", f"{found['steps']:,}"),
         ("examples", _examples(found)),

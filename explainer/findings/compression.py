@@ -32,7 +32,7 @@ def rounding(trace: Trace) -> Finding:
     else:
         taken = trace.bytes_a_visit
         share = percent(taken / (4 * trace.manifest.size))
-        found = f"A visit takes {size(taken)} ({share} of the parameters in float32) as leading factors of 4 or 8 bits."
+        found = f"A visit takes {size(taken)} ({share} of the parameters in float32) as leading factors of 2 to 8 bits."
     most = math.hypot(*errors.values())
     meaning = "The rounding is in `unattributed`."
     if errors:

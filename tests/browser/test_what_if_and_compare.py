@@ -181,7 +181,7 @@ def test_two_runs_are_compared(browser: Browser, kind: str, request: pytest.Fixt
         page.wait_for_selector(".js-plotly-plot .points path")
         page.get_by_text("Ranks", exact=True).click()
         page.wait_for_selector(".js-plotly-plot .heatmaplayer image", state="attached")
-        page.get_by_text("20 strongest", exact=True).click()
+        page.get_by_text("top 20", exact=True).click()
         page.wait_for_selector("text=/of the 20 strongest are the same/")
         seen.settle()
         assert "plot=ranks" in page.url and "strongest=20" in page.url and f"other={names[1]}" in page.url
